@@ -1,0 +1,162 @@
+"""What a config amounts to, before anything is trained: who trains what, on how much, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from fedhl import peft
+from fedhl.config import CausalTask
+from fedhl.data.loading import column
+from fedhl.data.partition import partition_table
+from fedhl.data.prompts import collate
+from fedhl.method import flatten
+from fedhl.prepare import Prepared
+from fedhl.simulation import bytes_per_client
+from fedhl.summary import parameters
+
+
+def size(bytes: float) -> str:
+    """A number of bytes for people: `4.7 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if bytes < 1000:
+            return f"{bytes:.0f} {unit}" if unit == "B" else f"{bytes:.1f} {unit}"
+        bytes /= 1024
+    return f"{bytes:.1f} GiB"
+
+
+def overview(prepared: Prepared) -> Iterator[str]:
+    """What will be trained, in a few lines of text."""
+    config, federation = prepared.config, prepared.federation
+    layers, count = peft.layers(federation.slots), parameters(prepared)
+    cohort = config.participation.size(len(federation.clients))
+    steps = [config.training.steps_for(client.examples) for client in federation.clients]
+    tokens = [len(ex.input_ids) for rows in prepared.tokenised.train.values() for ex in rows]
+    yield f"{config.name}: {config.task.kind} on {config.model.source}, device {federation.device}"
+    yield (
+        f"method {config.method.name}, weighting {config.weighting.name}: {config.rounds} rounds, "
+        f"{cohort} of {len(federation.clients)} clients a round, "
+        + (
+            f"{min(steps)} steps"
+            if min(steps) == max(steps)
+            else f"{min(steps)} to {max(steps)} steps"
+        )
+        + f" of {config.training.batch_size} rows each"
+    )
+    yield (
+        f"{sum(len(rows) for rows in prepared.tokenised.train.values()):,} training rows of "
+        f"{sum(tokens) / len(tokens):.0f} tokens on average (longest {max(tokens)}), "
+        f"{len(federation.held_out):,} held out by the server"
+        + (f"; {prepared.tokenised.truncated} rows cut" if prepared.tokenised.truncated else "")
+        + (f"; {prepared.tokenised.dropped} rows dropped" if prepared.tokenised.dropped else "")
+    )
+    yield (
+        f"{count['base']:,} frozen parameters; LoRA on {len(layers)} layers"
+        + (f"; head of {count['head']:,} parameters trained whole" if count["head"] else "")
+    )
+
+
+def clients_table(prepared: Prepared) -> Table:
+    """Clients by size and label."""
+    data, config = prepared.data, prepared.config
+    labels = None
+    if not isinstance(config.task, CausalTask):
+        labels = column(data.rows, config.task.label, config.data.source)
+    return partition_table(data.clients, labels)
+
+
+def ranks_table(prepared: Prepared) -> Table:
+    """For each rank: how many clients, parameters trained, bytes a client moves in a round."""
+    federation = prepared.federation
+    traffic = bytes_per_client(federation, federation.clients)
+    count = parameters(prepared)
+    table = Table(title="Ranks", title_justify="left")
+    for name in ("rank", "scale", "clients", "trained", "down / round", "up / round"):
+        table.add_column(name, justify="right")
+    for rank, scale in federation.slots.scales.items():
+        members = [client for client in federation.clients if client.rank == rank]
+        down, up = traffic[members[0].id]
+        trained = count["trainable"][str(rank)] + count["head"]
+        table.add_row(
+            str(rank), f"{scale:g}", str(len(members)), f"{trained:,}", size(down), size(up)
+        )
+    cohort = prepared.config.participation.size(len(federation.clients)) / len(federation.clients)
+    down, up = (cohort * sum(both) for both in zip(*traffic.values(), strict=True))
+    table.caption = f"a round moves about {size(down)} down and {size(up)} up"
+    return table
+
+
+def memory_table(prepared: Prepared) -> Table:
+    """Where the memory of this process will go, estimated from one forward pass."""
+    federation, config = prepared.federation, prepared.config
+    slots = federation.slots
+    adapters = sum(
+        _bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
+    )
+    base = sum(_bytes(p) for p in slots.model.parameters()) - adapters
+    top = slots.factors[federation.top_rank].values()
+    trained = sum(_bytes(p) for pair in top for p in pair)
+    trained += sum(_bytes(p) for p in slots.head.values())
+    state = prepared.initial_state()
+    server = sum(_bytes(t) for layer in state.layers.values() for t in flatten(layer).values())
+    replies = sum(
+        sum(_bytes(p) for pair in slots.factors[client.rank].values() for p in pair)
+        for client in federation.clients
+    ) * (config.participation.size(len(federation.clients)) / len(federation.clients))
+    optimizer = 2 * trained if config.training.optimizer == "adamw" else 0
+    parts = {
+        "base model": base,
+        f"adapters, ranks {', '.join(str(rank) for rank in slots.factors)}": adapters,
+        f"gradients and {config.training.optimizer}, at rank {federation.top_rank}": trained
+        + optimizer,
+        "activations of the longest batch": activations(prepared),
+        "server: the state before and after a round": 2 * server,
+        "server: the updates of a cohort": replies,
+    }
+    table = Table(title="Memory (estimated)", title_justify="left")
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    for what, bytes in parts.items():
+        table.add_row(what, size(bytes))
+    table.add_section()
+    table.add_row("together, beside Python and PyTorch", size(sum(parts.values())))
+    return table
+
+
+def activations(prepared: Prepared) -> int:
+    """Bytes that one forward pass of the longest batch keeps for its backward pass, at the top rank."""
+    federation, config = prepared.federation, prepared.config
+    slots = federation.slots
+    rows = sorted(
+        (example for rows in prepared.tokenised.train.values() for example in rows),
+        key=lambda example: -len(example.input_ids),
+    )[: config.training.batch_size // config.training.accumulation]
+    batch = {name: t.to(federation.device) for name, t in collate(rows, federation.pad_id).items()}
+    kept: dict[int, int] = {}
+    parameters = {p.data_ptr() for p in slots.model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def give(tensor: Any) -> Any:
+        return tensor
+
+    peft.activate(slots, federation.top_rank)
+    slots.model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, give), federation.autocast():
+            _ = slots.model(**batch).loss  # the graph must live while its tensors are counted
+    finally:
+        slots.model.eval()
+    return sum(kept.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

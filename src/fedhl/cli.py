@@ -1,0 +1,379 @@
+"""The command line. Thin: every command parses its arguments and calls the library."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedhl import LAWS, METHODS, WEIGHTINGS, __version__
+from fedhl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedhl.prepare import Watcher
+
+app = typer.Typer(
+    name="fedhl",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Fine-tune a Hugging Face model with LoRA across clients that cannot share data "
+        "and cannot afford the same rank.\n\n"
+        "A typical session:\n\n"
+        "    fedhl check config.yaml        what will be trained, and what it costs\n\n"
+        "    fedhl run config.yaml          train; Ctrl-C stops, `fedhl resume` goes on\n\n"
+        "    fedhl export runs/NAME --rank 8 --out adapter     a PEFT adapter of any rank"
+    ),
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, e.g. --set training.steps=20 --set method=flexlora. Repeatable.",
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/NAME.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and nothing else.")]
+Round = Annotated[
+    str,
+    typer.Option("--round", help="Which checkpoint: best, last, or the number of a kept round."),
+]
+
+
+@contextmanager
+def friendly(folder: Path | None = None) -> Iterator[None]:
+    """User errors become one message and exit code 2; Ctrl-C says how to go on, with 130."""
+    from rich.console import Console
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "stop" is a Ctrl-C
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        yield
+    except UserError as error:
+        console.print("[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        if folder is not None and (folder / "state").is_dir():
+            done = max((int(p.name[6:]) for p in (folder / "state").glob("round-*")), default=0)
+            console.print(
+                f"\nstopped; {done} finished rounds are saved. Continue with: fedhl resume {folder}",
+                markup=False,
+            )
+        else:
+            console.print("\nstopped")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def watching(quiet: bool) -> Iterator[Watcher]:
+    """Progress bars on a terminal, plain lines elsewhere, nothing if quiet."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from fedhl.prepare import SILENT, Watcher
+
+    if quiet:
+        yield SILENT
+        return
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        style = "yellow" if line.startswith("warning") else None
+        if console.is_terminal:
+            console.print(line, style=style, markup=False)
+        else:
+            print(line, flush=True)
+
+    handler = logging.StreamHandler()
+    handler.emit = lambda record: say(record.getMessage())  # the library's own notices
+    logging.getLogger("fedhl").addHandler(handler)
+    logging.getLogger("fedhl").setLevel(logging.INFO)
+    if not console.is_terminal:
+        yield Watcher(say=say)
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("loading", total=None)
+
+        def step(phase: str, done: int, total: int) -> None:
+            progress.update(bar, description=phase, completed=done, total=total)
+
+        yield Watcher(say=say, step=step)
+
+
+def stdout() -> Console:
+    """Where tables go: wide enough for a file or a pipe too."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show:
+        print(f"fedhl {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def check(config: ConfigFile, set: Overrides = None) -> None:
+    """Show what a config amounts to, before anything is trained.
+
+    Reads the data and loads the model, so that every mistake shows now: the clients and their rows,
+    the parameters trained at each rank, the bytes per client and round, the memory needed.
+    """
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl import check as examine
+        from fedhl.config import load_config
+        from fedhl.prepare import prepare
+
+        prepared = prepare(load_config(config, set or ()), watcher)
+        tables = (examine.clients_table, examine.ranks_table, examine.memory_table)
+        lines, made = list(examine.overview(prepared)), [table(prepared) for table in tables]
+        console = stdout()
+        for line in lines:
+            console.print(line, markup=False)
+        for table in made:
+            console.print(table)
+        console.print(f"nothing was trained; to train: fedhl run {config}", markup=False)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="The run folder (runs/NAME unless given)."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train as a config says, into a new run folder.
+
+    Every finished round is saved: after Ctrl-C or a crash, `fedhl resume RUN` goes on to the same
+    result. The folder holds the resolved config, metrics.jsonl, summary.json and report.html.
+    """
+    with friendly():
+        from fedhl.config import load_config
+
+        settings = load_config(config, set or ())
+    folder = out or Path("runs") / settings.name
+    with friendly(folder), watching(quiet) as watcher:
+        from fedhl.run import start_run
+
+        start_run(settings, folder, watcher)
+    finished(folder, quiet)
+
+
+@app.command()
+def resume(run: RunFolder, quiet: Quiet = False) -> None:
+    """Go on with a run that was stopped, to the same result as if it had never been."""
+    with friendly(run), watching(quiet) as watcher:
+        from fedhl.run import resume_run
+
+        resume_run(run, watcher)
+    finished(run, quiet)
+
+
+def finished(run: Path, quiet: bool) -> None:
+    """The last words of a run: its numbers, its report, and what to do next."""
+    if quiet:
+        return
+    from fedhl.report import final_table
+
+    console = stdout()
+    console.print(final_table(run))
+    console.print(f"report: {run / 'report.html'}", markup=False)
+    console.print(
+        f"a PEFT adapter of rank 8: fedhl export {run} --rank 8 --out {run.name}-rank8",
+        markup=False,
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List the aggregation methods and the weightings, their hyperparameters and the laws they keep."""
+    from dataclasses import fields
+
+    from rich.table import Table
+
+    def settings(cls: type[Any]) -> str:
+        return ", ".join(f"{field.name}={field.default}" for field in fields(cls)) or "-"
+
+    table = Table(title="method: NAME", title_justify="left")
+    for name in ("name", "idea", "mixed ranks", *LAWS, "hyperparameters"):
+        table.add_column(name)
+    for name, cls in METHODS.items():
+        idea = (cls.__doc__ or "").strip().splitlines()[0]
+        kept = ["yes" if law in cls.laws else "no" for law in LAWS]
+        table.add_row(name, idea, "yes" if cls.mixed_ranks else "no", *kept, settings(cls))
+    weightings = Table(title="weighting: NAME", title_justify="left")
+    for name in ("name", "idea", "hyperparameters"):
+        weightings.add_column(name)
+    for name, cls in WEIGHTINGS.items():
+        weightings.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], settings(cls))
+    console = stdout()
+    console.print(table)
+    for law, meaning in LAWS.items():
+        console.print(f"  {law}: {meaning}", markup=False)
+    console.print(weightings)
+    console.print(
+        "your own: method: package.module:Class, see docs/adding-a-method.md", markup=False
+    )
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders of any ranks and alphas."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the merged adapter goes.")
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W,...", help="One per adapter; equal unless given."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="Best approximation of this rank; the exact sum unless given."),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Divide the weights by their sum.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Even if the base models differ.")] = False,
+) -> None:
+    """Merge PEFT adapters of any ranks and alphas: exactly `Σ w s B A`, the mean of the updates.
+
+    Averaging the factors A and B instead would mix them up (B of one client times A of another).
+    """
+    with friendly():
+        from fedhl.export import merge_folders
+
+        result = merge_folders(
+            adapters, parse_weights(weights), rank, out, normalize=normalize, force=force
+        )
+        ranks = sorted(set(result.ranks.values()))
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        console = stdout()
+        for folder, weight in zip(adapters, result.weights, strict=True):
+            console.print(f"{weight:.4f}  {folder}", markup=False)
+        console.print(
+            f"merged {len(result.ranks)} layers at rank {shown} into {out}; truncation lost "
+            f"{100 * result.error:.3g}% of the squared norm",
+            markup=False,
+        )
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        if result.errors[worst] > 0:
+            console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {text!r}: expected numbers with commas, e.g. 0.5,0.3,0.2"
+        ) from None
+
+
+def parse_round(text: str) -> Any:
+    """best, last, or a round's number."""
+    if text in ("best", "last"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise UserError(f"--round {text!r}: expected best, last or the number of a kept round")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    rank: Annotated[int | None, typer.Option("--rank", help="A PEFT adapter of this rank.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model with the full-rank update merged in.")
+    ] = False,
+    round: Round = "last",
+) -> None:
+    """Write what a run learned: a PEFT adapter of any rank, or the merged model, with a model card."""
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl.deliver import export_run
+
+        if (rank is None) != merged:
+            raise UserError(
+                "give either --rank R, for an adapter, or --merged, for the whole model"
+            )
+        lines = export_run(run, out, rank, parse_round(round), watcher)
+        for line in lines:
+            watcher.say(line)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunFolder,
+    round: Round = "last",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SOURCE", help="Other rows than the run's held-out ones."),
+    ] = None,
+) -> None:
+    """Evaluate a run again: the full-rank update, and its truncation to every deployed rank."""
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl.deliver import evaluate_run
+
+        table = evaluate_run(run, parse_round(round), data, watcher)
+        stdout().print(table)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html of a run anew, finished or not, and print its final numbers."""
+    with friendly():
+        from fedhl.report import final_table, write_report
+
+        path = write_report(run)
+        stdout().print(final_table(run))
+        stdout().print(f"report: {path}", markup=False)
+
+
+def main() -> None:
+    """Entry point of the `fedhl` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,503 @@
+"""The configuration of a run: one YAML file, strictly checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedhl.errors import UserError
+from fedhl.method import Method
+from fedhl.methods import get_method
+from fedhl.seeds import generator
+from fedhl.weighting import Weighting, get_weighting
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values do not change, and the text under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def named(value: Any) -> Any:
+    """`method: fedhl` is short for `method: {name: fedhl}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Named(BaseModel):
+    """A name and its hyperparameters, e.g. `{name: truncation, power: 2, epsilon: 0.001}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class MethodConfig(Named):
+    """An aggregation method and its hyperparameters; `fedhl methods` lists them."""
+
+    @model_validator(mode="after")
+    def known(self) -> MethodConfig:
+        self.build()
+        return self
+
+    def build(self) -> Method[Any]:
+        return get_method(self.name, **self.hyperparameters)
+
+
+class WeightingConfig(Named):
+    """How clients are weighted, and its hyperparameters; `fedhl methods` lists them."""
+
+    @model_validator(mode="after")
+    def known(self) -> WeightingConfig:
+        self.build()
+        return self
+
+    def build(self) -> Weighting:
+        return get_weighting(self.name, **self.hyperparameters)
+
+
+class ModelConfig(Strict):
+    source: str
+    """A Hugging Face hub id, a local folder, a .gguf file, or `package:import_name/path/inside`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """How the frozen base weights are stored; adapters are always float32."""
+    four_bit: bool = False
+    """Load the base in 4-bit NF4 through bitsandbytes (CUDA only)."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory in the backward pass."""
+
+
+class ClassificationTask(Strict):
+    kind: Literal["sequence-classification"]
+    text: str = "text"
+    """The field that holds the text."""
+    label: str = "label"
+    """The field that holds the label."""
+    max_length: PositiveInt = 128
+    """Longer texts are cut to this many tokens."""
+
+
+class CausalTask(Strict):
+    kind: Literal["causal-lm"]
+    prompt: str = "prompt"
+    """The field that holds the prompt; no loss is taken on it."""
+    completion: str = "completion"
+    """The field that holds the completion; the loss is taken on its tokens only."""
+    messages: str | None = None
+    """A field of chat messages [{role, content}, ...] to use in place of prompt and completion."""
+    max_length: PositiveInt = 512
+    """Longer rows are cut to this many tokens."""
+
+
+class HeldOut(Strict):
+    """Rows for evaluating the global model: another source, or a part of `data.source`."""
+
+    source: str | None = None
+    """A file or hub id of its own."""
+    split: str | None = None
+    """The split of a hub data set."""
+    count: PositiveInt | None = None
+    """So many rows (of `source`: the first so many)."""
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """This share of the rows of `data.source`."""
+
+    @model_validator(mode="after")
+    def one_rule(self) -> HeldOut:
+        if self.source is None and self.split is None:
+            if (self.count is None) == (self.fraction is None):
+                raise ValueError("give exactly one of count, fraction, or a source")
+        elif self.fraction is not None:
+            raise ValueError(
+                "fraction is a share of data.source; with a source of its own give count"
+            )
+        return self
+
+
+class DataConfig(Strict):
+    source: str
+    """A .jsonl, .json, .csv or .parquet file, `package:import_name/path/inside`, or a hub id."""
+    split: str | None = None
+    """The split of a hub data set (train unless given)."""
+    where: dict[str, str | int | list[str | int]] = {}
+    """Use only rows whose field has this value, or one of these: `{source: rotten_tomatoes}`."""
+    limit: PositiveInt | None = None
+    """Use so many rows, drawn at random by the run's seed."""
+    held_out: HeldOut | None = HeldOut(fraction=0.1)
+    """Rows kept from the clients to evaluate the global model; null if the server has no data."""
+
+
+class IIDPartition(Strict):
+    kind: Literal["iid"]
+    clients: PositiveInt
+    """How many clients share the rows equally and at random."""
+
+
+class DirichletPartition(Strict):
+    kind: Literal["dirichlet"]
+    clients: PositiveInt
+    """How many clients."""
+    alpha: PositiveFloat
+    """Skew: each label is spread over clients by Dirichlet(alpha); small is very uneven."""
+    by: str | None = None
+    """The field whose values are spread unevenly; the label unless given."""
+    min_examples: PositiveInt = 1
+    """Redraw until every client has so many rows."""
+
+
+class ColumnPartition(Strict):
+    kind: Literal["by-column"]
+    column: str
+    """Natural clients: one for each value of this field."""
+
+
+class LoRAConfig(Strict):
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Module names that get an adapter, e.g. [q_proj, v_proj], or all linear layers."""
+    ranks: PositiveInt | list[PositiveInt] | dict[str | int, Any] = 8
+    """One rank for all; a list with one per client (in the order of client ids); `{shares: {4: 0.6, 64:
+    0.4}}` to draw them; or `{clients: {asyncio: 4}, default: 8}` by client id."""
+    alpha: PositiveFloat | str = "2r"
+    """LoRA's alpha: a number, or proportional to the rank as in `2r`. The scale is alpha / rank."""
+    rslora: bool = False
+    """Rank-stabilised: the scale is alpha / sqrt(rank)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before A during training."""
+    start: str | None = None
+    """Folder of a PEFT adapter to start from, of at most the largest rank."""
+
+    @field_validator("alpha")
+    @classmethod
+    def alpha_rule(cls, value: float | str) -> float | str:
+        if isinstance(value, str):
+            factor = value.removesuffix("r")
+            try:
+                good = value.endswith("r") and float(factor) > 0
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(
+                    f"expected a number, or a multiple of the rank such as 2r, got {value!r}"
+                )
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def rank_rule(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"shares"}:
+                return {"shares": RankShares(shares=value["shares"]).shares}
+            if "clients" in value and set(value) <= {"clients", "default"}:
+                return RankByClient(**value).model_dump()
+            raise ValueError(
+                "expected {shares: {rank: share, ...}} or {clients: {id: rank}, default: rank}"
+            )
+        return value
+
+    def alpha_of(self, rank: int) -> float:
+        if isinstance(self.alpha, str):
+            return float(self.alpha.removesuffix("r")) * rank
+        return self.alpha
+
+    def scale_of(self, rank: int) -> float:
+        return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
+
+
+class RankShares(Strict):
+    shares: dict[PositiveInt, PositiveFloat]
+
+
+class RankByClient(Strict):
+    clients: dict[str, PositiveInt]
+    default: PositiveInt | None = None
+
+
+class Participation(Strict):
+    """Which clients take part in a round, drawn anew by the run's seed."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """This share of the clients, at least one."""
+    count: PositiveInt | None = None
+    """So many clients."""
+
+    @model_validator(mode="after")
+    def one_rule(self) -> Participation:
+        if (self.fraction is None) == (self.count is None):
+            raise ValueError("give exactly one of fraction and count")
+        return self
+
+    def size(self, clients: int) -> int:
+        if self.count is not None:
+            return min(self.count, clients)
+        return max(1, round((self.fraction or 1.0) * clients))
+
+
+class TrainingConfig(Strict):
+    """What a client does in one round."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps per round, in place of `epochs`."""
+    epochs: PositiveFloat | None = None
+    """Passes over the client's rows per round, 1 unless given; may be a fraction."""
+    batch_size: PositiveInt = 16
+    """Rows per optimizer step."""
+    accumulation: PositiveInt = 1
+    """Split each batch into so many parts to save memory."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """A fresh optimizer starts every client round."""
+    learning_rate: PositiveFloat = 1e-3
+    """The peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the whole run, across rounds."""
+    warmup_rounds: NonNegativeInt = 0
+    """The learning rate rises linearly over so many rounds first."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay on the adapter and the head."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the gradient to this norm; null: do not clip."""
+
+    @model_validator(mode="after")
+    def one_rule(self) -> TrainingConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into accumulation={self.accumulation} parts"
+            )
+        return self
+
+    def steps_for(self, examples: int) -> int:
+        """Optimizer steps of one round on so many rows."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or 1.0) * examples / self.batch_size))
+
+
+class EvaluationConfig(Strict):
+    every: PositiveInt = 1
+    """Evaluate after every so many rounds (and always after the last)."""
+    batch_size: PositiveInt = 64
+    """Rows per forward pass."""
+    client_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each client's rows that it never trains on, to report the mean and the worst client."""
+
+
+class ComputeConfig(Strict):
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: forward passes run under autocast; the weights stay as they are."""
+    threads: PositiveInt | None = None
+    """CPU threads; results are reproducible for one number of threads."""
+
+
+class CheckpointConfig(Strict):
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many of the last checkpoints stay on disk, beside the best."""
+
+
+class Config(Strict):
+    """Everything that decides a run. `fedhl check CONFIG` shows what it amounts to."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name, and its folder: runs/NAME."""
+    seed: NonNegativeInt = 0
+    """The root of every random draw."""
+    model: ModelConfig
+    task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
+    data: DataConfig
+    partition: Annotated[
+        IIDPartition | DirichletPartition | ColumnPartition, Field(discriminator="kind")
+    ]
+    lora: LoRAConfig = LoRAConfig()
+    method: Annotated[MethodConfig, BeforeValidator(named)] = MethodConfig(name="fedhl")
+    weighting: Annotated[WeightingConfig, BeforeValidator(named)] = WeightingConfig(
+        name="truncation"
+    )
+    rounds: PositiveInt = 10
+    """How many times the server and the clients exchange adapters."""
+    participation: Participation = Participation(fraction=1.0)
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compute: ComputeConfig = ComputeConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+
+
+def assign_ranks(config: LoRAConfig, clients: Sequence[str], seed: int) -> dict[str, int]:
+    """The rank of every client. Raises UserError if the rule does not fit these clients."""
+    rule = config.ranks
+    if isinstance(rule, int):
+        return dict.fromkeys(clients, rule)
+    if isinstance(rule, list):
+        if len(rule) != len(clients):
+            raise UserError(
+                f"lora.ranks: the list has {len(rule)} ranks for {len(clients)} clients; give one per "
+                f"client, one rank for all, or {{shares: {{4: 0.5, 16: 0.5}}}}"
+            )
+        return dict(zip(clients, rule, strict=True))
+    if "shares" in rule:
+        return draw_ranks(rule["shares"], clients, seed)
+    by_client, default = rule["clients"], rule["default"]
+    for name in by_client:
+        if name not in clients:
+            raise UserError(f"lora.ranks.clients: {unknown(name, clients, 'client')}")
+    missing = [name for name in clients if name not in by_client]
+    if missing and default is None:
+        raise UserError(f"lora.ranks: client {missing[0]!r} has no rank; name it or give a default")
+    return {name: by_client.get(name, default) for name in clients}
+
+
+def draw_ranks(shares: Mapping[int, float], clients: Sequence[str], seed: int) -> dict[str, int]:
+    """Ranks in these shares of the clients, to the nearest client, in an order drawn by the seed."""
+    total = sum(shares.values())
+    quotas = {rank: share / total * len(clients) for rank, share in sorted(shares.items())}
+    counts = {rank: math.floor(quota) for rank, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda rank: counts[rank] - quotas[rank])
+    for rank in by_remainder[: len(clients) - sum(counts.values())]:
+        counts[rank] += 1
+    ranks = [rank for rank, count in counts.items() for _ in range(count)]
+    order = torch.randperm(len(ranks), generator=generator(seed, "ranks")).tolist()
+    return {name: ranks[k] for name, k in zip(clients, order, strict=True)}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `a.b=value` overrides. Raises UserError, naming the field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        raw = yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"config file {path} must hold a mapping of settings, got {type(raw).__name__}"
+        )
+    for override in overrides:
+        set_value(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string)."""
+
+
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def set_value(raw: dict[str, Any], override: str) -> None:
+    """Apply `a.b=value` to a nested mapping; the value is YAML. Raises UserError if it is malformed."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r}: expected KEY=VALUE, e.g. --set training.steps=20")
+    try:
+        value = yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = raw
+    *parents, last = key.strip().split(".")
+    for depth, part in enumerate(parents):
+        child = node.get(part)
+        if isinstance(child, str) and part in ("method", "weighting"):
+            child = named(child)
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            where = ".".join(parents[: depth + 1])
+            raise UserError(
+                f"--set {override!r}: {where} is a single value, not a group of settings"
+            )
+        node[part] = child
+        node = child
+    node[last] = value
+
+
+def unknown(name: str, known: Sequence[str], what: str) -> str:
+    """ "unknown WHAT 'name'; did you mean 'near'?" with the known names."""
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def explain(error: ValidationError) -> str:
+    """One line per mistake: the field, what was found, what is allowed."""
+    return "\n  ".join(dict.fromkeys(explain_one(dict(item)) for item in error.errors()))
+
+
+def explain_one(item: dict[str, Any]) -> str:
+    kinds = {"sequence-classification", "causal-lm", "iid", "dirichlet", "by-column"}
+    location = [str(part) for part in item["loc"] if part not in kinds]
+    field = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: {unknown(location[-1], siblings(item['loc']), 'key')}"
+    if item["type"] == "missing":
+        return f"{field}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    got = item.get("input")
+    if item["type"] == "value_error" or isinstance(got, dict):
+        return f"{field}: {message}"
+    return f"{field}: {message}, got {got!r}"
+
+
+def siblings(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed beside the one at `location` (whose union members are named by their kind)."""
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            members = [model.model_fields[str(part)].annotation]
+        else:  # a member of a union, named by its discriminator
+            members = [
+                member
+                for member in get_args(model)
+                if "kind" in getattr(member, "model_fields", {})
+                and part in get_args(member.model_fields["kind"].annotation)
+            ]
+        model = next(iter(members), None)
+        options = [m for m in get_args(model) if isinstance(m, type) and issubclass(m, BaseModel)]
+        if len(options) == 1:
+            model = options[0]
+    return list(getattr(model, "model_fields", {}))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """The resolved config as YAML that `load_config` reads back."""
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

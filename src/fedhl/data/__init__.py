@@ -1,0 +1,1 @@
+"""From a data source to tokenised examples, each owned by one client."""

@@ -1,0 +1,326 @@
+"""Tokenise once: texts become token ids and the labels a model learns from.
+
+Language models learn from the completion alone: every other token has label -100. Prompts are kept
+whole and a row that is too long loses the end of its completion; a row whose prompt leaves room
+for no completion token cannot be learned from and is dropped, which `Encoded.rows` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedhl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that torch's cross-entropy skips
+
+Message = Mapping[str, str]
+Span = tuple[int, int]
+
+
+class Example(NamedTuple):
+    """One row: its tokens, and its class or a label for every token."""
+
+    input_ids: list[int]
+    labels: int | list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows: `examples[j]` is row `rows[j]`; `truncated` of them lost their end."""
+
+    examples: list[Example]
+    rows: list[int]
+    truncated: int
+
+
+def label_ids(
+    values: Sequence[Any], known: Sequence[str] | None = None
+) -> tuple[list[int], list[str]]:
+    """Class ids of label values, and the label names that the ids index.
+
+    A name is `str(value)`; names that are all integers sort as numbers. With `known`, ids index
+    that list instead.
+
+    Raises UserError for a label that is not in `known`, is empty or is no class, and for data
+    with a single label.
+    """
+    names = [_label_name(value, row) for row, value in enumerate(values)]
+    if known is None:
+        known = _sorted_labels(set(names))
+        if len(known) < 2:
+            raise UserError(f"all {len(names)} rows have the same label {known}; need two or more.")
+    index = {name: i for i, name in enumerate(known)}
+    for row, name in enumerate(names):
+        if name not in index:
+            raise UserError(
+                f"row {row} (counted from 0) has label {name!r}, which was not in training; "
+                f"known labels: {', '.join(known)}."
+            )
+    return [index[name] for name in names], list(known)
+
+
+def encode_classification(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    label_ids: Sequence[int],
+    max_length: int,
+) -> list[Example]:
+    """Texts with the tokenizer's special tokens, cut at `max_length`; one class id each."""
+    if len(texts) != len(label_ids):
+        raise ValueError(f"{len(texts)} texts but {len(label_ids)} labels")
+    _check_texts(texts, "text")
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
+    for row, example in enumerate(examples):
+        if not example.input_ids:
+            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens.")
+    return examples
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+) -> Encoded:
+    """Prompt and completion, with loss on the completion.
+
+    With a chat template the prompt is a user message and the completion the assistant's answer,
+    up to and including what the template puts at its end. Without one: beginning-of-text token
+    if the tokenizer adds it, prompt, completion, end-of-text token.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
+    _check_texts(prompts, "prompt")
+    _check_texts(completions, "completion")
+    pairs = list(zip(prompts, completions, strict=True))
+    if tokenizer.chat_template:
+        conversations = [
+            [{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in pairs
+        ]
+        return encode_chat(tokenizer, conversations, max_length)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no end-of-text token, so a completion could never end.")
+    bos = [tokenizer.bos_token_id]
+    if bos != tokenizer("")["input_ids"][:1]:
+        bos = []
+    tokens = _tokenize(tokenizer, [p + c for p, c in pairs], [[len(p)] for p in prompts])
+    masked = []
+    for ids, (cut,) in tokens:
+        ids = [*bos, *ids, eos]
+        masked.append((ids, [(len(bos) + cut, len(ids))]))
+    return _encoded(masked, max_length)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    max_length: int,
+) -> Encoded:
+    """Conversations in the model's chat template, with loss on every assistant turn.
+
+    Message i is an assistant's: its tokens are those between the rendering of messages[:i] with
+    the generation prompt and the rendering of messages[:i+1]. Both must be prefixes of the whole
+    conversation, or the template is refused: it would mislabel tokens.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the model's tokenizer has no chat template; use prompt and completion fields instead "
+            "of messages, or a chat model."
+        )
+    texts: list[str] = []
+    spans: list[list[Span]] = []
+    for row, messages in enumerate(conversations):
+        _check_conversation(messages, row)
+        text, turns = _render_turns(tokenizer, messages, row)
+        texts.append(text)
+        spans.append(turns)
+    cuts = [[cut for span in turns for cut in span] for turns in spans]
+    tokens = _tokenize(tokenizer, texts, cuts)
+    return _encoded(
+        [(ids, list(zip(c[::2], c[1::2], strict=True))) for ids, c in tokens], max_length
+    )
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """A batch, padded on the right to its longest row.
+
+    input_ids and attention_mask are (batch, tokens); labels is (batch,) for classes and
+    (batch, tokens), padded with -100, for language models. All int64.
+    """
+    import torch
+
+    width = max(len(example.input_ids) for example in examples)
+    ids = [example.input_ids + [pad_id] * (width - len(example.input_ids)) for example in examples]
+    mask = [
+        [1] * len(example.input_ids) + [0] * (width - len(example.input_ids))
+        for example in examples
+    ]
+    labels = [
+        label if isinstance(label, int) else label + [IGNORED] * (width - len(label))
+        for _, label in examples
+    ]
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }
+
+
+def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> Encoded:
+    """Label the tokens inside the spans, cut at `max_length`, drop rows with nothing to learn."""
+    examples: list[Example] = []
+    kept: list[int] = []
+    truncated = 0
+    starts: list[int] = []
+    for row, (ids, spans) in enumerate(rows):
+        starts.append(spans[0][0])
+        labels = [IGNORED] * len(ids)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        labels = labels[:max_length]
+        # The first token is predicted from nothing, so its label does not count.
+        if all(label == IGNORED for label in labels[1:]):
+            continue
+        examples.append(Example(ids[:max_length], labels))
+        kept.append(row)
+        truncated += len(ids) > max_length
+    if starts and not examples:
+        raise UserError(
+            f"max_length {max_length} leaves no room for a completion in any of {len(starts)} rows: "
+            f"the shortest prompt has {min(starts)} tokens with its template. Raise max_length."
+        )
+    return Encoded(examples, kept, truncated)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], cuts: Sequence[Sequence[int]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each text, and its cuts (in characters) as positions in them.
+
+    The tokens before a cut must be what the model sees when it generates from there. Usually
+    those of the whole text are; where a token would span a cut (a newline before the cut merging
+    with spaces after it), the pieces between the cuts are tokenised on their own.
+    """
+    whole = _token_ids(tokenizer, texts)
+    prefixes = [text[:c] for text, cs in zip(texts, cuts, strict=True) for c in cs]
+    heads = iter(_token_ids(tokenizer, prefixes))
+    tokens: list[tuple[list[int], list[int]]] = []
+    for text, ids, places in zip(texts, whole, cuts, strict=True):
+        before = [next(heads) for _ in places]
+        if all(ids[: len(head)] == head for head in before):
+            tokens.append((ids, [len(head) for head in before]))
+            continue
+        pieces = _token_ids(tokenizer, [text[a:b] for a, b in pairwise([0, *places, len(text)])])
+        ends = list(accumulate(len(piece) for piece in pieces))
+        tokens.append(([token for piece in pieces for token in piece], ends[:-1]))
+    return tokens
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    # verbose=False: texts beyond the model's length are cut later, a warning would mislead.
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _render_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], row: int
+) -> tuple[str, list[Span]]:
+    """The conversation as text, and where each assistant turn starts and ends in it."""
+    text = _render(tokenizer, messages, row)
+    spans: list[Span] = []
+    done = 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        head = _render(tokenizer, messages[:i], row, add_generation_prompt=True)
+        turn = text if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], row)
+        if not (text.startswith(turn) and turn.startswith(head) and done <= len(head)):
+            raise UserError(
+                f"row {row} (counted from 0): the chat template renders message {i} differently "
+                "once the conversation goes on, so the assistant's tokens cannot be told apart. "
+                "Train on rows with one answer each (prompt and completion), or use a chat "
+                "template whose output only grows."
+            )
+        done = len(turn)
+        spans.append((len(head), done))
+    return text, spans
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    row: int,
+    add_generation_prompt: bool = False,
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"row {row} (counted from 0): the model's chat template refuses it: {error}."
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _check_conversation(messages: Sequence[Message], row: int) -> None:
+    where = f"row {row} (counted from 0)"
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise UserError(
+                f"{where}, message {i}: expected {{'role': ..., 'content': ...}} with texts, "
+                f"got {message!r:.60}."
+            )
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)}).")
+    if roles[0] == "assistant":
+        raise UserError(f"{where}: it starts with the assistant; put what it answers before it.")
+
+
+def _check_texts(texts: Sequence[Any], what: str) -> None:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(
+                f"row {row} (counted from 0): the {what} is {type(text).__name__} {text!r:.60}, "
+                "expected text."
+            )
+
+
+def _label_name(value: Any, row: int) -> str:
+    if value is None or (isinstance(value, float) and not value.is_integer()):
+        raise UserError(
+            f"row {row} (counted from 0): {value!r} is no class label; "
+            "expected a name or a whole number."
+        )
+    if isinstance(value, (list, dict)):
+        raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}.")
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _sorted_labels(names: set[str]) -> list[str]:
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:
+        return sorted(names)

@@ -1,0 +1,191 @@
+"""From a config to the rows of every client: read, split, partition, tokenise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedhl.config import (
+    CausalTask,
+    ClassificationTask,
+    ColumnPartition,
+    Config,
+    DirichletPartition,
+)
+from fedhl.data.loading import Indices, Rows, column, fingerprint, hold_out, load_rows
+from fedhl.data.partition import by_column, dirichlet, iid
+from fedhl.data.prompts import (
+    Encoded,
+    Example,
+    encode_chat,
+    encode_classification,
+    encode_completion,
+    label_ids,
+)
+from fedhl.errors import UserError
+from fedhl.seeds import derive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The rows, and whose they are. `clients` and `client_held_out` index `rows`; `held_out` are
+    the server's own rows; `labels` the names of the classes, in the order of their ids."""
+
+    rows: Rows
+    clients: dict[str, Indices]
+    client_held_out: dict[str, Indices]
+    held_out: Rows
+    labels: list[str] | None
+    hash: str
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The same as model inputs, by client. `dropped`: rows without room for a completion;
+    `truncated`: rows that lost their end."""
+
+    train: dict[str, list[Example]]
+    client_held_out: dict[str, list[Example]]
+    held_out: list[Example]
+    dropped: int
+    truncated: int
+
+
+def read(config: Config) -> Shards:
+    """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
+    data, task = config.data, config.task
+    rows = load_rows(data.source, split=data.split)
+    for field, wanted in data.where.items():
+        rows = choose(rows, field, wanted, data.source)
+    if data.limit is not None and data.limit < len(rows):
+        rng = np.random.default_rng(derive(config.seed, "limit"))
+        rows = [rows[k] for k in np.sort(rng.permutation(len(rows))[: data.limit])]
+    classes = (
+        column(rows, task.label, data.source) if isinstance(task, ClassificationTask) else None
+    )
+    training, held_out = np.arange(len(rows)), []
+    rule = data.held_out
+    if rule is not None and (rule.source is not None or rule.split is not None):
+        held_out = load_rows(rule.source or data.source, split=rule.split, limit=rule.count)
+    elif rule is not None:
+        training, held = hold_out(
+            len(rows),
+            fraction=rule.fraction,
+            count=rule.count,
+            seed=derive(config.seed, "held out"),
+            strata=classes,
+        )
+        held_out = [rows[k] for k in held]
+    labels = None if classes is None else label_ids([classes[k] for k in training])[1]
+    clients = {name: training[part] for name, part in split(config, rows, training).items()}
+    client_held_out: dict[str, Indices] = {}
+    if config.evaluation.client_fraction:
+        for name, part in clients.items():
+            kept, held = keep_back(config, name, part)
+            clients[name], client_held_out[name] = kept, held
+    return Shards(rows, clients, client_held_out, held_out, labels, fingerprint(data.source))
+
+
+def choose(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
+    """The rows whose `field` is `wanted`, or one of these values. Raises UserError if none is."""
+    values = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
+    found = [str(value) for value in column(rows, field, source)]
+    chosen = [row for row, value in zip(rows, found, strict=True) if value in values]
+    if not chosen:
+        seen = sorted(set(found))
+        raise UserError(
+            f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; it is one of "
+            f"{', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}"
+        )
+    return chosen
+
+
+def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
+    """Positions in `training` of each client's rows."""
+    rule, source = config.partition, config.data.source
+    seed = derive(config.seed, "partition")
+    if isinstance(rule, ColumnPartition):
+        return by_column([column(rows, rule.column, source)[k] for k in training])
+    if isinstance(rule, DirichletPartition):
+        by = rule.by or getattr(config.task, "label", None)
+        if by is None:
+            raise UserError(
+                "partition.by: a Dirichlet split of causal-lm rows needs a field to go by"
+            )
+        values = column(rows, by, source)
+        skewed = [values[k] for k in training]
+        return dirichlet(skewed, rule.clients, rule.alpha, seed, rule.min_examples)
+    return iid(len(training), rule.clients, seed)
+
+
+def keep_back(config: Config, client: str, part: Indices) -> tuple[Indices, Indices]:
+    """A client's rows as (training, held out)."""
+    fraction = config.evaluation.client_fraction
+    if round(fraction * len(part)) in (0, len(part)):
+        raise UserError(
+            f"evaluation.client_fraction: {fraction:g} of client {client!r}'s {len(part)} rows leaves "
+            "one side empty; raise partition.min_examples or change the fraction"
+        )
+    seed = derive(config.seed, "client held out", client)
+    kept, held = hold_out(len(part), fraction=fraction, seed=seed)
+    return part[kept], part[held]
+
+
+def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> Tokenised:
+    """Model inputs for all rows, each tokenised once."""
+    wanted = [*shards.clients.values(), *shards.client_held_out.values()]
+    used = np.sort(np.concatenate(wanted)) if wanted else np.arange(0)
+    source = config.data.source
+    encoded = encode(config, [shards.rows[k] for k in used], source, tokenizer, shards.labels)
+    by_row = {int(used[j]): ex for j, ex in zip(encoded.rows, encoded.examples, strict=True)}
+    held_source = (config.data.held_out and config.data.held_out.source) or source
+    held = Encoded([], [], 0)
+    if shards.held_out:
+        held = encode(config, shards.held_out, held_source, tokenizer, shards.labels)
+        if not held.examples:
+            raise UserError(
+                f"data.held_out: none of the rows of {held_source} fits task.max_length"
+            )
+    train = {
+        name: [by_row[k] for k in part if k in by_row] for name, part in shards.clients.items()
+    }
+    for name, examples in train.items():
+        if not examples:
+            raise UserError(
+                f"client {name!r} has no row left: the prompts of all its {len(shards.clients[name])} "
+                f"rows fill task.max_length = {config.task.max_length} tokens; raise it"
+            )
+    own = {
+        name: [by_row[k] for k in part if k in by_row]
+        for name, part in shards.client_held_out.items()
+    }
+    dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)
+    return Tokenised(train, own, held.examples, dropped, encoded.truncated + held.truncated)
+
+
+def encode(
+    config: Config,
+    rows: Rows,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None,
+) -> Encoded:
+    """Tokenised rows of one source."""
+    task = config.task
+    if isinstance(task, CausalTask):
+        if task.messages is not None:
+            conversations: list[Any] = column(rows, task.messages, source)
+            return encode_chat(tokenizer, conversations, task.max_length)
+        prompts = column(rows, task.prompt, source)
+        completions = column(rows, task.completion, source)
+        return encode_completion(tokenizer, prompts, completions, task.max_length)
+    ids, _ = label_ids(column(rows, task.label, source), labels)
+    texts = column(rows, task.text, source)
+    examples = encode_classification(tokenizer, texts, ids, task.max_length)
+    return Encoded(examples, list(range(len(rows))), 0)

@@ -1,0 +1,132 @@
+"""What becomes of a finished run: adapters and models to use elsewhere, and a second evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from fedhl.data import shards
+from fedhl.data.loading import load_rows
+from fedhl.errors import UserError
+from fedhl.export import export_adapter, export_merged, model_card
+from fedhl.folder import load_checkpoint, load_run_config
+from fedhl.lora import LoRA, dense, truncate
+from fedhl.model import Loaded, load_model
+from fedhl.prepare import SILENT, Watcher, load_federation, prepare
+from fedhl.server import ServerState
+from fedhl.simulation import evaluate_round, initial_state
+
+Which = int | Literal["last", "best"]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The summary of a run. Raises UserError if it is missing or unreadable."""
+    try:
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{run} has no readable summary.json ({error}); was the run ever started?"
+        ) from None
+
+
+def export_run(
+    run: Path, out: Path, rank: int | None, which: Which, watcher: Watcher = SILENT
+) -> list[str]:
+    """Write a PEFT adapter of `rank`, or (None) the merged model, into `out`; the data is not needed.
+
+    Layers narrower than `rank` get their full rank. Returns lines that say what was written and how
+    to load it. Raises UserError, e.g. if `out` is not empty or the round was not kept.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank must be at least 1, got {rank}")
+    config, summary = load_run_config(run), read_summary(run)
+    ranks = {client["id"]: client["rank"] for client in summary["clients"]}
+    loaded, federation = load_federation(config, summary["labels"], ranks)
+    state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
+    deltas = {name: federation.method.delta(layer) for name, layer in state.layers.items()}
+    known = {name: delta for name, delta in deltas.items() if delta is not None}
+    if len(known) < len(deltas):
+        raise UserError(f"method {config.method.name!r} has no global model to export")
+    summary["rounds_done"] = state.round
+    summary["final"] = manifest["metrics"]["evaluation"]
+    kind = "merged" if rank is None else "adapter"
+    base, labels = loaded.source_for_adapter, summary["labels"] or ()
+    card = model_card(summary, kind, rank, base=base, labels=labels)
+    if rank is None:
+        fresh = load_fresh(run, loaded)
+        export_merged(
+            out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
+        )
+        return [f"round {state.round}, full-rank update merged into {base}: {out}"]
+    adapter = {name: truncate(delta, min(rank, *delta.shape)) for name, delta in known.items()}
+    export_adapter(out, loaded, adapter, state.head, card)
+    return [
+        f"round {state.round}, PEFT adapter of rank {rank}: {out}",
+        f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
+    ]
+
+
+def load_fresh(run: Path, loaded: Loaded) -> Loaded:
+    """The base model again, in float32 and without adapters, to merge into."""
+    config = load_run_config(run)
+    return load_model(
+        config.model.source,
+        config.task.kind,
+        labels=read_summary(run)["labels"],
+        revision=loaded.revision,
+        seed=config.seed,
+    )
+
+
+def left_out(deltas: Mapping[str, Any], adapter: Mapping[str, LoRA]) -> float:
+    """`Σ ||ΔW - T_r(ΔW)||² / Σ ||ΔW||²` over the layers; 0 if there is no update."""
+    lost = total = 0.0
+    for name, delta in deltas.items():
+        W = dense(delta).double()
+        lost += float((W - adapter[name].delta()).square().sum())
+        total += float(W.square().sum())
+    return lost / total if total else 0.0
+
+
+def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher = SILENT) -> Table:
+    """The metrics of a checkpoint on the run's held-out rows, or on those of `source`, as a table."""
+    config = load_run_config(run)
+    prepared = prepare(config, watcher)
+    federation = prepared.federation
+    if source is not None:
+        rows = load_rows(source)
+        encoded = shards.encode(
+            config, rows, source, prepared.loaded.tokenizer, prepared.data.labels
+        )
+        federation = replace(federation, held_out=encoded.examples, own={})
+    if not federation.held_out and not federation.own:
+        raise UserError("this run has no held-out rows; name some with --data")
+    state, _ = load_checkpoint(run, prepared.initial_state(), which, watcher)
+    return table(evaluate_round(federation, state, every_rank=True), state)
+
+
+def table(evaluation: dict[str, Any], state: ServerState) -> Table:
+    """The metrics of one evaluation, a row per model."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    if evaluation["full"]:
+        rows["full-rank update"] = evaluation["full"]
+    for rank, metrics in evaluation["ranks"].items():
+        rows[f"truncated to rank {rank}"] = metrics
+    if evaluation["clients"]:
+        rows["clients on their own rows, mean"] = evaluation["clients"]["mean"]
+        worst = evaluation["clients"]["worst"]
+        rows[f"worst client, {worst['client']}"] = worst
+    names = [name for name in ("accuracy", "loss", "examples") if name in next(iter(rows.values()))]
+    result = Table(title=f"after round {state.round}", title_justify="left")
+    result.add_column("model")
+    for name in names:
+        result.add_column(name, justify="right")
+    for what, metrics in rows.items():
+        cells = [metrics.get(name) for name in names]
+        result.add_row(what, *(f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in cells))
+    return result

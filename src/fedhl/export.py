@@ -1,0 +1,419 @@
+"""What leaves a run: PEFT adapters, merged models and their cards; and the merging of adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import fedhl
+from fedhl import lora as algebra
+from fedhl.errors import UserError
+from fedhl.locate import locate
+from fedhl.lora import LoRA
+from fedhl.model import Loaded
+from fedhl.peft import (
+    TASK_TYPES,
+    AdapterFolder,
+    is_conv1d,
+    load_adapter,
+    save_adapter,
+    shifted,
+)
+
+Kind = Literal["adapter", "merged"]
+
+# --- merging adapters ---------------------------------------------------------------------------
+
+
+class Merge(NamedTuple):
+    """What `merge_folders` did, for printing.
+
+    `weights` as used; `ranks` of the result by layer; `errors[layer]` and `error` (all layers) are
+    the share of the energy, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1], that truncation lost.
+    """
+
+    weights: tuple[float, ...]
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+
+
+def merge_adapters(
+    adapters: Sequence[Mapping[str, LoRA]], weights: Sequence[float]
+) -> dict[str, LoRA]:
+    """`Σ w_i s_i B_i A_i` in every layer, exactly, as one adapter of scale 1 and rank `Σ r_i`.
+
+    Raises UserError unless all adapters have the same layers of the same shapes, and there is one
+    finite weight for each.
+    """
+    if not adapters:
+        raise UserError("no adapters to merge")
+    if len(weights) != len(adapters):
+        raise UserError(f"expected one weight per adapter, got {len(weights)} for {len(adapters)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise UserError(f"weights must be finite numbers, got {list(weights)}")
+    first = adapters[0]
+    for i, adapter in enumerate(adapters[1:], 2):
+        different = sorted(adapter.keys() ^ first.keys())
+        if different:
+            shown = ", ".join(different[:4]) + (", ..." if len(different) > 4 else "")
+            raise UserError(
+                f"adapters 1 and {i} do not adapt the same layers; only one of them has {shown}. "
+                "Merge adapters that were trained with the same target modules"
+            )
+        for name in sorted(first):
+            if adapter[name].shape != first[name].shape:
+                raise UserError(
+                    f"layer {name} is {first[name].shape} in adapter 1 and {adapter[name].shape} in "
+                    f"adapter {i}; they belong to different base models"
+                )
+    return {
+        name: algebra.concat(
+            (w, adapter[name]) for w, adapter in zip(weights, adapters, strict=True)
+        )
+        for name in sorted(first)
+    }
+
+
+def merge_folders(
+    folders: Sequence[str],
+    weights: Sequence[float] | None,
+    rank: int | None,
+    out: Path,
+    *,
+    normalize: bool = True,
+    force: bool = False,
+) -> Merge:
+    """Merge PEFT adapter folders of any ranks and scales into the new PEFT adapter folder `out`.
+
+    `weights` are uniform by default and, if `normalize`, divided by their sum; a head trained beside
+    the adapters is always averaged with weights of sum 1. `rank` None keeps the exact sum, whatever
+    its rank; otherwise every layer is cut to the best approximation of at most this rank.
+    `force` merges adapters of different base models.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank must be at least 1, got {rank}")
+    parts = [load_adapter(_adapter_folder(folder)) for folder in folders]
+    if not parts:
+        raise UserError("no adapters to merge; name at least one adapter folder")
+    used = list(weights) if weights is not None else [1.0] * len(parts)
+    if not sum(used) > 0:
+        raise UserError(f"the weights must sum to more than 0, got {used}")
+    shares = [w / sum(used) for w in used]
+    used = shares if normalize else used
+    exact = merge_adapters([part.adapter for part in parts], used)
+    config = _common_config(folders, parts, force)
+    head = _average_heads(folders, parts, shares)
+
+    merged: dict[str, LoRA] = {}
+    lost, total = {}, {}
+    for name, lora in exact.items():
+        merged[name], lost[name], total[name] = _truncate(lora, rank)
+    result = Merge(
+        tuple(used),
+        {name: lora.rank for name, lora in merged.items()},
+        {name: _share(lost[name], total[name]) for name in merged},
+        _share(sum(lost.values()), sum(total.values())),
+    )
+    with _publish(out) as staging:
+        save_adapter(
+            staging,
+            merged,
+            head,
+            base=str(config.base_model_name_or_path or ""),
+            task_type=config.task_type,
+            fan_in_fan_out=config.fan_in_fan_out,
+            revision=config.revision,
+        )
+        card = _merge_card(folders, config.base_model_name_or_path, result)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    return result
+
+
+def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
+    """`lora` at a rank of at most `rank` and min(m, n); the energy lost, and the energy it had."""
+    full = min(*lora.shape)
+    keep = min(full, rank or full)
+    if lora.rank <= keep:
+        return lora, 0.0, algebra.squared_norm([(1.0, lora)])
+    # Columns of B come out as U S, so that their squared norms are the energies; float64 throughout.
+    ordered = algebra.truncate(LoRA(lora.A.double(), lora.B.double(), lora.scale), full)
+    energy = ordered.B.square().sum(dim=0)
+    best = algebra.prefix(ordered, keep, 1.0)
+    best = LoRA(best.A.float(), best.B.float(), 1.0)
+    return best, float(energy[keep:].sum()), float(energy.sum())
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _adapter_folder(source: str) -> Path:
+    """The folder of an adapter; one on the hub is downloaded first."""
+    path = locate(source)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["adapter_*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"no adapter folder {source!r} here, and it cannot be fetched from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:
+    """The config of the first adapter, after checking that the others belong to the same model."""
+    first = parts[0].config
+    for folder, part in zip(folders, parts, strict=True):
+        for field in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
+            expected, got = getattr(first, field), getattr(part.config, field)
+            if got == expected or (force and field in ("base_model_name_or_path", "revision")):
+                continue
+            advice = "; --force merges them all the same" if field.startswith("base") else ""
+            raise UserError(
+                f"{folder} and {folders[0]} do not belong together: {field} is {got!r} in the one "
+                f"and {expected!r} in the other{advice}"
+            )
+    return first
+
+
+def _average_heads(
+    folders: Sequence[str], parts: Sequence[AdapterFolder], shares: Sequence[float]
+) -> dict[str, Tensor]:
+    first = parts[0].head
+    for folder, part in zip(folders, parts, strict=True):
+        shapes = {name: tuple(t.shape) for name, t in part.head.items()}
+        expected = {name: tuple(t.shape) for name, t in first.items()}
+        if shapes != expected:
+            raise UserError(
+                f"{folder} and {folders[0]} were trained with different heads: {shapes} against "
+                f"{expected}; merge adapters of one task and the same labels"
+            )
+    return {
+        name: torch.stack(
+            [w * part.head[name].double() for w, part in zip(shares, parts, strict=True)]
+        )
+        .sum(dim=0)
+        .float()
+        for name in sorted(first)
+    }
+
+
+# --- exporting a run ----------------------------------------------------------------------------
+
+
+def export_adapter(
+    out: Path, loaded: Loaded, adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], card: str
+) -> None:
+    """Write `adapter` and `head` as a PEFT adapter folder of the base model `loaded`.
+
+    Raises UserError if `out` exists and is not an empty folder, or cannot be written.
+    """
+    with _publish(out) as staging:
+        save_adapter(
+            staging,
+            adapter,
+            head,
+            base=loaded.source_for_adapter,
+            task_type=TASK_TYPES[loaded.task],
+            fan_in_fan_out=is_conv1d(loaded.model, list(adapter)),
+            revision=loaded.revision,
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_merged(
+    out: Path, loaded: Loaded, deltas: Mapping[str, Tensor], head: Mapping[str, Tensor], card: str
+) -> None:
+    """Write the base model with `W0 + delta` in every layer, as a plain transformers folder.
+
+    `loaded` must come fresh from `load_model`, unquantised and without LoRA layers; its weights are
+    changed in place. Deltas are (out, in), by layer name. Raises ValueError for a layer, head
+    parameter or shape that the model does not have; UserError as `export_adapter`, and for a 4-bit
+    model.
+    """
+    model = loaded.model
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise UserError("a 4-bit base cannot be merged into; load the base model unquantised")
+    if head.keys() != set(loaded.head):
+        raise ValueError(f"expected the head {sorted(loaded.head)}, got {sorted(head)}")
+    modules = dict(model.named_modules())
+    with _publish(out) as staging, torch.no_grad():
+        for name in sorted(deltas):
+            if name not in modules:
+                raise ValueError(f"layer {name}: not in this {type(model).__name__}")
+            base = modules[name]
+            base.weight.data = shifted(base, deltas[name])  # pyright: ignore
+        for name in loaded.head:
+            model.get_parameter(name).copy_(head[name])
+        if loaded.use_cache:
+            model.config.use_cache = True
+        model.save_pretrained(staging)
+        loaded.tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _publish(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and vanishes otherwise."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(
+            f"{out} exists and is not an empty folder; choose another --out or remove it"
+        )
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}; nothing is left there") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# --- model cards --------------------------------------------------------------------------------
+
+_AUTO = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_PIPELINE = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
+
+
+def model_card(
+    summary: Mapping[str, Any],
+    kind: Kind,
+    rank: int | None,
+    *,
+    base: str,
+    labels: Sequence[str] = (),
+) -> str:
+    """The README.md of an export: metadata, how to load it, and how it was made.
+
+    `summary` is the content of a run's summary.json, `rank` that of an adapter, `base` the base
+    model's name, `labels` those of a classifier, in order.
+    """
+    what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
+    front = {
+        "base_model": base,
+        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": _PIPELINE[summary["task"]],
+        "tags": ["fedhl", "federated-learning", "lora"],
+    }
+    lines = [
+        *_front_matter(front),
+        f"# {summary['name']}",
+        "",
+        f"{what} for `{base}`, fine-tuned by {len(summary['clients'])} clients that did not share "
+        "their data, with fedhl.",
+        "",
+        *_how_to_load(summary["task"], kind, base, labels),
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in _facts(summary).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(front: Mapping[str, Any]) -> list[str]:
+    # A JSON scalar or list is valid YAML, with any quoting that a path or a name needs.
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+
+
+def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
+    auto = _AUTO[task]
+    folder = "path/to/this/folder"
+    if kind == "merged":
+        code = [
+            f"from transformers import {auto}, AutoTokenizer",
+            f'model = {auto}.from_pretrained("{folder}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        ]
+    else:
+        count = f", num_labels={len(labels)}" if task == "sequence-classification" else ""
+        code = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            f"base = {auto}.from_pretrained({json.dumps(base)}{count})",
+            f'model = PeftModel.from_pretrained(base, "{folder}")',
+        ]
+    lines = ["```python", *code, "```", ""]
+    if labels:
+        lines += ["Labels, in order: " + ", ".join(f"`{label}`" for label in labels) + ".", ""]
+    return lines
+
+
+def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader must know to judge or to repeat it, from a run's summary.json."""
+    clients = summary["clients"]
+    ranks = sorted(client["rank"] for client in clients)
+    counts = ", ".join(f"{ranks.count(r)} of rank {r}" for r in sorted(set(ranks)))
+    facts = {
+        "method": _settings(summary["method"]),
+        "weighting": _settings(summary["weighting"]),
+        "clients": f"{len(clients)} ({counts})",
+        "training examples": f"{sum(client['examples'] for client in clients)}",
+        "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
+    }
+    final = summary.get("final") or {}
+    for key, name in (("full", "full-rank update"), ("truncated", "update at the top rank")):
+        scores = final.get(key)
+        if scores:
+            shown = (k for k in ("accuracy", "loss") if scores.get(k) is not None)
+            facts[f"held out, {name}"] = ", ".join(f"{k} {scores[k]:.4f}" for k in shown)
+    facts["fedhl"] = summary["fedhl"] + (
+        f" (commit {summary['commit']})" if summary.get("commit") else ""
+    )
+    facts["seed"] = str(summary["seeds"]["root"])
+    facts |= {f"{what} hash": f"`{value}`" for what, value in summary["hashes"].items()}
+    return facts
+
+
+def _settings(choice: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
+    return f"{choice['name']} ({settings})" if settings else str(choice["name"])
+
+
+def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
+    ranks = sorted(set(merge.ranks.values()))
+    front = {
+        "base_model": base or "",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["fedhl", "lora", "merge"],
+    }
+    lines = [
+        *_front_matter(front),
+        "# Merged LoRA adapter",
+        "",
+        f"The weighted sum of {len(folders)} LoRA adapters of `{base}`, of rank "
+        f"{ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}, made by "
+        f"fedhl {fedhl.__version__}. The products B A are summed, not the factors; cutting the rank "
+        f"lost {merge.error:.3%} of the squared norm.",
+        "",
+        "| adapter | weight |",
+        "|---|---|",
+        *(f"| {Path(f).name} | {w:.6g} |" for f, w in zip(folders, merge.weights, strict=True)),
+        "",
+    ]
+    return "\n".join(lines)

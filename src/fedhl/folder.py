@@ -1,0 +1,133 @@
+"""The files of a run folder: written so that no crash leaves one half-written, and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from fedhl import checkpoint
+from fedhl.config import Config, load_config
+from fedhl.errors import UserError
+from fedhl.prepare import SILENT, Watcher
+from fedhl.server import ServerState
+
+
+def load_run_config(folder: Path) -> Config:
+    """The config of a run folder. Raises UserError if it is not one."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    return load_config(folder / "config.yaml")
+
+
+def load_checkpoint(
+    folder: Path,
+    like: ServerState,
+    which: int | Literal["last", "best"],
+    watcher: Watcher = SILENT,
+) -> tuple[ServerState, dict[str, Any]]:
+    """The state and manifest of a checkpoint: the newest good one, the best, or a round's.
+
+    A corrupt newest checkpoint is named, and the one before it is used. Raises UserError if there is
+    none that serves, naming those that are there.
+    """
+    stored = checkpoint.stored(folder / "state")
+    rounds = {int(path.name.removeprefix("round-")): path for path in stored}
+    if which == "last":
+        for round, path in rounds.items():
+            try:
+                return checkpoint.load(path, like)
+            except checkpoint.CorruptCheckpoint as error:
+                watcher.say(
+                    f"warning: the checkpoint of round {round} is corrupt and left out: {error}"
+                )
+        raise UserError(
+            f"{folder}: no checkpoint can be read; start the run anew with another --out"
+        )
+    if which == "best":
+        best = json.loads((folder / "summary.json").read_text())["best"]
+        if best is None:
+            raise UserError(f"{folder}: no round was evaluated, so none is best; use --round last")
+        which = int(best["round"])
+    if which not in rounds:
+        kept = ", ".join(str(round) for round in sorted(rounds)) or "none"
+        raise UserError(
+            f"{folder}: no checkpoint of round {which}; kept: {kept} (checkpoints.keep)"
+        )
+    try:
+        return checkpoint.load(rounds[which], like)
+    except checkpoint.CorruptCheckpoint as error:
+        raise UserError(f"{folder}: the checkpoint of round {which} is corrupt: {error}") from None
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_metrics(path: Path, last: dict[str, Any]) -> None:
+    """Cut the metrics back to the rounds before `last`, and `last` itself, the line of the checkpoint."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # torn by the crash
+            break
+        if line["round"] == last["round"]:
+            last = line  # the same, with the seconds of the checkpoint
+        if line["round"] >= last["round"]:
+            break
+        kept.append(text)
+    kept.append(json.dumps(last, ensure_ascii=False))
+    write_atomically(path, "\n".join(kept) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under another name, flush it, and rename it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a message that says how to go on: what was saved stays saved."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        raise UserError(
+            f"cannot write to {folder}: {error} ({free:,.0f} MiB free); every finished round is saved. "
+            f"Make room, then: fedhl resume {folder}"
+        ) from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside the block takes effect at its end, so that no file is left half-written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    before = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt

@@ -1,0 +1,113 @@
+"""Where a model or a data file is: a path, a file inside an installed package, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.machinery import ModuleSpec
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedhl.errors import UserError
+
+PACKAGE = "package:"
+FORMS = (
+    "a source is a path (data/train.jsonl), a file in an installed package "
+    "(package:import_name/inner/path) or a hub id (owner/name)"
+)
+# A hub name may contain dots ("Qwen/Qwen2.5-0.5B"), so only these endings say "this is a file".
+FILE_SUFFIXES = tuple(
+    f".{ending}"
+    for ending in (
+        *("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "txt", "md", "xlsx"),
+        *("gz", "zip", "tar", "xz", "zst", "bz2"),
+        *("gguf", "safetensors", "bin", "pt", "npz", "yaml", "yml", "toml", "py"),
+    )
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+
+
+def locate(source: str) -> Path | None:
+    """The existing file or folder that `source` names; None when it is a hub id instead.
+
+    `source` is a path (relative to the current folder; `~` is expanded), or
+    `package:import_name/inner/path`, or a hub id `owner/name`, `owner/name:config` or `name`.
+    Whatever exists locally comes first; a package is found without importing it.
+
+    Raises UserError for a file, package or inner path that does not exist.
+    """
+    if not source.strip():
+        raise UserError(f"an empty source; {FORMS}.")
+    if source.startswith(PACKAGE):
+        return _inside_package(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _is_hub_id(source):
+        return None
+    raise UserError(f"{_missing(path)}; {FORMS}.")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the closest of `names`; empty when none is close."""
+    close = get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _is_hub_id(source: str) -> bool:
+    name = source.rpartition("/")[2]
+    return bool(_HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+
+
+def _inside_package(source: str) -> Path:
+    name, _, inner = source.removeprefix(PACKAGE).partition("/")
+    if not name.isidentifier():
+        raise UserError(
+            f"{source!r}: {name!r} is not the import name of a package; "
+            "write package:import_name/inner/path."
+        )
+    spec = _spec(name)
+    if spec is None:
+        raise UserError(
+            f"{source!r}: no package {name!r} in this Python environment"
+            f"{nearest(name, packages_distributions())}. Install it with "
+            f"`pip install {name.replace('_', '-')}` (its name on the index may differ)."
+        )
+    if not spec.submodule_search_locations:
+        raise UserError(f"{source!r}: {name!r} is a single module, it has no files inside.")
+    candidates = [Path(root) / inner.lstrip("/") for root in spec.submodule_search_locations]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{source!r}: {_missing(candidates[0])}.")
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return find_spec(name)
+    except ValueError:  # a module already loaded without a spec, such as __main__
+        return None
+
+
+def _missing(path: Path) -> str:
+    """Which part of `path` does not exist, where, and what there is instead."""
+    part, folder = path, path.parent
+    while not folder.exists():
+        part, folder = folder, folder.parent
+    if not folder.is_dir():
+        return f"{str(path)!r} cannot exist: {str(folder)!r} is a file"
+    names = sorted(
+        entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "_"))
+    )
+    close = get_close_matches(part.name, names, n=3)
+    where = "the current folder" if folder == Path(".") else repr(str(folder))
+    text = f"no file or folder {str(path)!r}"
+    if part != path:
+        text += f" (there is no {part.name!r} in {where})"
+    if close:
+        return f"{text} (did you mean {' or '.join(map(repr, close))}?)"
+    if names:
+        return f"{text}; {where} has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    return f"{text}; {where} is empty"

@@ -1,0 +1,197 @@
+"""What an aggregation method is: how the updates of one layer are combined, and what is sent back.
+
+The aggregation-broadcast view (arXiv 2508.01348) with a server memory: a method turns a state and
+a cohort's updates into the next state, and a state into what each client starts from. Methods are
+frozen dataclasses whose fields are the hyperparameters; states are frozen dataclasses of tensors,
+numbers and LoRAs, so that a checkpoint can hold them. A complete method, averaging dense updates:
+
+>>> from dataclasses import dataclass
+>>> from typing import ClassVar
+>>> import torch
+>>> from fedhl.lora import LoRA, add_products, dense, initial, prefix, truncate
+>>> @dataclass(frozen=True)
+... class Mean:
+...     mixed_ranks: ClassVar[bool] = True
+...     laws: ClassVar[frozenset[str]] = frozenset({"gauge", "one client"})
+...     def init(self, lora, seed=0):
+...         return lora
+...     def broadcast(self, state, rank, scale, key=0):
+...         return Broadcast(prefix(state, rank, scale))
+...     def aggregate(self, state, updates):
+...         terms = ((u.weight, u.lora) for u in checked(updates, state.shape))
+...         return truncate(add_products(torch.zeros(state.shape), terms), state.rank)
+...     def delta(self, state):
+...         return state
+...     def traffic(self, m, n, rank, cohort):
+...         return Traffic(down=rank * (m + n), up=rank * (m + n))
+>>> method = Mean()
+>>> state = method.init(initial(m=6, n=4, rank=2, scale=1.0, seed=0))
+>>> sent = method.broadcast(state, rank=2, scale=1.0)
+>>> trained = LoRA(sent.lora.A, torch.ones(6, 2), scale=1.0)
+>>> state = method.aggregate(state, [Update(sent, trained, weight=1.0)])
+>>> torch.allclose(dense(method.delta(state)), trained.delta(), atol=1e-6)
+True
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA
+
+State = TypeVar("State")
+
+LAWS = {
+    "exact mean": "from any state, delta becomes delta + Σ p_i (ΔW_i - ΔW(sent_i))",
+    "no-op": "if every client returns what it was sent, delta does not move",
+    "gauge": "(B G, G⁻¹ A) in place of (B, A) changes nothing",
+    "one client": "with one client of full rank, delta is its update",
+}
+"""The laws that not every method satisfies; each method claims its own, and both ways are tested."""
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """What one client starts a round from: the model `W0 + base + ΔW(lora)`.
+
+    `train`: the factors the client trains; `keep`: the factors that never leave it; `index`: which
+    components of the server's state these are, for methods that do not send a prefix.
+    """
+
+    lora: LoRA
+    base: Tensor | None = None
+    train: frozenset[str] = frozenset({"A", "B"})
+    keep: frozenset[str] = frozenset()
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one client returned: the adapter it was sent, the adapter it trained, its weight p_i.
+
+    The server normalises the weights over the updates that arrived; a method never does.
+    """
+
+    sent: Broadcast
+    lora: LoRA
+    weight: float
+
+
+class Traffic(NamedTuple):
+    """Numbers (not bytes) that cross the wire for one client, one layer and one round."""
+
+    down: int
+    up: int
+
+
+class Method(Protocol[State]):
+    """The contract of every aggregation method, on one layer; see the toy in the module's docstring."""
+
+    mixed_ranks: ClassVar[bool]
+    """False: refuses clients of different ranks or scales."""
+    laws: ClassVar[frozenset[str]]
+    """The names of `LAWS` that it claims."""
+
+    def init(self, lora: LoRA, seed: int = 0) -> State:
+        """The state before round 1, from the initial adapter at the server's top rank."""
+        ...
+
+    def broadcast(self, state: State, rank: int, scale: float, key: int = 0) -> Broadcast:
+        """What a client of this rank and scale is sent; the same for the same state and key.
+
+        Raises ValueError for a rank or scale it cannot serve.
+        """
+        ...
+
+    def aggregate(self, state: State, updates: Iterable[Update]) -> State:
+        """The next state. `updates` may be lazy, and may be iterated more than once.
+
+        Raises ValueError for an empty cohort, wrong shapes and non-finite values.
+        """
+        ...
+
+    def delta(self, state: State) -> LoRA | Tensor | None:
+        """The global change of this layer in effective units; None: there is no global model."""
+        ...
+
+    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
+        """Numbers down and up for one client of `rank` in a cohort of these ranks."""
+        ...
+
+
+def check_broadcast(rank: int, scale: float, top: int) -> None:
+    """Raises ValueError unless `rank` is in 1..top and `scale` is positive and finite."""
+    if not 1 <= rank <= top:
+        raise ValueError(f"rank must be in 1..{top} (the server's top rank), got {rank}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
+def checked(updates: Iterable[Update], shape: tuple[int, int]) -> Iterator[Update]:
+    """The updates one by one, each checked as it is read.
+
+    Raises ValueError for an empty cohort, a layer shape other than `shape`, a non-finite value and
+    a weight that is negative or not finite.
+    """
+    k = -1
+    for k, update in enumerate(updates):
+        if update.lora.shape != shape:
+            raise ValueError(
+                f"update {k} is for a layer of shape {update.lora.shape}, expected {shape}"
+            )
+        if not (update.lora.A.isfinite().all() and update.lora.B.isfinite().all()):
+            raise ValueError(f"update {k} has a non-finite value")
+        if not (math.isfinite(update.lora.scale) and update.lora.scale > 0):
+            raise ValueError(
+                f"update {k} has scale {update.lora.scale}, expected a positive number"
+            )
+        if not (math.isfinite(update.weight) and update.weight >= 0):
+            raise ValueError(f"update {k} has weight {update.weight}, expected a number >= 0")
+        yield update
+    if k < 0:
+        raise ValueError("the cohort is empty: a round without updates leaves the state as it is")
+
+
+def flatten(state: Any) -> dict[str, Tensor]:
+    """A state as named tensors, for safetensors; numbers become 0-d float64 or int64 tensors.
+
+    Raises TypeError if the state is not made of tensors, numbers and dataclasses of them.
+    """
+    if isinstance(state, Tensor):
+        return {"": state.contiguous()}
+    if isinstance(state, bool | int | float):
+        return {"": torch.tensor(state, dtype=torch.float64 if isinstance(state, float) else None)}
+    if not is_dataclass(state):
+        raise TypeError(
+            f"a state holds tensors, numbers and dataclasses, not {type(state).__name__}"
+        )
+    return {
+        f"{field.name}.{name}".rstrip("."): tensor
+        for field in fields(state)
+        for name, tensor in flatten(getattr(state, field.name)).items()
+    }
+
+
+def unflatten(like: State, tensors: dict[str, Tensor]) -> State:
+    """The state that `flatten` wrote, with the structure of `like` (say, `method.init(...)`).
+
+    Raises KeyError if a tensor is missing.
+    """
+    if isinstance(like, Tensor):
+        return tensors[""]  # type: ignore[return-value]
+    if isinstance(like, bool | int | float):
+        return type(like)(tensors[""].item())  # type: ignore[return-value]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        parts.setdefault(head, {})[rest] = tensor
+    return replace(
+        like,  # type: ignore[type-var]
+        **{f.name: unflatten(getattr(like, f.name), parts[f.name]) for f in fields(like)},  # type: ignore[arg-type]
+    )

@@ -1,0 +1,61 @@
+"""FedHL: the server keeps the full-rank update and truncation never biases it (arXiv 2505.18494)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA, add_products
+from fedhl.method import Broadcast, Traffic, Update, checked
+from fedhl.methods.full_rank import FullRank, move, send, start
+
+
+@dataclass(frozen=True)
+class FedHL:
+    """Unbiased aggregation of adapters of any ranks.
+
+    `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`.
+    The subtracted terms are prefixes of one SVD, so together they are
+    `U diag(σ_j · Σ_{i: r_i >= j} p_i) Vᵀ`: one thin product however many clients.
+
+    Source: arXiv 2505.18494. Cost: one SVD and one product of inner size `Σ r_i + r_max` per layer.
+    Before W has rank, the initial adapter's A serves (`A_r` = its first r rows, `B = 0`); later,
+    components with σ_j = 0 get seeded random rows of A, so that no rank is ever dead.
+    Nearest neighbour: FlexLoRA, which forgets `W - T_{r_i}(W)` every round.
+    Limitation: components of W beyond the top rank are never sent, so never corrected.
+    """
+
+    mixed_ranks: ClassVar[bool] = True
+    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+
+    def init(self, lora: LoRA, seed: int = 0) -> FullRank:
+        return start(lora, seed)
+
+    def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
+        del key  # nothing is drawn
+        return send(state, rank, scale)
+
+    def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
+        held = torch.zeros(state.sent.rank, dtype=torch.float64)  # Σ_{i: r_i >= j} p_i
+
+        def terms() -> Iterator[tuple[float, LoRA]]:
+            for update in checked(updates, state.shape):
+                sent = update.sent.lora
+                if not torch.equal(sent.A, state.sent.A[: sent.rank]):
+                    raise ValueError("an update answers a broadcast that is not of this state")
+                held[: sent.rank] += update.weight
+                yield update.weight, update.lora
+
+        W = add_products(state.W, terms())
+        W.addmm_(state.sent.B * held.to(W), state.sent.A, alpha=-1)
+        return move(state, W)
+
+    def delta(self, state: FullRank) -> Tensor:
+        return state.W
+
+    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
+        return Traffic(down=rank * (m + n), up=rank * (m + n))

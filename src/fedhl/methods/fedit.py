@@ -1,0 +1,59 @@
+"""FedIT: the factors are averaged one by one, the product of means (arXiv 2305.05644)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedhl.lora import LoRA, own
+from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+
+
+@dataclass(frozen=True)
+class FedIT:
+    """FedAvg on the factors: `A = Σ p_i A_i`, `B = Σ p_i B_i`, sent to every client. The state is (A, B).
+
+    Source: arXiv 2305.05644. Cost: none to speak of.
+    Nearest neighbour: FlexLoRA at equal ranks, which averages the products.
+    Limitation: `(Σ p_i B_i)(Σ p_i A_i)` has cross terms `B_i A_j` and depends on how each client
+    happens to split its product into factors; ranks and scales must be equal.
+    """
+
+    mixed_ranks: ClassVar[bool] = False
+    laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
+
+    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
+        del seed  # nothing is drawn
+        return own(lora)
+
+    def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
+        del key
+        check_broadcast(rank, scale, state.rank)
+        if rank != state.rank or abs(scale - state.scale) > 1e-6 * state.scale:
+            raise ValueError(
+                f"fedit averages factors, so every client must have rank {state.rank} and scale "
+                f"{state.scale:g}, got rank {rank} and scale {scale:g}; use fedhl for mixed ranks"
+            )
+        return Broadcast(state)
+
+    def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
+        A, B = torch.zeros_like(state.A), torch.zeros_like(state.B)
+        for k, update in enumerate(checked(updates, state.shape)):
+            lora = update.lora
+            if lora.rank != state.rank or abs(lora.scale - state.scale) > 1e-6 * state.scale:
+                raise ValueError(
+                    f"update {k} has rank {lora.rank} and scale {lora.scale:g}, expected "
+                    f"{state.rank} and {state.scale:g}; use fedhl for mixed ranks"
+                )
+            A += update.weight * lora.A.to(A)
+            B += update.weight * lora.B.to(B)
+        return LoRA(A, B, state.scale)
+
+    def delta(self, state: LoRA) -> LoRA:
+        return state
+
+    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
+        return Traffic(down=rank * (m + n), up=rank * (m + n))

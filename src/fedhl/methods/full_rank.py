@@ -1,0 +1,57 @@
+"""The state shared by methods that keep a dense W per layer and send prefixes of its SVD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA, own, prefix, trainable_truncation
+from fedhl.method import Broadcast, check_broadcast
+from fedhl.seeds import derive
+
+
+@dataclass(frozen=True, eq=False)
+class FullRank:
+    """`W (m, n)`: the global change; `sent`: its truncation to the top rank, scale 1, of which every
+    client's broadcast is a prefix; `seed` and `round` name the draw of dead components."""
+
+    W: Tensor
+    sent: LoRA
+    seed: int
+    round: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+
+def start(lora: LoRA, seed: int) -> FullRank:
+    """`W = ΔW(lora)`. Where that is zero its SVD would send `A = B = 0`, which never trains: the
+    initial adapter's own A serves, `A_r` being its first r rows.
+
+    Raises ValueError if the adapter has more components than the layer has rank.
+    """
+    if lora.rank > min(lora.shape):
+        raise ValueError(f"the top rank must be <= {min(lora.shape)} here, got {lora.rank}")
+    lora = own(lora)
+    sent = LoRA(lora.A, torch.zeros_like(lora.B), 1.0)
+    return move(FullRank(lora.delta(), sent, seed, -1))
+
+
+def move(state: FullRank, W: Tensor | None = None) -> FullRank:
+    """The state one round later, with W in its place and a new truncation, computed once."""
+    W = state.W if W is None else W
+    round = state.round + 1
+    if not W.any():  # also when W has come back to zero: then the last B must not be sent again
+        sent = LoRA(state.sent.A, torch.zeros_like(state.sent.B), 1.0)
+        return FullRank(W, sent, state.seed, round)
+    sent = trainable_truncation(W, state.sent.rank, derive(state.seed, "refill", round))
+    return FullRank(W, sent, state.seed, round)
+
+
+def send(state: FullRank, rank: int, scale: float) -> Broadcast:
+    """`B = U_r S_r / s`, `A = V_rᵀ`. Raises ValueError unless rank is in 1..top rank and s > 0."""
+    check_broadcast(rank, scale, state.sent.rank)
+    return Broadcast(prefix(state.sent, rank, scale))

@@ -1,0 +1,406 @@
+"""Load the frozen base model, wherever it lives: a hub id, a folder, a package or a GGUF file.
+
+A GGUF file is dequantised once into a cache folder (`$FEDHL_CACHE`, or `~/.cache/fedhl`); from then
+on it loads like any other folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from fedhl.errors import UserError
+from fedhl.locate import locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["sequence-classification", "causal-lm"]
+
+logger = logging.getLogger(__name__)
+
+# The modules PEFT saves with a classification adapter, and matches by the end of their names.
+_HEAD_SUFFIXES = ("classifier", "score")
+# What must stay unquantised in a 4-bit classifier, because it may have to be trained from scratch.
+_HEAD_MODULES = (
+    *("classifier", "pre_classifier", "classification_head", "score", "pooler"),
+    *("sequence_summary", "logits_proj"),
+)
+
+
+class Loaded(NamedTuple):
+    """A frozen base model, and what a run must know about it.
+
+    `head` are the names of the parameters that are trained whole (none for causal-lm);
+    `source_for_adapter` is what an exported adapter gives as its base model; `hash` identifies the
+    weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
+    before it was switched off for training.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    head: tuple[str, ...]
+    source_for_adapter: str
+    revision: str | None
+    hash: str
+    use_cache: bool
+
+
+def load_model(
+    source: str,
+    task: Task,
+    *,
+    labels: Sequence[str] | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    four_bit: bool = False,
+    device: str = "cpu",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Loaded:
+    """The base model with its tokenizer, every parameter frozen, in eval mode, on `device`.
+
+    `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
+    at `revision`. A classification head that the checkpoint lacks, or holds for another number of
+    labels, is drawn from `seed` alone: the global random state is neither used nor changed.
+    Raises UserError for a source, device or setting that cannot work.
+    """
+    target = _device(device)
+    if four_bit:
+        _require_four_bit(target)
+    path = locate(source)
+    if path is not None and path.is_file():
+        folder, digest = _from_gguf(path)
+    elif path is not None:
+        folder, digest = str(path.resolve()), _hash_folder(path)
+    else:
+        folder, digest = source, None
+
+    tokenizer = _load_tokenizer(folder, source, revision)
+    kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
+    if labels is not None:
+        kwargs |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    if four_bit:
+        kwargs |= _four_bit(task, target)
+    with _quiet(), _seeded(seed, target if four_bit else torch.device("cpu")):
+        model, missing = _from_pretrained(folder, source, task, dtype, kwargs)
+
+    head = _head(model, missing, source) if task == "sequence-classification" else ()
+    if task == "causal-lm" and missing:
+        raise UserError(_incomplete(source, sorted(missing), model))
+    if not all(model.get_parameter(name).is_floating_point() for name in head):
+        raise UserError(
+            f"model {source!r}: its classification head cannot be kept out of 4-bit quantisation "
+            f"({', '.join(head)}); load it without 4-bit"
+        )
+    if not four_bit:
+        model.to(target)  # pyright: ignore[reportArgumentType]
+    model.requires_grad_(False)
+    _set_padding(model, tokenizer, source)
+    use_cache = bool(getattr(model.config, "use_cache", False))
+    if use_cache:
+        model.config.use_cache = False
+    if gradient_checkpointing:
+        _enable_checkpointing(model, source)
+    if digest is None:
+        digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
+    pinned = revision if path is None else None
+    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache)
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def _from_pretrained(
+    folder: str, source: str, task: Task, dtype: torch.dtype, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the parameters that its checkpoint did not hold in the right shape."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    classify = task == "sequence-classification"
+    auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    try:
+        loaded: Any = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            # Only heads may differ: `_head` and `load_model` refuse anything else.
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+    except Exception as error:  # the library raises nearly everything here
+        raise UserError(_cannot_load("model", source, error)) from error
+    model, info = loaded
+    model.eval()
+    return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
+
+
+def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, **kwargs)
+        except Exception as error:  # the library raises nearly everything here
+            raise UserError(_cannot_load("tokenizer", source, error)) from error
+
+
+def _cannot_load(what: str, source: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    if locate(source) is None:
+        advice = (
+            "it is no file or folder here, so it was looked up on the Hugging Face hub; check the "
+            "name, the revision and the connection, or give the path of a folder"
+        )
+    else:
+        advice = (
+            "expected a folder in the Hugging Face format (config.json, weights, tokenizer) of an "
+            "architecture that the installed transformers knows"
+        )
+    return f"cannot load the {what} of {source!r}: {reason[:300]} ({advice})"
+
+
+def _head(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
+    """The parameters to train whole: those the checkpoint lacks, and the classifier itself.
+
+    A pooler may be missing (masked language models have none); any other gap inside the encoder
+    means that the weights do not belong to this architecture.
+    """
+    prefix = model.base_model_prefix + "."
+    lost = sorted(n for n in missing if n.startswith(prefix) and "pooler" not in n)
+    if lost:
+        raise UserError(_incomplete(source, lost, model))
+    names = [name for name, _ in model.named_parameters()]
+    return tuple(
+        name
+        for name in names
+        if name in missing or any(part.endswith(_HEAD_SUFFIXES) for part in name.split(".")[:-1])
+    )
+
+
+def _incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
+    shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    return (
+        f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
+        "another shape; check that config.json belongs to these weights and that the task is right"
+    )
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"model {source!r}: its tokenizer has neither a padding nor an end-of-text token, "
+                "so examples cannot be batched; add a pad_token to tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _enable_checkpointing(model: PreTrainedModel, source: str) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model {source!r}: {type(model).__name__} does not support gradient checkpointing; "
+            "turn it off"
+        )
+    # The first is its name in newer transformers. Non-reentrant: gradients pass frozen inputs.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its loading report and progress bars: what it says of is checked here."""
+    from transformers.utils import logging as noise
+
+    verbosity, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+    try:
+        yield
+    finally:
+        noise.set_verbosity(verbosity)
+        if bars:
+            noise.enable_progress_bar()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` inside the block, the global state untouched after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+# --- devices and quantisation -------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    available = ["cpu"]
+    available += ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not one of cpu, cuda, mps")
+    if device.type not in available:
+        raise UserError(
+            f"device {name!r} is not available; PyTorch {torch.__version__} finds here: "
+            f"{', '.join(available)}"
+        )
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"device {name!r} does not exist; there are cuda:0 to cuda:{count - 1}")
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+def _require_four_bit(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(
+            f"a 4-bit base needs an NVIDIA GPU (device: cuda), got device {device.type!r}; "
+            "load the base unquantised, for example in bfloat16"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("a 4-bit base needs bitsandbytes: pip install 'fedhl[4bit]'")
+
+
+def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
+    """NF4 with double quantisation, arithmetic in bfloat16 (QLoRA, arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        # None: transformers spares the output embedding and what is tied to it.
+        llm_int8_skip_modules=list(_HEAD_MODULES) if task == "sequence-classification" else None,
+    )
+    return {"quantization_config": config, "device_map": {"": device.index}}
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _hash_folder(folder: Path) -> str:
+    """The sha256 over names and contents of the weight files of a folder, in name order."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(
+        [*folder.glob("*model*.bin"), *folder.glob("*.gguf")]
+    )
+    if not files:
+        found = sorted(p.name for p in folder.iterdir())[:8]
+        raise UserError(
+            f"model folder {folder} holds no weights (*.safetensors); found "
+            f"{', '.join(found) if found else 'nothing'}. Give the folder that holds config.json and "
+            "the weights, or a .gguf file"
+        )
+    return _hash_files(files)
+
+
+def _hash_files(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_gguf(file: Path) -> tuple[str, str]:
+    """The cached folder that holds `file` dequantised to float32 (made now if need be), and its hash."""
+    if file.suffix != ".gguf":
+        raise UserError(
+            f"model {file} is a file but not a .gguf file; give a folder or a .gguf file"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {file.name} needs the gguf package: pip install 'fedhl[gguf]'")
+    digest = _sha256(file)
+    cache = Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
+    folder = cache.resolve() / "gguf" / digest[:16]
+    if not folder.is_dir():
+        logger.info(
+            "converting %s to %s; this happens once and takes about half a minute",
+            file.name,
+            folder,
+        )
+        _convert_gguf(file, folder)
+    return str(folder), digest
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise `file` into `folder`, which appears only when it is complete."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(_no_cache(folder, error)) from error
+    try:
+        with _quiet():
+            _dequantise(file, staging)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # unless another process has just made the same folder
+                raise
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
+        raise UserError(_no_cache(folder, error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _no_cache(folder: Path, error: Exception) -> str:
+    return (
+        f"cannot write the converted model to {folder}: {error}; it needs four "
+        "bytes per parameter. Make room, or point FEDHL_CACHE at another folder"
+    )
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+    except Exception as error:  # the library raises nearly everything here
+        raise UserError(_cannot_load("GGUF model", str(file), error)) from error
+    # The weights are plain float32 now, but the marks of quantisation would forbid saving them.
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+    for attribute in ("is_quantized", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,160 @@
+"""A config made real: data read and partitioned, model loaded, adapters attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedhl import peft
+from fedhl.config import Config, assign_ranks
+from fedhl.data import shards
+from fedhl.errors import UserError
+from fedhl.lora import LoRA
+from fedhl.model import Loaded, load_model
+from fedhl.server import Client, ServerState
+from fedhl.simulation import Federation, initial_state
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who looks on: `say` gets lines of text, `step` the steps done and to do in the phase named."""
+
+    say: Callable[[str], None] = lambda line: None
+    step: Callable[[str, int, int], None] = lambda phase, done, total: None
+
+
+SILENT = Watcher()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config made real: data read, model loaded, adapters attached."""
+
+    config: Config
+    data: shards.Shards
+    tokenised: shards.Tokenised
+    loaded: Loaded
+    federation: Federation
+    start: dict[str, LoRA]
+    start_head: dict[str, Tensor]
+
+    def initial_state(self) -> ServerState:
+        return initial_state(self.federation, self.start, self.start_head)
+
+
+def pick_device(config: Config) -> str:
+    """The device asked for; `auto` is cuda, else mps, else cpu."""
+    if config.compute.device != "auto":
+        return config.compute.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_federation(
+    config: Config, labels: Sequence[str] | None, ranks: Mapping[str, int]
+) -> tuple[Loaded, Federation]:
+    """The model with its adapter slots, and a federation of clients that have no rows yet."""
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    device = pick_device(config)
+    loaded = load_model(
+        config.model.source,
+        config.task.kind,
+        labels=labels,
+        revision=config.model.revision,
+        dtype=getattr(torch, config.model.dtype),
+        four_bit=config.model.four_bit,
+        device=device,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        seed=config.seed,
+    )
+    slots = peft.attach(
+        loaded.model,
+        {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
+        config.lora.targets,
+        rslora=config.lora.rslora,
+        dropout=config.lora.dropout,
+        head=loaded.head,
+    )
+    method = config.method.build()
+    clients = [Client(name, r, peft.scale(slots, r), 0) for name, r in sorted(ranks.items())]
+    refuse_mixed_ranks(config, method.mixed_ranks, clients)
+    federation = Federation(
+        config=config,
+        method=method,
+        weighting=config.weighting.build(),
+        clients=clients,
+        rows={},
+        own={},
+        held_out=[],
+        slots=slots,
+        pad_id=loaded.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        device=torch.device(device),
+    )
+    return loaded, federation
+
+
+def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
+    """Read the data, load the model, attach the adapters. Raises UserError before any training."""
+    data = shards.read(config)
+    ranks = assign_ranks(config.lora, list(data.clients), config.seed)
+    watcher.say(f"{len(data.rows):,} rows for {len(ranks)} clients; loading {config.model.source}")
+    loaded, federation = load_federation(config, data.labels, ranks)
+    tokenised = shards.tokenise(config, data, loaded.tokenizer)
+    if tokenised.dropped:
+        watcher.say(
+            f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
+            f"within task.max_length = {config.task.max_length}"
+        )
+    federation = replace(
+        federation,
+        clients=[replace(c, examples=len(tokenised.train[c.id])) for c in federation.clients],
+        rows=tokenised.train,
+        own=tokenised.client_held_out,
+        held_out=tokenised.held_out,
+    )
+    start, head = read_start(config, federation) if config.lora.start else ({}, {})
+    return Prepared(config, data, tokenised, loaded, federation, start, head)
+
+
+def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> None:
+    """Raises UserError if the method cannot serve clients of different ranks or scales."""
+    kinds = sorted({(client.rank, client.scale) for client in clients})
+    if not mixed and len(kinds) > 1:
+        raise UserError(
+            f"method {config.method.name!r} needs one rank and scale for all clients, got ranks "
+            f"{', '.join(str(rank) for rank, _ in kinds)}; set lora.ranks to one number, or use "
+            "method: fedhl, which takes any ranks"
+        )
+
+
+def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
+    """The adapter and head that `lora.start` names, if they fit this model and these ranks."""
+    assert config.lora.start is not None
+    adapter, head, _ = peft.load_adapter(Path(config.lora.start))
+    shapes, top = peft.layers(federation.slots), federation.top_rank
+    for name, lora in adapter.items():
+        if name not in shapes:
+            raise UserError(
+                f"lora.start: the adapter has layer {name!r}, which lora.targets does not adapt; "
+                "choose the same targets"
+            )
+        if lora.shape != shapes[name] or lora.rank > top:
+            raise UserError(
+                f"lora.start: layer {name!r} has shape {lora.shape} and rank {lora.rank}, expected "
+                f"{shapes[name]} and at most {top}, the largest of lora.ranks; `fedhl merge "
+                f"{config.lora.start} --rank {top} --out DIR` makes one that fits"
+            )
+    own = federation.slots.head
+    for name, value in head.items():
+        if name not in own or own[name].shape != value.shape:
+            raise UserError(
+                f"lora.start: head parameter {name!r} of shape {tuple(value.shape)} does not fit this "
+                "model and these labels"
+            )
+    return adapter, head

@@ -1,0 +1,66 @@
+"""A run folder as one self-contained page, and as a small table for the terminal.
+
+Both are pure functions of the folder's files (`metrics.jsonl`, `summary.json`, `config.yaml`): the same
+files give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhl.report.files import best, final_evaluation, headline_kinds, num, read_run
+from fedhl.report.html import metric_text, seconds, size
+from fedhl.report.page import page
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["final_table", "write_report"]
+
+
+def write_report(run: Path) -> Path:
+    """Write `run`/report.html from the files beside it, and return its path.
+
+    Raises UserError when metrics.jsonl is missing, or when it or summary.json is malformed; an incomplete
+    last line of metrics.jsonl, left by a killed process, is ignored.
+    """
+    text = page(read_run(run))
+    path = run / "report.html"
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def final_table(run: Path) -> Table:
+    """Round 0, the best and the last evaluated round side by side, with bytes and seconds up to each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    read = read_run(run)
+    result = Table(title=Text(read.name), title_justify="left")
+    kinds = headline_kinds(read)
+    for header in (
+        "",
+        "round",
+        *(f"{read.metric} {name}" for name, _ in kinds),
+        "down",
+        "up",
+        "time",
+    ):
+        result.add_column(Text(header), justify="right" if header else "left")
+    last, _ = final_evaluation(read)
+    for name, wanted in (("start", 0), ("best", best(read)[0]), ("final", last)):
+        line = next((r for r in read.rounds if r["round"] == wanted), None)
+        if line is None:
+            continue
+        until = [r for r in read.rounds if r["round"] <= line["round"]]
+        values = [num(line, "evaluation", *keys, read.metric) for _, keys in kinds]
+        sums = [
+            sum(num(r, group, key) or 0.0 for r in until)
+            for group, key in (("bytes", "down"), ("bytes", "up"), ("seconds", "total"))
+        ]
+        texts = ["–" if v is None else metric_text(read, v) for v in values]
+        result.add_row(
+            name, str(line["round"]), *texts, size(sums[0]), size(sums[1]), seconds(sums[2])
+        )
+    return result

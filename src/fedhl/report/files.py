@@ -1,0 +1,229 @@
+"""What a run folder says: its files parsed, and the questions a report asks of them.
+
+Everything here comes from files that a killed process may have left half written: a value that is
+missing or not finite is None, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedhl.errors import UserError
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Client:
+    """One client: what the summary says of it, and its entry of every round it took part in."""
+
+    id: str
+    rank: int | None = None
+    examples: float | None = None
+    labels: dict[str, float] = field(default_factory=dict)
+    rounds: dict[int, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run folder, parsed."""
+
+    name: str
+    rounds: list[Json]
+    summary: Json | None
+    config: str | None
+    clients: list[Client]
+    metric: str
+
+    @property
+    def better(self) -> Callable[[float, float], bool]:
+        """Whether the first value of the headline metric beats the second."""
+        return (lambda a, b: a < b) if self.metric == "loss" else (lambda a, b: a > b)
+
+
+# Reading
+
+
+def read_run(run: Path) -> Run:
+    """Read a run folder; UserError for missing metrics, or anything malformed but a torn last line."""
+    rounds = _read_rounds(run / "metrics.jsonl")
+    summary = _read_summary(run / "summary.json")
+    config = run / "config.yaml"
+    name = dig(summary, "name") or run.resolve().name
+    metric = dig(summary, "metric") or next(
+        (m for line in rounds if (m := dig(line, "evaluation", "metric"))), "loss"
+    )
+    return Run(
+        name=str(name),
+        rounds=rounds,
+        summary=summary,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        clients=_clients(rounds, summary),
+        metric=str(metric),
+    )
+
+
+def _read_rounds(path: Path) -> list[Json]:
+    if not path.is_file():
+        raise UserError(
+            f"{path} not found: {path.parent} is not the folder of a run that has started."
+        )
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rounds: list[Json] = []
+    for number, text in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(lines):  # the process was killed while writing it
+                break
+            raise UserError(
+                f"{where}: not JSON ({error}); only the last line may be incomplete."
+            ) from None
+        if not isinstance(line, dict) or type(line.get("round")) is not int:
+            raise UserError(
+                f'{where}: expected an object with an integer "round", got {text[:60]!r}.'
+            )
+        if rounds and line["round"] <= rounds[-1]["round"]:
+            raise UserError(
+                f"{where}: round {line['round']} after round {rounds[-1]['round']}; "
+                "rounds must increase from line to line."
+            )
+        rounds.append(line)
+    return rounds
+
+
+def _read_summary(path: Path) -> Json | None:
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); delete it to report without it.") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}.")
+    return summary
+
+
+def _clients(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
+    clients: dict[str, Client] = {}
+    entries = [(None, entry) for entry in items(summary, "clients")]
+    entries += [(line["round"], entry) for line in rounds for entry in items(line, "clients")]
+    for number, entry in entries:
+        client = clients.setdefault(str(entry.get("id")), Client(str(entry.get("id"))))
+        rank, examples = num(entry, "rank"), num(entry, "examples")
+        client.rank = client.rank if rank is None else int(rank)
+        client.examples = client.examples if examples is None else examples
+        if number is not None:
+            client.rounds[number] = entry
+        for label in dig(entry, "labels") or {}:
+            client.labels[str(label)] = num(entry, "labels", label) or 0.0
+    return sorted(clients.values(), key=lambda c: (c.rank or 0, natural(c.id)))
+
+
+def dig(value: Any, *keys: str) -> Any:
+    """Follow `keys` through nested objects; None as soon as one is missing or null."""
+    for key in keys:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def num(value: Any, *keys: str) -> float | None:
+    """The finite number at `keys`, or None."""
+    found = dig(value, *keys)
+    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    return found if is_number and math.isfinite(found) else None
+
+
+def items(value: Any, *keys: str) -> list[Json]:
+    """The objects in the list at `keys`; empty when there is none."""
+    found = dig(value, *keys)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def series(run: Run, *keys: str) -> list[tuple[float, float]]:
+    """(round, value) for every round that has a finite number at `keys`."""
+    return [(float(r["round"]), v) for r in run.rounds if (v := num(r, *keys)) is not None]
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts client-2 before client-10."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    return tuple((0, int(p), "") if p[0] in "0123456789" else (1, 0, p) for p in parts)
+
+
+def total(run: Run, group: str, key: str) -> float | None:
+    """A total over the run: the summary's when it is finished, else the sum over the rounds so far."""
+    if dig(run.summary, "status") == "finished":
+        stated = num(run.summary, group, key)
+        if stated is not None:
+            return stated
+    values = [value for _, value in series(run, group, key)]
+    return sum(values) if values else None
+
+
+def final_evaluation(run: Run) -> tuple[int | None, Json]:
+    """The last evaluation of the run with its round; the summary's when no round has one."""
+    for line in reversed(run.rounds):
+        if isinstance(found := dig(line, "evaluation"), dict):
+            return line["round"], found
+    return None, dig(run.summary, "final") or {}
+
+
+def truncated_name(run: Run) -> str:
+    """T_64(W), with the rank of the last evaluation as a subscript."""
+    rank = num(final_evaluation(run)[1], "truncated", "rank")
+    digits = "" if rank is None else f"{rank:.0f}"
+    return f"T{digits.translate(str.maketrans('0123456789', '₀₁₂₃₄₅₆₇₈₉'))}(W)"
+
+
+def headline_kinds(run: Run) -> list[tuple[str, tuple[str, ...]]]:
+    """What to judge the run by, names and keys: W and its truncation, or the clients without server data."""
+    final = final_evaluation(run)[1]
+    if dig(final, "full") or not dig(final, "clients", "mean"):
+        return [("full W", ("full",)), (truncated_name(run), ("truncated",))]
+    return [("mean client", ("clients", "mean")), ("worst client", ("clients", "worst"))]
+
+
+def headline(run: Run, *keys: str) -> tuple[float | None, float | None]:
+    """The headline metric at evaluation.`keys`: its final value, and its later change since round 0."""
+    last, evaluation = final_evaluation(run)
+    final = num(evaluation, *keys, run.metric)
+    if last == 0:
+        return final, None
+    start = next(
+        (num(r, "evaluation", *keys, run.metric) for r in run.rounds if r["round"] == 0), None
+    )
+    return final, None if final is None or start is None else final - start
+
+
+def best(run: Run) -> tuple[float | None, float | None]:
+    """Round and value of the best headline metric: the summary's, else of the full W or the mean client."""
+    if (value := num(run.summary, "best", "value")) is not None:
+        return num(run.summary, "best", "round"), value
+    found: tuple[float | None, float | None] = (None, None)
+    points = series(run, "evaluation", "full", run.metric)
+    points = points or series(run, "evaluation", "clients", "mean", run.metric)
+    for number, value in points:
+        if found[1] is None or run.better(value, found[1]):
+            found = (number, value)
+    return found
+
+
+def compute_share(run: Run) -> float | None:
+    """Σ compute / Σ (total - evaluate) over the training rounds that have these times."""
+    spent = whole = 0.0
+    for line in run.rounds:
+        compute, all_of_it = num(line, "seconds", "compute"), num(line, "seconds", "total")
+        if line["round"] > 0 and compute is not None and all_of_it is not None:
+            spent += compute
+            whole += all_of_it - (num(line, "seconds", "evaluate") or 0.0)
+    return spent / whole if whole > 0 else None

@@ -1,0 +1,364 @@
+"""The plots of a report: numbers in, inline SVG out.
+
+Every plot is a function `draw(figure)`. `svg` renders it with Matplotlib and then replaces a few reserved
+colours by CSS variables, so that one drawing follows the light and the dark scheme of the page around it.
+Text stays text. Nothing here knows what a federation is or reads a file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+)
+
+from fedhl.report.style import STEPS
+
+Draw = Callable[[Figure], None]
+Points = Sequence[tuple[float, float]]
+
+# Reserved colours, "#a9" + family + index, become the CSS variables --<family><index>.
+FAMILIES = {"c": 1, "q": 2, "r": 3, "t": 4}
+HEAT = (59, 125, 216)  # of the heatmap: opaque for the largest value, nearly transparent for 0
+HEAT_ALPHA = 0.10
+FONT = 11.5  # of tick labels and direct labels, in CSS pixels at the drawn size
+
+RC: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a client may be called "$x"
+    "font.family": "DejaVu Sans",  # ships with Matplotlib: the layout is the same everywhere
+    "font.size": FONT,
+    "axes.unicode_minus": True,
+    "path.simplify": False,
+}
+
+
+def color(family: str, index: int = 0) -> str:
+    """The reserved colour that becomes `var(--<family><index>)`; only for drawings passed to `svg`."""
+    return f"#a9{FAMILIES[family]:02x}{index:02x}"
+
+
+INK, MUTED, GRID, FULL, TRUNCATED = (color("c", i) for i in range(5))
+
+
+def step(index: int, count: int) -> int:
+    """The position of item `index` of `count` on a ramp of STEPS colours, ends included."""
+    return STEPS - 1 if count <= 1 else round(index * (STEPS - 1) / (count - 1))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with its direct label; `band` is (x, low, high) per point, NaN breaks the line."""
+
+    label: str
+    points: Points
+    color: str
+    dashed: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def svg(draw: Draw, width: int, height: int, prefix: str, label: str) -> str:
+    """Render `draw` at `width` x `height` CSS pixels; ids get `prefix`, so that plots can share a page."""
+    rc: Any = RC | {"svg.hashsalt": prefix}
+    with matplotlib.rc_context(rc):
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+        figure.patch.set_visible(False)
+        draw(figure)
+        out = io.StringIO()
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(out, format="svg", metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :].rstrip()
+    text = re.sub(r"<[^>]*>", lambda tag: _inline(tag.group(), prefix), text)
+    head = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
+    return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
+
+
+def _inline(tag: str, prefix: str) -> str:
+    """One SVG tag as part of an HTML page: unique ids, CSS variables for colours, two decimals."""
+    names = {index: family for family, index in FAMILIES.items()}
+    tag = tag.replace("xlink:href", "href")
+    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag)
+    tag = re.sub(
+        r"#a9([0-9a-f]{2})([0-9a-f]{2})",
+        lambda m: f"var(--{names[int(m[1], 16)]}{int(m[2], 16)})",
+        tag,
+    )
+    if tag.startswith("<path"):
+        tag = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag)
+    return tag
+
+
+def new_axes(figure: Figure, *position: int) -> Axes:
+    """Axes with horizontal grid lines only, and no box."""
+    ax = figure.add_subplot(*position)
+    ax.patch.set_visible(False)
+    for side in ("top", "left", "right"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(GRID)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, pad=5, colors=MUTED, labelsize=FONT)
+    return ax
+
+
+def round_axis(ax: Axes, rounds: Sequence[float], margin: float = 0.0, label: bool = True) -> None:
+    """Integer ticks from the first to the last round, which sit on the edges of the axes."""
+    low, high = min(rounds), max(rounds)
+    pad = margin or 0.02 * (high - low) or 0.5
+    ax.set_xlim(low - pad, high + pad)
+    ax.xaxis.set_major_locator(
+        MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    if label:
+        ax.set_xlabel("round", color=MUTED, fontsize=FONT)
+    else:
+        ax.tick_params(labelbottom=False)
+
+
+def value_axis(ax: Axes, percent: bool, zero: bool, top: float | None, ticks: int = 5) -> None:
+    """Ticks of the y axis; `zero` starts it at 0, `top` is the least upper end it may have."""
+    low, high = ax.get_ylim()
+    if zero:
+        low, high = 0.0, high if high > 0 else 1.0
+    if top is not None:
+        high = max(high, top)
+    ax.set_ylim(low, high)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
+    if percent:
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    else:
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move labels at `values` in [0, 1] apart to a distance of `gap`, keeping their order."""
+    order = sorted(range(len(values)), key=lambda i: (values[i], -i))
+    blocks: list[
+        tuple[float, int]
+    ] = []  # (mean of value - place * gap, labels): isotonic regression
+    for place, i in enumerate(order):
+        mean, count = values[i] - place * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more = blocks.pop()
+            mean, count = (mean * count + other * more) / (count + more), count + more
+        blocks.append((mean, count))
+    means = [mean for mean, count in blocks for _ in range(count)]
+    placed = [max(mean, 0.0) + place * gap for place, mean in enumerate(means)]
+    limit = 1.0 + gap / 2
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - gap
+    result = [0.0] * len(values)
+    for position, i in zip(placed, order, strict=True):
+        result[i] = position
+    return result
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], height: float) -> None:
+    """Write each curve's label, (y, text, colour), right of the axes; thin them out if they do not fit."""
+    gap = (FONT + 2.5) / height
+    fits = max(2, int(1 / gap))
+    if len(ends) > fits:
+        ordered = sorted(ends)
+        ends = [ordered[round(i * (len(ends) - 1) / (fits - 1))] for i in range(fits)]
+    to_axes = ax.transScale + ax.transLimits
+    fractions = [float(to_axes.transform((1.0, y))[1]) for y, _, _ in ends]
+    for place, (_, text, ink) in zip(spread(fractions, gap), ends, strict=True):
+        ax.annotate(
+            text if len(text) <= 18 else text[:17] + "…",
+            (1.0, place),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=ink,
+            annotation_clip=False,
+        )
+
+
+def lines(
+    curves: Sequence[Curve], *, percent: bool = False, zero: bool = False, top: float | None = None
+) -> Draw:
+    """Curves over rounds, each labelled at its right end."""
+
+    def draw(figure: Figure) -> None:
+        ax = new_axes(figure, 1, 1, 1)
+        _curves(ax, curves, percent, zero, top, figure.get_figheight() * 72 - 46)
+
+    return draw
+
+
+def panels(parts: Sequence[tuple[str, Sequence[Curve], bool]]) -> Draw:
+    """Stacked axes over the same rounds: (title, curves, percent) each; y starts at 0."""
+
+    def draw(figure: Figure) -> None:
+        rounds = [x for _, curves, _ in parts for curve in curves for x, _ in curve.points]
+        height = figure.get_figheight() * 72 / len(parts) - 46
+        for i, (title, curves, percent) in enumerate(parts):
+            ax = new_axes(figure, len(parts), 1, i + 1)
+            top = 0.01 if percent else None
+            _curves(ax, curves, percent, True, top, height, 3, label=i == len(parts) - 1)
+            round_axis(ax, rounds, label=i == len(parts) - 1)
+            ax.set_title(title, loc="left", fontsize=FONT, color=MUTED)
+
+    return draw
+
+
+def _curves(
+    ax: Axes,
+    curves: Sequence[Curve],
+    percent: bool,
+    zero: bool,
+    top: float | None,
+    height: float,
+    ticks: int = 5,
+    label: bool = True,
+) -> None:
+    rounds = sorted({x for curve in curves for x, _ in curve.points})
+    for curve in reversed(curves):  # the first one is the most important: on top
+        xs, ys = zip(*curve.points, strict=True)
+        if curve.band:
+            bx, low, high = zip(*curve.band, strict=True)
+            ax.fill_between(bx, low, high, color=curve.color, alpha=0.14, linewidth=0)
+        gaps = len(xs) == 1 or any(
+            math.isnan(y) for y in ys
+        )  # a lone point needs a mark to be seen
+        dots = gaps or (len(rounds) <= 30 and not curve.dashed)
+        ax.plot(
+            xs,
+            ys,
+            color=curve.color,
+            linewidth=1.8,
+            linestyle=(0, (4, 2.5)) if curve.dashed else "-",
+            marker="o" if dots else None,
+            markersize=3.2,
+            markeredgewidth=0,
+            clip_on=False,
+        )
+    round_axis(ax, rounds, label=label)
+    value_axis(ax, percent, zero, top, ticks)
+    ends = [
+        (next(y for _, y in reversed(curve.points) if not math.isnan(y)), curve.label, curve.color)
+        for curve in curves
+        if curve.label
+    ]
+    label_ends(ax, ends, height)
+
+
+def heatmap(
+    values: Sequence[Sequence[float]], rounds: Sequence[int], groups: Sequence[tuple[str, str, int]]
+) -> Draw:
+    """Rows x rounds as one small raster image, NaN blank; `groups`: (label, colour, rows) from the top."""
+    tint = tuple(channel / 255 for channel in HEAT)
+    cmap = LinearSegmentedColormap.from_list("heat", [(*tint, HEAT_ALPHA), (*tint, 1.0)])
+    cmap = cmap.with_extremes(bad=(0, 0, 0, 0))
+
+    def draw(figure: Figure) -> None:
+        ax = new_axes(figure, 1, 1, 1)
+        ax.grid(visible=False)
+        extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(values), 0)
+        peak = max((v for row in values for v in row if not math.isnan(v)), default=1.0)
+        ax.imshow(
+            values,
+            cmap=cmap,
+            vmin=0,
+            vmax=peak or 1.0,
+            aspect="auto",
+            interpolation="none",
+            extent=extent,
+        )
+        round_axis(ax, rounds, margin=0.5)
+        ax.set_yticks([])
+        ends, row = [], 0
+        for text, ink, count in groups:
+            if row:
+                ax.axhline(row, color=GRID, linewidth=1)
+            ends.append((row + count / 2, text, ink))
+            row += count
+        label_ends(ax, ends, figure.get_figheight() * 72 - 46)
+
+    return draw
+
+
+def spectrum(curves: Sequence[Curve], ranks: Sequence[tuple[int, str]]) -> Draw:
+    """Singular values against their index, log-log; a vertical line and a tick at each deployed rank."""
+
+    def draw(figure: Figure) -> None:
+        ax = new_axes(figure, 1, 1, 1)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        last = max(x for curve in curves for x, _ in curve.points)
+        for curve in curves:
+            xs, ys = zip(*curve.points, strict=True)
+            mark = "o" if len(xs) == 1 else None
+            ax.plot(xs, ys, color=curve.color, linewidth=1.6, marker=mark, markersize=3.2)
+        ax.set_xlim(1, max(last, 2.0))
+        octave = (figure.get_figwidth() * 72 - 110) / math.log2(max(last, 2.0))
+        shown: list[int] = []
+        for rank, ink in ranks:
+            if not 1 < rank <= last:
+                continue
+            ax.axvline(rank, color=ink, linewidth=1.1, linestyle=(0, (2, 2)), zorder=0)
+            if not shown or math.log2(rank / shown[-1]) * octave > 2 * FONT:
+                shown.append(rank)
+        ax.xaxis.set_major_locator(FixedLocator([1, *shown]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set_xlabel("component (dashed: deployed ranks)", color=MUTED, fontsize=FONT)
+        ends = [(curve.points[-1][1], curve.label, curve.color) for curve in curves]
+        label_ends(ax, ends, figure.get_figheight() * 72 - 46)
+
+    return draw
+
+
+def stacked(
+    rounds: Sequence[int],
+    parts: Sequence[tuple[Sequence[float], str]],
+    show: Callable[[float], str],
+) -> Draw:
+    """Stacked columns, merged into one shape when there are many; `parts`: (values, colour)."""
+
+    def draw(figure: Figure) -> None:
+        ax = new_axes(figure, 1, 1, 1)
+        gap, hole = (0.12, [math.nan]) if len(rounds) <= 40 else (0.0, [])
+        edges = [x for r in rounds for x in (r - 0.5 + gap, r + 0.5 - gap, *hole)]
+        base = [0.0] * len(rounds)
+        for values, ink in parts:
+            top = [b + v for b, v in zip(base, values, strict=True)]
+            low, high = ([x for y in ys for x in (y, y, *hole)] for ys in (base, top))
+            ax.fill_between(edges, low, high, color=ink, linewidth=0)
+            base = top
+        round_axis(ax, rounds, margin=0.6)
+        value_axis(ax, False, True, None)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+
+    return draw
+
+
+def rank_curves(
+    values: Mapping[int, Mapping[int, Sequence[float]]], colors: Mapping[int, str]
+) -> list[Curve]:
+    """One curve per rank from {rank: {round: values of its clients}}: their mean, banded by min and max."""
+    curves = []
+    for rank, by_round in sorted(values.items()):
+        points = [(float(t), math.fsum(v) / len(v)) for t, v in sorted(by_round.items())]
+        band = [(float(t), min(v), max(v)) for t, v in sorted(by_round.items())]
+        wide = any(high > low for _, low, high in band)
+        curves.append(Curve(f"rank {rank}", points, colors[rank], band=band if wide else ()))
+    return curves

@@ -1,0 +1,211 @@
+"""From a config to a run folder that can be resumed: `config.yaml`, `metrics.jsonl`, `state/`,
+`summary.json` and `report.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from fedhl import checkpoint, server
+from fedhl.config import Config, dump_config
+from fedhl.errors import UserError
+from fedhl.folder import (
+    append_line,
+    keep_metrics,
+    load_checkpoint,
+    load_run_config,
+    uninterrupted,
+    write_atomically,
+    writing,
+)
+from fedhl.prepare import SILENT, Prepared, Watcher, prepare
+from fedhl.report import write_report
+from fedhl.server import Round, ServerState
+from fedhl.simulation import evaluate_round, run_round
+from fedhl.summary import check_same, write_summary
+from fedhl.training import learning_rate
+
+COLLAPSE = 0.25
+"""Warn when the effective clients are fewer than this share of the cohort."""
+
+
+def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
+    """Run from the first round into a new folder. Raises UserError if there is a run already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
+            "folder with --out"
+        )
+    prepared = prepare(config, watcher)
+    with writing(folder):
+        (folder / "state").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", dump_config(config))
+    watcher.say(f"run folder: {folder}")
+    carry_on(prepared, None, folder, watcher)
+
+
+def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
+    """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
+    prepared = prepare(load_run_config(folder), watcher)
+    check_same(folder, prepared)
+    if not checkpoint.stored(folder / "state"):
+        watcher.say("no checkpoint yet: starting from the first round")
+        carry_on(prepared, None, folder, watcher)
+        return
+    state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
+    with writing(folder):
+        keep_metrics(folder / "metrics.jsonl", manifest["metrics"])
+    watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
+    carry_on(prepared, state, folder, watcher, manifest["best"])
+
+
+def carry_on(
+    prepared: Prepared,
+    state: ServerState | None,
+    folder: Path,
+    watcher: Watcher,
+    best: dict[str, Any] | None = None,
+) -> None:
+    """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
+    rounds = prepared.config.rounds
+    try:
+        if state is None:
+            state = prepared.initial_state()
+            write_summary(prepared, folder, "running", best)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            best = finish_round(prepared, state, folder, Round([], [], {}, {}), best, watcher)
+        while state.round < rounds:
+            following, outcome = run_round(
+                prepared.federation, state, steps(prepared, state, watcher)
+            )
+            best = finish_round(prepared, following, folder, outcome, best, watcher)
+            state = following
+    except KeyboardInterrupt:
+        write_summary(prepared, folder, "interrupted", best)
+        raise
+    write_summary(prepared, folder, "finished", best)
+    write_report(folder)
+
+
+def finish_round(
+    prepared: Prepared,
+    state: ServerState,
+    folder: Path,
+    outcome: Round,
+    best: dict[str, Any] | None,
+    watcher: Watcher,
+) -> dict[str, Any] | None:
+    """Evaluate, then write checkpoint, metrics and summary; returns the best round so far."""
+    config, round = prepared.config, state.round
+    seconds = {**outcome.seconds}
+    began = perf_counter()
+    evaluation = None
+    if round % config.evaluation.every == 0 or round == config.rounds:
+        watcher.step(f"round {round}: evaluating", 0, 1)
+        evaluation = evaluate_round(prepared.federation, state, every_rank=round == config.rounds)
+        best = better(best, evaluation, round)
+    seconds["evaluate"] = perf_counter() - began
+    began = perf_counter()
+    spectra = server.spectra(prepared.federation.method, state, prepared.federation.top_rank)
+    seconds["diagnostics"] = seconds.get("diagnostics", 0.0) + perf_counter() - began
+    line = {
+        "round": round,
+        "learning_rate": learning_rate(config.training, config.rounds, round - 0.5)
+        if round
+        else None,
+        "evaluation": evaluation,
+        "clients": outcome.clients,
+        "refused": outcome.refused,
+        "diagnostics": outcome.diagnostics | spectra,
+        "bytes": {
+            way: sum(client[f"bytes_{way}"] for client in outcome.clients) for way in ("down", "up")
+        },
+        "seconds": seconds,
+    }
+    began = perf_counter()
+    with uninterrupted(), writing(folder):
+        notes = {"metrics": line, "best": best}
+        checkpoint.save(folder / "state", state, notes)
+        checkpoint.prune(
+            folder / "state", config.checkpoints.keep, best["round"] if best is not None else None
+        )
+        seconds["checkpoint"] = perf_counter() - began
+        phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate", "checkpoint")
+        seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
+        append_line(folder / "metrics.jsonl", line)
+        write_summary(prepared, folder, "running", best)
+    watcher.say(describe(line, config.rounds))
+    for refused in outcome.refused:
+        watcher.say(f"warning: client {refused['id']!r} refused: {refused['reason']}")
+    if not outcome.clients and round:
+        watcher.say("warning: no update was accepted in this round; the model stays as it was")
+    effective = outcome.diagnostics.get("effective_clients")
+    if effective is not None and effective < COLLAPSE * len(outcome.clients):
+        watcher.say(
+            f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
+            "ones; raise weighting.epsilon, or use weighting: examples"
+        )
+    return best
+
+
+def steps(prepared: Prepared, state: ServerState, watcher: Watcher) -> Callable[[], None]:
+    """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
+    federation, config = prepared.federation, prepared.config
+    round = state.round + 1
+    size = config.participation.size(len(federation.clients))
+    cohort = server.sample(federation.clients, size, config.seed, round)
+    total = sum(config.training.steps_for(len(federation.rows[c.id])) for c in cohort)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        watcher.step(f"round {round}: training", done, total)
+
+    return step
+
+
+def headline(evaluation: dict[str, Any]) -> float | None:
+    """The number a round is judged by: of the full model, else of what the top rank is sent, else
+    the mean over the clients."""
+    clients = evaluation["clients"]
+    metrics = evaluation["full"] or evaluation["truncated"] or (clients and clients["mean"])
+    return metrics and metrics[evaluation["metric"]]
+
+
+def better(
+    best: dict[str, Any] | None, evaluation: dict[str, Any], round: int
+) -> dict[str, Any] | None:
+    """The better of the best so far and this round; the earlier of equals."""
+    value = headline(evaluation)
+    if value is None:
+        return best
+    sign = 1 if evaluation["metric"] == "accuracy" else -1
+    if best is None or sign * value > sign * best["value"]:
+        return {"round": round, "value": value}
+    return best
+
+
+def describe(line: dict[str, Any], rounds: int) -> str:
+    """One round in one line of text."""
+    parts = [f"round {line['round']:>{len(str(rounds))}}/{rounds}"]
+    evaluation = line["evaluation"]
+    if evaluation:
+        name = evaluation["metric"]
+        for what, label in (("full", "full W"), ("truncated", "rank")):
+            metrics = evaluation[what]
+            if metrics:
+                shown = f"{label} {metrics['rank']}" if what == "truncated" else label
+                parts.append(f"{name} {metrics[name]:.4f} ({shown})")
+        if evaluation["clients"]:
+            mean, worst = evaluation["clients"]["mean"], evaluation["clients"]["worst"]
+            parts.append(f"clients {mean[name]:.4f}, worst {worst[name]:.4f}")
+    if line["clients"]:
+        rows = sum(client["examples"] for client in line["clients"])
+        loss = sum(client["loss"] * client["examples"] for client in line["clients"]) / rows
+        parts.append(f"training loss {loss:.4f}")
+        parts.append(f"{line['diagnostics']['effective_clients']:.1f} effective clients")
+    parts.append(f"{line['seconds']['total']:.1f} s")
+    return "  ".join(parts)

@@ -1,0 +1,152 @@
+"""`summary.json`: where a run stands, and everything needed to tell what made its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedhl import __version__
+from fedhl.config import dump_config
+from fedhl.errors import UserError
+from fedhl.folder import write_atomically
+from fedhl.prepare import Prepared
+
+
+def hashes(prepared: Prepared) -> dict[str, str]:
+    config = hashlib.sha256(dump_config(prepared.config).encode()).hexdigest()
+    return {"config": config, "model": prepared.loaded.hash, "data": prepared.data.hash}
+
+
+def write_summary(
+    prepared: Prepared, folder: Path, status: str, best: dict[str, Any] | None
+) -> None:
+    """Write the summary of a run from its metrics and its settings."""
+    config, federation = prepared.config, prepared.federation
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
+    summary = {
+        "name": config.name,
+        "status": status,
+        "fedhl": __version__,
+        "commit": commit(),
+        "task": config.task.kind,
+        "model": config.model.source,
+        "data": config.data.source,
+        "labels": prepared.data.labels,
+        "method": {"name": config.method.name, **config.method.hyperparameters},
+        "weighting": {"name": config.weighting.name, **config.weighting.hyperparameters},
+        "rounds": config.rounds,
+        "rounds_done": lines[-1]["round"] if lines else 0,
+        "metric": evaluations[-1]["metric"] if evaluations else None,
+        "final": evaluations[-1] if evaluations else None,
+        "best": best,
+        "clients": [
+            {
+                "id": client.id,
+                "rank": client.rank,
+                "scale": client.scale,
+                "examples": client.examples,
+                "labels": label_counts(prepared, client.id),
+            }
+            for client in federation.clients
+        ],
+        "parameters": parameters(prepared),
+        "bytes": {way: sum(line["bytes"][way] for line in lines) for way in ("down", "up")},
+        "seconds": {
+            phase: sum(line["seconds"].get(phase, 0.0) for line in lines)
+            for phase in ("total", "train", "compute", "evaluate")
+        },
+        "peak_memory_bytes": peak_memory(),
+        "device": str(federation.device),
+        "precision": config.compute.precision,
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: version(name)
+                for name in ("torch", "transformers", "peft", "safetensors", "numpy")
+            },
+            "platform": platform.platform(),
+            "threads": str(torch.get_num_threads()),
+        },
+        "seeds": {"root": config.seed},
+        "hashes": hashes(prepared),
+    }
+    write_atomically(
+        folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
+    """How many training rows of each label a client has; None for language models."""
+    names = prepared.data.labels
+    if names is None:
+        return None
+    counts = Counter(example.labels for example in prepared.tokenised.train[client])
+    return {name: counts[k] for k, name in enumerate(names) if counts[k]}
+
+
+def parameters(prepared: Prepared) -> dict[str, Any]:
+    """Numbers in the frozen base, in the adapter of each rank, and in the head."""
+    slots = prepared.federation.slots
+    adapters = {p for slot in slots.factors.values() for pair in slot.values() for p in pair}
+    head = sum(p.numel() for p in slots.head.values())
+    return {
+        "base": sum(p.numel() for p in slots.model.parameters() if p not in adapters) - head,
+        "trainable": {
+            str(rank): sum(p.numel() for pair in slot.values() for p in pair)
+            for rank, slot in slots.factors.items()
+        },
+        "head": head,
+    }
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def commit() -> str | None:
+    """The commit of the source tree that runs, marked if it has changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", __file__):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+changes" if git("status", "--porcelain") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_same(folder: Path, prepared: Prepared) -> None:
+    """Raises UserError if the data or the model are not those that the run began with."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return
+    was, now = json.loads(path.read_text())["hashes"], hashes(prepared)
+    sources = {"model": prepared.config.model.source, "data": prepared.config.data.source}
+    for what, source in sources.items():
+        if was[what] != now[what]:
+            raise UserError(
+                f"the {what} has changed since {folder} began: {source} was {was[what]}, is "
+                f"{now[what]}; restore it, or start a new run"
+            )

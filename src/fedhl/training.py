@@ -1,0 +1,117 @@
+"""The local training of one client: a plain loop over its rows. Knows nothing of federation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedhl.data.prompts import Example, collate
+from fedhl.seeds import derive, generator
+
+if TYPE_CHECKING:
+    from fedhl.config import TrainingConfig
+
+
+class Trained(NamedTuple):
+    """`loss`: mean over the steps; `seconds`: time in forward, backward and optimizer."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+def learning_rate(config: TrainingConfig, rounds: int, progress: float) -> float:
+    """The rate when `progress` of `rounds` rounds are done (a number in [0, rounds]).
+
+    Linear warm-up over `warmup_rounds`, then constant, linear to 0, or a half cosine to 0.
+    """
+    warmup = config.warmup_rounds
+    if progress < warmup:
+        return config.learning_rate * progress / warmup
+    done = (progress - warmup) / max(rounds - warmup, 1)
+    match config.schedule:
+        case "constant":
+            return config.learning_rate
+        case "linear":
+            return config.learning_rate * (1 - done)
+        case "cosine":
+            return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Row indices, `size` at a time, from one shuffled pass after another, without end."""
+    size, epoch, held = min(size, examples), 0, []
+    while True:
+        while len(held) < size:
+            order = torch.randperm(examples, generator=generator(seed, "epoch", epoch))
+            held += order.tolist()
+            epoch += 1
+        yield held[:size]
+        held = held[size:]
+
+
+def train(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    *,
+    steps: int,
+    rate: Callable[[int], float],
+    pad_id: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    seed: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trained:
+    """`steps` optimizer steps on `parameters`, with a fresh optimizer; step k runs at `rate(k)`.
+
+    Row order and dropout follow from `seed`, and the global random state is left as it was.
+    """
+    device = parameters[0].device
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=1.0, weight_decay=config.weight_decay)
+    order = batches(len(examples), config.batch_size, seed)
+    losses, seconds = [], 0.0
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "dropout"))
+        for step in range(steps):
+            rows = [examples[k] for k in next(order)]
+            parts = -(-len(rows) // config.accumulation)
+            micro = [
+                {name: t.to(device) for name, t in collate(rows[k : k + parts], pad_id).items()}
+                for k in range(0, len(rows), parts)
+            ]
+            start = perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            # The model's loss is a mean, so each part counts by what it is a mean over.
+            counts = [targets(batch["labels"]) for batch in micro]
+            total = 0.0
+            for batch, count in zip(micro, counts, strict=True):
+                with autocast():
+                    loss = model(**batch).loss * (count / sum(counts))
+                loss.backward()
+                total += float(loss.detach())
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds += perf_counter() - start
+            losses.append(total)
+            on_step()
+    model.eval()
+    return Trained(sum(losses) / len(losses), steps, seconds)
+
+
+def targets(labels: Tensor) -> int:
+    """How many terms the mean loss of these labels has: rows, or next tokens to be predicted."""
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())

@@ -1,0 +1,420 @@
+"""Exports load in PEFT and transformers without a word and compute the same; merging is exact."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as noise
+
+from fedhl import peft
+from fedhl.errors import UserError
+from fedhl.export import (
+    export_adapter,
+    export_merged,
+    merge_adapters,
+    merge_folders,
+    model_card,
+)
+from fedhl.lora import LoRA, truncate
+from fedhl.model import Loaded, load_model
+
+# PEFT asks transformers for a property that a newer transformers has renamed.
+RENAMED = "`is_gradient_checkpointing` is deprecated"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{RENAMED}")
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklm"]
+TINY: dict[str, Any] = {"vocab_size": len(WORDS), "max_position_embeddings": 16}
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+IDS = torch.arange(3, 9).reshape(1, 6)
+LABELS = ["no", "yes", "maybe"]
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name == "bert":
+        return BertForMaskedLM(BertConfig(**TINY, **SIZE, num_attention_heads=4))
+    if name == "llama":
+        config = LlamaConfig(**TINY, **SIZE, num_attention_heads=4, num_key_value_heads=2)
+        return LlamaForCausalLM(config)
+    shape: dict[str, Any] = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(WORDS), **shape, bos_token_id=2, eos_token_id=2)
+    )
+
+
+def save(name: str, folder: Path) -> str:
+    build(name).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def load(source: str) -> Loaded:
+    if Path(source).name == "bert":
+        return load_model(source, "sequence-classification", labels=LABELS, seed=5)
+    return load_model(source, "causal-lm")
+
+
+@pytest.fixture(params=["bert", "llama", "gpt2"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return save(request.param, tmp_path / request.param)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def random_head(loaded: Loaded) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(9)
+    shapes = {name: loaded.model.get_parameter(name).shape for name in loaded.head}
+    return {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+
+
+@contextmanager
+def silence(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Any warning is an error, and so is any logged one."""
+    noise.enable_propagation()
+    caplog.clear()
+    try:
+        with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message=RENAMED)
+            yield
+    finally:
+        noise.disable_propagation()
+    assert [r.getMessage() for r in caplog.records] == []
+
+
+def auto(loaded: Loaded) -> Any:
+    classify = loaded.task == "sequence-classification"
+    return AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+
+
+def fresh_base(loaded: Loaded) -> PreTrainedModel:
+    """The base as a stranger loads it: for a classifier with another random head."""
+    kwargs: dict[str, Any] = {"num_labels": len(LABELS)} if loaded.head else {}
+    return auto(loaded).from_pretrained(loaded.source_for_adapter, **kwargs)
+
+
+def test_an_exported_adapter_computes_what_the_run_computed(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load(source)
+    slots = peft.attach(loaded.model, {4: 6}, "all-linear", rslora=True, head=loaded.head)
+    draw = torch.Generator().manual_seed(1)
+    adapter = {
+        n: LoRA(
+            torch.randn(4, k, generator=draw) / 4, torch.randn(m, 4, generator=draw) / 4, 6 / 4**0.5
+        )
+        for n, (m, k) in peft.layers(slots).items()
+    }
+    head = random_head(loaded)
+    peft.write(slots, 4, adapter)
+    peft.write_head(slots, head)
+    peft.activate(slots, 4)
+    expected = logits(loaded.model)
+
+    export_adapter(tmp_path / "out", loaded, adapter, head, "card\n")
+    # Ranks that differ between layers: every other layer at a lower rank and then padded apart.
+    uneven = {
+        n: truncate(lora, 2) if i % 2 else lora for i, (n, lora) in enumerate(adapter.items())
+    }
+    export_adapter(tmp_path / "uneven", loaded, uneven, head, "card\n")
+
+    base = fresh_base(loaded)
+    with silence(caplog):
+        exported = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "out" / "README.md").read_text() == "card\n"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors")
+    }
+    names = sorted(uneven)
+    with peft.offset(slots, {n: uneven[n].delta() for n in names}), peft.base_only(slots):
+        expected = logits(loaded.model)
+    base = fresh_base(loaded)
+    with silence(caplog):
+        exported = PeftModel.from_pretrained(base, str(tmp_path / "uneven"))
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_export_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    loaded = load(save("llama", tmp_path / "llama"))
+    names = peft.find_targets(loaded.model, ["q_proj", "v_proj"])
+    adapter = {
+        n: LoRA(torch.ones(2, 32), torch.ones(32 if "q" in n else 16, 2), 1.0) for n in names
+    }
+    for out in ("a", "b"):
+        export_adapter(tmp_path / out, loaded, dict(reversed(adapter.items())), {}, "")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_merged_model_computes_what_the_run_computed(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load(source)
+    slots = peft.attach(loaded.model, {2: 2}, "all-linear", head=loaded.head)
+    draw = torch.Generator().manual_seed(2)
+    deltas = {n: torch.randn(s, generator=draw) / 16 for n, s in peft.layers(slots).items()}
+    head = random_head(loaded)
+    peft.write_head(slots, head)
+    with peft.offset(slots, deltas), peft.base_only(slots):
+        expected = logits(loaded.model)
+
+    fresh = load(source)
+    export_merged(tmp_path / "out", fresh, deltas, head, "card\n")
+    with silence(caplog):
+        merged = auto(loaded).from_pretrained(tmp_path / "out")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert merged.config.use_cache is True
+    assert tokenizer("a b")["input_ids"] == [3, 4]
+    if loaded.head:
+        assert merged.config.id2label == dict(enumerate(LABELS))
+
+    name = next(iter(deltas))
+    with pytest.raises(ValueError, match=f"layer {name}x: not in this"):
+        export_merged(tmp_path / "other", fresh, {name + "x": deltas[name]}, head, "")
+    with pytest.raises(ValueError, match="expected an update of shape"):
+        export_merged(tmp_path / "other", fresh, {name: deltas[name][:1]}, head, "")
+    with pytest.raises(ValueError, match="un-adapted linear layer"):
+        export_merged(tmp_path / "other", loaded, deltas, head, "")
+    assert not any("other" in p.name for p in tmp_path.iterdir()), "nothing half-written is left"
+
+
+def test_an_export_never_overwrites(tmp_path: Path) -> None:
+    loaded = load(save("llama", tmp_path / "llama"))
+    name = peft.find_targets(loaded.model, ["0.self_attn.q_proj"])[0]
+    adapter = {name: LoRA(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
+    (tmp_path / "empty").mkdir()
+    export_adapter(tmp_path / "empty", loaded, adapter, {}, "card")
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        export_adapter(tmp_path / "empty", loaded, adapter, {}, "another")
+    assert (tmp_path / "empty" / "README.md").read_text() == "card"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
+        export_adapter(tmp_path / "file" / "out", loaded, adapter, {}, "card")
+
+
+# --- merging ------------------------------------------------------------------------------------
+
+CONFIGS: list[dict[str, Any]] = [
+    {"r": 2, "lora_alpha": 8},
+    {"r": 5, "lora_alpha": 5, "use_rslora": True},
+    {"r": 3, "lora_alpha": 7, "rank_pattern": 6},  # 6 on the second target only
+]
+NAMES = ["one", "two", "three"]
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"], "bert": ["query", "value"]}
+
+
+def trained(
+    name: str, base: str, folder: Path, configs: list[dict[str, Any]] = CONFIGS
+) -> PeftModel:
+    """A PEFT model with one random adapter per config, each saved to its own folder by PEFT."""
+    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    model = None
+    for adapter, config in zip(NAMES, configs, strict=True):
+        common = {"target_modules": TARGETS[name], "task_type": task, **config}
+        if "rank_pattern" in config:
+            common["rank_pattern"] = {TARGETS[name][1]: config["rank_pattern"]}
+        lora = LoraConfig(**common, fan_in_fan_out=name == "gpt2", base_model_name_or_path=base)
+        if model is None:
+            kwargs: dict[str, Any] = {"num_labels": 3} if name == "bert" else {}
+            cls = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
+            model = get_peft_model(cls.from_pretrained(base, **kwargs), lora, adapter_name=adapter)
+        else:
+            model.add_adapter(adapter, lora)
+    assert isinstance(model, PeftModel)
+    torch.manual_seed(4)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key or "modules_to_save" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_equals_peft_cat(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save(name, tmp_path / name)
+    # PEFT's "cat" wants one rank for all layers of an adapter.
+    configs = [{k: v for k, v in c.items() if k != "rank_pattern"} for c in CONFIGS]
+    oracle = trained(name, base, tmp_path, configs)
+    weights = [0.5, 0.2, 0.3]
+    oracle.add_weighted_adapter(NAMES, weights, "cat", combination_type="cat")
+    oracle.set_adapter("cat")
+
+    folders = [str(tmp_path / name) for name in NAMES]
+    merge = merge_folders(folders, weights, None, tmp_path / "out")
+    assert set(merge.ranks.values()) == {10} and merge.error == 0
+    with silence(caplog):
+        merged = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out")
+        )
+    torch.testing.assert_close(logits(merged), logits(oracle), atol=1e-5, rtol=1e-5)
+
+
+def test_merging_averages_heads_and_patterns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save("bert", tmp_path / "bert")
+    oracle = trained("bert", base, tmp_path)
+    folders = [str(tmp_path / name) for name in NAMES]
+    merge = merge_folders(folders, [1, 1, 2], None, tmp_path / "out")
+    assert merge.weights == (0.25, 0.25, 0.5)
+    assert set(merge.ranks.values()) == {10, 13}
+    adapter, head, config = peft.load_adapter(tmp_path / "out")
+    for layer, lora in adapter.items():
+        module = oracle.get_submodule(f"base_model.model.{layer}")
+        parts = [module.get_delta_weight(name) for name in NAMES]  # pyright: ignore
+        expected = 0.25 * parts[0] + 0.25 * parts[1] + 0.5 * parts[2]
+        torch.testing.assert_close(lora.delta(), expected)
+    saved = oracle.base_model.model.classifier.modules_to_save  # pyright: ignore
+    expected = sum(w * saved[n].weight for n, w in zip(NAMES, merge.weights, strict=True))  # pyright: ignore
+    torch.testing.assert_close(head["classifier.weight"], expected)
+    assert config.task_type == "SEQ_CLS"
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    with silence(caplog):
+        PeftModel.from_pretrained(plain, str(tmp_path / "out"))
+
+
+def test_merging_at_a_rank_is_the_best_approximation(tmp_path: Path) -> None:
+    base = save("llama", tmp_path / "llama")
+    trained("llama", base, tmp_path)
+    folders = [str(tmp_path / name) for name in NAMES]
+    exact = merge_adapters([peft.load_adapter(Path(f)).adapter for f in folders], [1 / 3] * 3)
+    merge = merge_folders(folders, None, 4, tmp_path / "out")
+    got = peft.load_adapter(tmp_path / "out").adapter
+    lost, total = 0.0, 0.0
+    for layer, lora in exact.items():
+        sigma = torch.linalg.svdvals(lora.delta().double())
+        error, energy = float(sigma[4:].square().sum()), float(sigma.square().sum())
+        assert merge.errors[layer] == pytest.approx(error / energy, rel=1e-4)
+        residual = (got[layer].delta() - lora.delta()).square().sum()
+        assert float(residual) == pytest.approx(error, rel=1e-3)
+        lost, total = lost + error, total + energy
+    assert merge.error == pytest.approx(lost / total, rel=1e-4)
+    assert set(merge.ranks.values()) == {4}
+    # A rank that no layer exceeds changes nothing, and a layer never gets more than min(m, n).
+    assert merge_folders(folders, None, 500, tmp_path / "large").error == 0
+    six = folders * 2
+    capped = merge_folders(six, None, None, tmp_path / "capped")
+    assert {r for n, r in capped.ranks.items() if "v_proj" in n} == {16}
+    assert capped.error < 1e-12
+
+
+def test_unnormalised_weights_are_used_as_they_are(tmp_path: Path) -> None:
+    base = save("bert", tmp_path / "bert")
+    trained("bert", base, tmp_path)
+    merge_folders([str(tmp_path / "one")], [3], None, tmp_path / "out", normalize=False)
+    before, after = peft.load_adapter(tmp_path / "one"), peft.load_adapter(tmp_path / "out")
+    for layer, lora in after.adapter.items():
+        torch.testing.assert_close(lora.delta(), 3 * before.adapter[layer].delta())
+    torch.testing.assert_close(after.head, before.head)
+
+
+def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
+    base = save("llama", tmp_path / "llama")
+    trained("llama", base, tmp_path)
+    folders = [str(tmp_path / name) for name in NAMES]
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="one weight per adapter, got 2 for 3"):
+        merge_folders(folders, [1, 2], None, out)
+    with pytest.raises(UserError, match="must sum to more than 0"):
+        merge_folders(folders, [1, -1, 0], None, out)
+    with pytest.raises(UserError, match="rank must be at least 1, got 0"):
+        merge_folders(folders, None, 0, out)
+    with pytest.raises(UserError, match="no file or folder"):
+        merge_folders([str(tmp_path / "nowhere")], None, None, out)
+
+    config = tmp_path / "two" / "adapter_config.json"
+    config.write_text(config.read_text().replace(base, "another/base"))
+    with pytest.raises(UserError, match=r"base_model_name_or_path is 'another/base'.*--force"):
+        merge_folders(folders, None, None, out)
+    assert not out.exists()
+    merge_folders(folders, None, None, out, force=True)
+
+    a = {"x": LoRA(torch.ones(1, 4), torch.ones(3, 1), 1.0)}
+    with pytest.raises(UserError, match=r"do not adapt the same layers.* y"):
+        merge_adapters([a, a | {"y": a["x"]}], [1, 1])
+    with pytest.raises(UserError, match=r"layer x is \(3, 4\) in adapter 1 and \(2, 4\)"):
+        merge_adapters([a, {"x": LoRA(torch.ones(1, 4), torch.ones(2, 1), 1.0)}], [1, 1])
+    with pytest.raises(UserError, match="finite"):
+        merge_adapters([a], [float("nan")])
+
+
+# --- cards --------------------------------------------------------------------------------------
+
+SUMMARY: dict[str, Any] = {
+    **{"name": "reviews", "status": "finished", "fedhl": "0.1.0", "commit": "abc1234"},
+    "method": {"name": "fedhl"},
+    "weighting": {"name": "truncation", "power": 2, "epsilon": 0.001},
+    **{"task": "sequence-classification", "rounds": 10, "rounds_done": 10, "metric": "accuracy"},
+    "final": {"full": {"loss": 0.5, "accuracy": 0.79, "examples": 500}, "truncated": None},
+    "clients": [
+        {"id": f"client-{i}", "rank": r, "scale": 2.0, "examples": 100, "labels": None}
+        for i, r in enumerate([4, 4, 64])
+    ],
+    "seeds": {"root": 0},
+    "hashes": {"config": "c0ffee", "model": "feed", "data": "beef"},
+}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_card_says_how_it_was_made(kind: Any) -> None:
+    card = model_card(SUMMARY, kind, 16, base="some/base: model", labels=LABELS)
+    _, front, body = card.split("---\n", 2)
+    meta = yaml.safe_load(front)
+    assert meta["base_model"] == "some/base: model"
+    assert meta["library_name"] == ("peft" if kind == "adapter" else "transformers")
+    assert meta["pipeline_tag"] == "text-classification" and "fedhl" in meta["tags"]
+    for fact in (
+        *("truncation (power=2, epsilon=0.001)", "3 (2 of rank 4, 1 of rank 64)", "10 of 10"),
+        *("accuracy 0.7900, loss 0.5000", "`c0ffee`", "0.1.0 (commit abc1234)", "`maybe`"),
+    ):
+        assert fact in body
+    assert ("num_labels=3" in body) is (kind == "adapter")
+
+
+def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(save("bert", tmp_path / "bert"))
+    layer = peft.find_targets(loaded.model, ["0.attention.self.query"])[0]
+    adapter = {layer: LoRA(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
+    base = loaded.source_for_adapter
+    card = model_card(SUMMARY, "adapter", 1, base=base, labels=LABELS)
+    export_adapter(tmp_path / "path/to/this/folder", loaded, adapter, random_head(loaded), card)
+    monkeypatch.chdir(tmp_path)
+    code = card.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 4
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert logits(scope["model"]).shape == (1, 3)

@@ -1,0 +1,543 @@
+"""The report: every number comes from the files, and nothing but the files decides its bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedhl.errors import UserError
+from fedhl.report import final_table, write_report
+from fedhl.report.files import best, read_run
+from fedhl.report.html import size
+from fedhl.report.plots import spread
+
+Json = dict[str, Any]
+LAYERS = ("encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value")
+
+
+def fake_run(
+    path: Path,
+    clients: int = 10,
+    rounds: int = 12,
+    fraction: float = 1.0,
+    task: str = "sequence-classification",
+    server_data: bool = True,
+    labels: int = 2,
+    seed: int = 0,
+) -> Path:
+    """A run folder with plausible numbers: a decaying spectrum, and errors and weights that follow it."""
+    rng = random.Random(seed)
+    path.mkdir(parents=True)
+    metric = "accuracy" if task == "sequence-classification" else "loss"
+    everyone = [_client(rng, i, labels if metric == "accuracy" else 0) for i in range(clients)]
+    lines = [
+        _round(rng, t, rounds, everyone, fraction, metric, server_data) for t in range(rounds + 1)
+    ]
+    values = [
+        (line["evaluation"]["full"] or line["evaluation"]["clients"]["mean"])[metric]
+        for line in lines
+    ]
+    top = (max if metric == "accuracy" else min)(values)
+    summary = {
+        "name": path.name,
+        "status": "finished",
+        "fedhl": "0.1.0",
+        "commit": "abc1234",
+        "method": {"name": "fedhl"},
+        "weighting": {"name": "truncation", "power": 2, "epsilon": 0.001},
+        "task": task,
+        "rounds": rounds,
+        "rounds_done": rounds,
+        "metric": metric,
+        "final": lines[-1]["evaluation"],
+        "best": {"round": values.index(top), "value": top},
+        "clients": everyone,
+        "parameters": {
+            "base": 22_700_000,
+            "trainable": {str(c["rank"]): 18432 * c["rank"] for c in everyone},
+            "head": 770,
+        },
+        "bytes": {way: sum(line["bytes"][way] for line in lines) for way in ("down", "up")},
+        "seconds": {
+            key: sum(line["seconds"][key] for line in lines)
+            for key in ("total", "train", "compute")
+        },
+        "peak_memory_bytes": 1_234_567_890,
+        "versions": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "peft": "0.21.2",
+        },
+        "seeds": {"root": 0},
+        "hashes": {
+            "config": "9f86d081884c7d65",
+            "model": "60303ae22b998861",
+            "data": "fd61a03af4f77d87",
+        },
+        "device": "cpu",
+        "precision": "float32",
+    }
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "config.yaml").write_text(
+        f"name: {path.name}\nmethod:\n  name: fedhl\nrounds: {rounds}\n"
+    )
+    return path
+
+
+def _client(rng: random.Random, number: int, labels: int) -> Json:
+    examples = int(200 + 900 * rng.random() ** 2)
+    shares = [rng.gammavariate(0.5, 1.0) + 0.01 for _ in range(labels)]
+    counts = {str(k): round(examples * s / sum(shares)) for k, s in enumerate(shares)}
+    rank = (4, 4, 4, 8, 8, 16, 4, 8, 32, 64)[number % 10]
+    return {
+        "id": f"client-{number}",
+        "rank": rank,
+        "scale": 2.0,
+        "examples": examples,
+        "labels": counts or None,
+    }
+
+
+def _scores(rng: random.Random, progress: float, metric: str) -> Json:
+    noise = rng.gauss(0, 0.006)
+    loss = (0.70 if metric == "accuracy" else 2.60) - 0.22 * progress + noise
+    found: Json = {"loss": loss, "examples": 500}
+    return found | ({"accuracy": 0.5 + 0.29 * progress - noise} if metric == "accuracy" else {})
+
+
+def _round(
+    rng: random.Random,
+    t: int,
+    rounds: int,
+    everyone: list[Json],
+    fraction: float,
+    metric: str,
+    server_data: bool,
+) -> Json:
+    progress = 1 - math.exp(-4 * t / max(rounds, 1))
+    spectrum = [math.sqrt(progress) * 2.5 * j**-0.9 for j in range(1, 73)] if t else []
+    energy = math.fsum(s * s for s in spectrum)
+    chosen = rng.sample(everyone, max(1, round(fraction * len(everyone)))) if t else []
+    cohort = []
+    for client in sorted(chosen, key=lambda c: c["id"]):
+        kept = math.fsum(s * s for s in spectrum[: client["rank"]])
+        traffic = 4 * 18432 * client["rank"]
+        cohort.append(
+            {key: client[key] for key in ("id", "rank", "scale", "examples")}
+            | {
+                "error": max(0.0, 1 - kept / energy) if t > 1 else 0.0,
+                "drift": 0.4 * client["rank"] ** 0.3 * rng.uniform(0.8, 1.2) / math.sqrt(t),
+                "loss": 0.7 - 0.3 * progress + rng.gauss(0, 0.02),
+                "steps": 10,
+                "bytes_down": traffic,
+                "bytes_up": traffic + 3080,
+            }
+        )
+    raw = [1 / (client["error"] ** 2 + 0.02) for client in cohort]
+    shares = [client["examples"] / sum(c["examples"] for c in cohort) for client in cohort]
+    for client, value in zip(cohort, raw, strict=True):
+        client["weight"] = value / sum(raw)
+    weights = [client["weight"] for client in cohort]
+    compute = rng.uniform(7.5, 8.5) if t else 0.0
+    seconds = {
+        "broadcast": 0.12 * bool(t),
+        "train": compute * 1.03,
+        "compute": compute,
+        "aggregate": 0.2 * bool(t),
+        "diagnostics": 0.1 * bool(t),
+        "evaluate": rng.uniform(1.1, 1.4),
+        "checkpoint": 0.05,
+    }
+    seconds["total"] = 0.02 + sum(v for k, v in seconds.items() if k != "compute")
+    ranks = sorted({client["rank"] for client in everyone})
+    scores: Json = {
+        "metric": metric,
+        "full": _scores(rng, progress, metric) if server_data else None,
+        "truncated": {"rank": max(ranks), **_scores(rng, progress * 0.98, metric)}
+        if server_data
+        else None,
+        "clients": None,
+    }
+    if not server_data:
+        each = {c["id"]: _scores(rng, progress * rng.uniform(0.7, 1), metric) for c in everyone}
+        pick = min if metric == "accuracy" else max
+        worst = pick(each, key=lambda name: each[name][metric])
+        mean = {k: math.fsum(s[k] for s in each.values()) / len(each) for k in {metric, "loss"}}
+        scores["clients"] = {
+            "mean": mean,
+            "worst": each[worst] | {"client": worst},
+            "by_client": each,
+        }
+    elif t == rounds:
+        scores["ranks"] = {str(r): _scores(rng, progress * (1 - 0.4 / r), metric) for r in ranks}
+    return {
+        "round": t,
+        "learning_rate": 1e-3,
+        "evaluation": scores,
+        "clients": cohort,
+        "refused": [{"id": "client-3", "reason": "a non-finite value in layer q"}]
+        if t == 5
+        else [],
+        "diagnostics": {
+            "aggregation_error": rng.uniform(1e-7, 3e-7) if t else None,
+            "product_gap": 0.4 * progress * rng.uniform(0.9, 1.1) if t else None,
+            "effective_clients": 1 / math.fsum(w * w for w in weights) if t else None,
+            "chi2": math.fsum((p - q) ** 2 / q for p, q in zip(weights, shares, strict=True))
+            if t
+            else None,
+            "weighted_error": math.fsum(c["weight"] ** 2 * c["error"] for c in cohort)
+            if t
+            else None,
+            "energy": energy,
+            "tail_share": math.fsum(s * s for s in spectrum[max(ranks) :]) / energy if t else None,
+            "effective_rank": 4 + 20 * progress if t else None,
+            "spectrum": spectrum,
+            "layers": {name: {"energy": energy / 2} for name in LAYERS},
+        },
+        "bytes": {way: sum(c[f"bytes_{way}"] for c in cohort) for way in ("down", "up")},
+        "seconds": seconds,
+    }
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, text by tag, and whether every tag was closed."""
+
+    void = frozenset({"meta", "br", "img", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and "script" not in self.open:
+            self.text.append(data)
+
+    def numbers(self) -> list[float]:
+        return [float(attrs["value"] or "") for tag, attrs in self.tags if tag == "data"]
+
+
+def report(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def tiles(html: str) -> dict[str, Page]:
+    """The page's tiles by their label."""
+    start = html.index('<div class="tiles">')
+    parts = html[start : html.index("<section>", start)].split('<div class="tile">')[1:]
+    pages = {part[part.index("<h3>") + 4 : part.index("</h3>")]: part for part in parts}
+    return {label: Page(part[: part.index("</div>")]) for label, part in pages.items()}
+
+
+def rewrite(run: Path, change: Any) -> None:
+    """Apply `change` to every line of a run's metrics."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        change(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return fake_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that no test changes, and its page."""
+    run = fake_run(tmp_path_factory.mktemp("shared") / "demo")
+    return run, report(run)
+
+
+def test_page_is_well_formed_and_self_contained(demo: tuple[Path, str]) -> None:
+    _, html = demo
+    page = Page(html)
+    assert page.open == []
+    for tag, attrs in page.tags:
+        assert tag not in {"link", "img", "iframe", "object", "base"}
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:"))
+    assert "http:" not in html.replace("http-equiv", "") and "https:" not in html
+    assert "@import" not in html and "url(http" not in html
+    assert {"h1", "svg", "table", "details"} <= {tag for tag, _ in page.tags}
+
+
+def test_ids_are_unique_and_references_resolve(demo: tuple[Path, str]) -> None:
+    _, html = demo
+    ids = [attrs["id"] for _, attrs in Page(html).tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    used = {
+        attrs["href"] for _, attrs in Page(html).tags if (attrs.get("href") or "").startswith("#")
+    }
+    assert used and {f"#{name}" for name in ids} >= used
+
+
+def test_plots_use_the_colours_of_the_page(demo: tuple[Path, str]) -> None:
+    _, html = demo
+    svgs = html[html.index("<svg") :]
+    assert "#a9" not in svgs  # the reserved colours
+    assert "var(--r0)" in svgs and "var(--t15)" in svgs
+    style = html[: html.index("</style>")]
+    assert style.count("--r15:") == style.count("--c4:") == 2  # light and dark
+
+
+def test_tiles_show_the_numbers_of_the_files(demo: tuple[Path, str]) -> None:
+    run, html = demo
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {label: tile.numbers() for label, tile in tiles(html).items()}
+    first, last = lines[0]["evaluation"], lines[-1]["evaluation"]
+    for label, kind in (("Accuracy, full W", "full"), ("Accuracy, T₆₄(W)", "truncated")):
+        final, start = last[kind]["accuracy"], first[kind]["accuracy"]
+        assert found[label] == [final, final - start]
+    assert found["Best round"] == [summary["best"]["round"], summary["best"]["value"]]
+    assert found["Sent to clients"] == [summary["bytes"]["down"]]
+    assert found["Sent by clients"] == [summary["bytes"]["up"]]
+    assert found["Wall time"] == [summary["seconds"]["total"]]
+    assert found["Peak memory"] == [summary["peak_memory_bytes"]]
+    compute = sum(line["seconds"]["compute"] for line in lines[1:])
+    whole = sum(line["seconds"]["total"] - line["seconds"]["evaluate"] for line in lines[1:])
+    assert found["Computing"] == [pytest.approx(compute / whole)]
+
+
+def test_same_files_give_the_same_bytes(demo: tuple[Path, str], run: Path) -> None:
+    assert report(run) == demo[1]
+
+
+def test_names_from_files_are_escaped(run: Path) -> None:
+    bad = '<script>alert("$x^{$")</script>&'
+    rewrite(run, lambda line: [c.update(id=bad) for c in line["clients"] if c["id"] == "client-3"])
+    rewrite(run, lambda line: [r.update(id=bad, reason=bad) for r in line["refused"]])
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"name": bad, "status": bad, "task": bad, "device": bad, "commit": bad}
+    summary["method"] = {"name": bad, bad: bad}
+    summary["versions"][bad] = bad
+    summary["clients"][3] |= {"id": bad, "labels": {bad: 3}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.yaml").write_text(f"name: {bad}\n</pre>")
+    html = report(run)
+    assert html.count("<script>") == 1 and "alert(" in "".join(Page(html).text)
+    assert Page(html).open == []
+    final_table(run)
+
+
+def test_an_unknown_metric_is_escaped_too(run: Path) -> None:
+    bad = '"><b>[red]'
+    path = run / "summary.json"
+    path.write_text(
+        path.read_text().replace('"metric": "accuracy"', f'"metric": {json.dumps(bad)}')
+    )
+    assert "<b>[red]" not in report(run).lower()
+    final_table(run)
+
+
+def test_a_hundred_clients_and_rounds_stay_small(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "big", clients=100, rounds=100, fraction=0.3, labels=12)
+    path = write_report(run)
+    assert path.stat().st_size < 1_500_000
+    html = path.read_text(encoding="utf-8")
+    assert "client-99" in html and "data:image/png;base64," in html and "5 others" in html
+
+
+def test_loss_as_headline_metric(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "llm", clients=6, rounds=5, task="causal-lm")
+    found = tiles(report(run))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["Loss, full W"].numbers()[0] == last["evaluation"]["full"]["loss"]
+    (run / "summary.json").unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert best(read_run(run))[1] == min(line["evaluation"]["full"]["loss"] for line in lines)
+
+
+def test_without_server_data_the_clients_are_the_headline(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "silo", rounds=3, server_data=False)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    html = report(run)
+    worst = last["evaluation"]["clients"]["worst"]["accuracy"]
+    assert tiles(html)["Accuracy, worst client"].numbers()[0] == worst
+    assert "Own accuracy" in html
+    assert "mean client" in str(final_table(run).columns[2].header)
+
+
+def test_round_zero_alone(tmp_path: Path) -> None:
+    html = report(fake_run(tmp_path / "zero", rounds=0))
+    assert "no curve to draw" in html and "no spectrum" in html
+    assert len(tiles(html)["Accuracy, full W"].numbers()) == 1  # no change since round 0
+    assert tiles(html)["Computing"].numbers() == []
+
+
+def test_one_training_round(tmp_path: Path) -> None:
+    assert Page(report(fake_run(tmp_path / "one", rounds=1, clients=1))).open == []
+
+
+def test_an_unfinished_run_sums_its_rounds(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:5]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    html = report(run)
+    assert "interrupted" in html and "not finished" in html and "4 of 12 rounds done" in html
+    assert tiles(html)["Sent to clients"].numbers() == [
+        sum(json.loads(line)["bytes"]["down"] for line in lines)
+    ]
+
+
+def test_missing_summary_and_config_are_said(run: Path) -> None:
+    for name in ("summary.json", "config.yaml"):
+        (run / name).unlink()
+    html = report(run)
+    assert "summary.json is missing" in html and "config.yaml is missing" in html
+    assert len(final_table(run).rows) == 3
+
+
+def test_nothing_but_round_numbers(run: Path) -> None:
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").write_text('{"round": 0}\n{"round": 1}\n')
+    html = report(run)
+    assert Page(html).open == [] and "<svg" not in html
+
+
+def test_every_value_null(run: Path) -> None:
+    def blank(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: v if k in ("id", "round") else blank(v) for k, v in value.items()}
+        return [blank(v) for v in value] if isinstance(value, list) else None
+
+    rewrite(run, lambda line: line.update(blank(line)))
+    (run / "summary.json").write_text(
+        json.dumps(blank(json.loads((run / "summary.json").read_text())))
+    )
+    html = report(run)
+    assert Page(html).open == [] and "<svg" not in html
+    final_table(run)
+
+
+def test_values_that_are_not_finite_are_left_out(run: Path) -> None:
+    def spoil(line: Json) -> None:
+        line["evaluation"]["full"] |= {"loss": math.nan, "accuracy": math.nan}
+        line["diagnostics"] |= {"chi2": math.inf, "spectrum": [math.nan, 0.0, -1.0]}
+        for client in line["clients"]:
+            client |= {"weight": math.nan, "error": math.inf}
+
+    rewrite(run, spoil)
+    html = report(run)
+    assert not re.search(r"\b(nan|inf)\b", "".join(Page(html).text).lower())
+    assert "weights against data shares" in html  # named among what was not recorded
+
+
+def test_skipped_evaluations_and_absent_clients(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "sparse", rounds=6, fraction=0.2)
+
+    def skip(line: Json) -> None:
+        if line["round"] % 3:
+            line["evaluation"] = None
+
+    rewrite(run, skip)
+    assert Page(report(run)).open == []
+
+
+def test_clients_of_unknown_rank_and_a_round_without_clients(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "odd", clients=14, rounds=4)
+
+    def spoil(line: Json) -> None:
+        line["clients"] = [] if line["round"] == 2 else line["clients"]
+        for client in line["clients"][:2]:
+            client["rank"] = None
+
+    rewrite(run, spoil)
+    (run / "summary.json").unlink()
+    html = report(run)
+    assert Page(html).open == [] and "data:image/png" in html
+
+
+def test_a_torn_last_line_is_ignored(demo: tuple[Path, str], run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 13, "evalu')
+    assert report(run) == demo[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"round": 2, ', "not JSON"),
+        ("[1, 2]", 'integer "round"'),
+        ('{"round": "2"}', 'integer "round"'),
+        ('{"round": 1}', "round 1 after round 1"),
+    ],
+)
+def test_a_malformed_line_is_named(run: Path, line: str, problem: str) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[2] = line
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=f"line 3: .*{problem}"):
+        write_report(run)
+
+
+def test_missing_metrics_and_malformed_summary(run: Path) -> None:
+    (run / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: not JSON"):
+        write_report(run)
+    (run / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match="expected a JSON object"):
+        write_report(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl not found"):
+        final_table(run)
+
+
+def test_labels_keep_their_distance_and_order() -> None:
+    placed = spread([0.5, 0.5, 0.1, 0.52], 0.05)
+    assert sorted(placed) == [placed[2], placed[1], placed[0], placed[3]]
+    ordered = sorted(placed)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(ordered))
+    assert placed[2] == pytest.approx(0.1)  # alone, it stays where it belongs
+    assert max(spread([1.0] * 5, 0.1)) <= 1.05 + 1e-9 and min(spread([0.0] * 5, 0.1)) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.7, "1 kB"),
+        (1500, "1.5 kB"),
+        (12_345_678, "12.3 MB"),
+        (5e15, "5,000 TB"),
+    ],
+)
+def test_sizes(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+def test_final_table_compares_start_best_and_final(run: Path) -> None:
+    table = final_table(run)
+    assert [str(cell) for cell in table.columns[0].cells] == ["start", "best", "final"]
+    assert str(table.columns[2].header) == "accuracy full W"
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    shown = next(iter(table.columns[2].cells))
+    assert shown == f"{100 * first['evaluation']['full']['accuracy']:.1f}%"
