@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
+import tiny
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,3 +15,29 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # busy-waiting threads starve a share
 settings.register_profile("local", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models, rows and configs; runs of tests go into `runs/`, by their own names."""
+    return tiny.project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def runs(project: Path) -> Path:
+    """Finished runs: `tiny` (mixed ranks), `flexlora`, `fedit` (one rank), `lm` (prompts and
+    completions), `chat` (messages, and a server without data). What they printed is in NAME.txt."""
+    short = ["--set", "rounds=2", "--set", "training.steps=2", "--quiet", "--out"]
+    commands = {
+        "tiny": ["tiny.yaml"],
+        "lm": ["lm.yaml", "--out", "runs/lm"],
+        "chat": ["chat.yaml", "--out", "runs/chat"],
+        "flexlora": ["tiny.yaml", "--set", "method=flexlora", *short, "runs/flexlora"],
+        "fedit": ["tiny.yaml", "--set", "method=fedit", "--set", "lora.ranks=4", *short, "runs/fedit"],
+    }
+    started = {name: tiny.start(project, "run", *arguments) for name, arguments in commands.items()}
+    for name, command in started.items():
+        done = command.wait()
+        assert (done.code, done.err) == (0, ""), done
+        (project / f"{name}.txt").write_text(done.out)
+    return project / "runs"

@@ -16,17 +16,9 @@ from fedhl.data.partition import partition_table
 from fedhl.data.prompts import collate
 from fedhl.method import flatten
 from fedhl.prepare import Prepared
+from fedhl.report.html import size
 from fedhl.simulation import bytes_per_client
 from fedhl.summary import parameters
-
-
-def size(bytes: float) -> str:
-    """A number of bytes for people: `4.7 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if bytes < 1000:
-            return f"{bytes:.0f} {unit}" if unit == "B" else f"{bytes:.1f} {unit}"
-        bytes /= 1024
-    return f"{bytes:.1f} GiB"
 
 
 def overview(prepared: Prepared) -> Iterator[str]:

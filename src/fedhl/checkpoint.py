@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedhl.method import flatten, unflatten
 from fedhl.server import ServerState
@@ -22,10 +23,10 @@ class CorruptCheckpoint(Exception):
 
 
 def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
-    """Write `folder/round-000012/`: the tensors, and a manifest with their checksum and `notes`.
+    """Write `folder/round-000012/`: the tensors, and a manifest with `notes` and both checksums.
 
     Everything is written and flushed under another name first, then renamed, so that a checkpoint
-    is either whole or not there. Raises OSError, e.g. when the disk is full.
+    is either whole or not there. Raises OSError or SafetensorError, e.g. when the disk is full.
     """
     tensors = {
         SEPARATOR.join(("layer", layer, name)): tensor.cpu()
@@ -41,14 +42,15 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
     partial.mkdir(parents=True)
     try:
         save_file(tensors, partial / "state.safetensors")
-        manifest = {
-            "round": state.round,
-            "sha256": {"state.safetensors": sha256(partial / "state.safetensors")},
-            **notes,
+        manifest = {"round": state.round, **notes}
+        manifest["sha256"] = {
+            "state.safetensors": sha256(partial / "state.safetensors"),
+            "manifest": sha256_of(manifest),
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for file in partial.iterdir():
             flush(file)
+        flush(partial)
         if final.exists():  # a round done again after a fall-back to an older checkpoint
             shutil.rmtree(final)
         partial.rename(final)
@@ -62,20 +64,29 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
 def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, Any]]:
     """The state and the manifest of one checkpoint; `like` gives the structure (say, `server.init`).
 
-    Raises CorruptCheckpoint, saying what is wrong.
+    Raises CorruptCheckpoint, naming the file and what is wrong with it.
     """
+    file = checkpoint / "manifest.json"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        file, expected = checkpoint / "state.safetensors", manifest["sha256"]["state.safetensors"]
-        if sha256(file) != expected:
-            raise CorruptCheckpoint(f"{file}: the checksum does not match the manifest's")
-        tensors = load_file(file)
+        manifest = json.loads(file.read_text())
+        expected = manifest.pop("sha256")
+        if sha256_of(manifest) != expected["manifest"]:
+            raise CorruptCheckpoint(f"{file}: it does not match its own checksum")
+        file = checkpoint / "state.safetensors"
+        if sha256(file) != expected["state.safetensors"]:
+            raise CorruptCheckpoint(f"{file}: it does not match the checksum in manifest.json")
+        state = restore(load_file(file), like, manifest["round"])
     except CorruptCheckpoint:
         raise
     except Exception as error:  # anything may be wrong with a damaged file
-        raise CorruptCheckpoint(f"{checkpoint}: {error}") from error
-    layers: dict[str, dict[str, Any]] = {name: {} for name in like.layers}
-    head = {}
+        raise CorruptCheckpoint(f"{file}: it cannot be read ({error!r})") from error
+    return state, manifest
+
+
+def restore(tensors: dict[str, Tensor], like: ServerState, round: int) -> ServerState:
+    """The state that these tensors hold. Raises KeyError for one that is missing or unknown."""
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in like.layers}
+    head: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         kind, name, *rest = key.split(SEPARATOR)
         if kind == "head":
@@ -83,7 +94,7 @@ def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, An
         else:
             layers[name][rest[0]] = tensor
     state = {name: unflatten(like.layers[name], parts) for name, parts in layers.items()}
-    return ServerState(manifest["round"], state, {name: head[name] for name in like.head}), manifest
+    return ServerState(round, state, {name: head[name] for name in like.head})
 
 
 def stored(folder: Path) -> list[Path]:
@@ -96,6 +107,10 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for path in stored(folder)[keep:]:
         if best is None or path.name != f"round-{best:06d}":
             shutil.rmtree(path)
+
+
+def sha256_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +60,7 @@ def friendly(folder: Path | None = None) -> Iterator[None]:
     from rich.console import Console
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's "stop" is a Ctrl-C
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     try:
         yield
     except UserError as error:
@@ -96,7 +96,7 @@ def watching(quiet: bool) -> Iterator[Watcher]:
     if quiet:
         yield SILENT
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
 
     def say(line: str) -> None:
         style = "yellow" if line.startswith("warning") else None
@@ -107,19 +107,24 @@ def watching(quiet: bool) -> Iterator[Watcher]:
 
     handler = logging.StreamHandler()
     handler.emit = lambda record: say(record.getMessage())  # the library's own notices
-    logging.getLogger("fedhl").addHandler(handler)
-    logging.getLogger("fedhl").setLevel(logging.INFO)
-    if not console.is_terminal:
-        yield Watcher(say=say)
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
+    logger = logging.getLogger("fedhl")
+    logger.setLevel(logging.INFO)
+    with ExitStack() as stack:
+        logger.addHandler(handler)
+        stack.callback(logger.removeHandler, handler)
+        if not console.is_terminal:
+            yield Watcher(say=say)
+            return
+        progress = stack.enter_context(
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+        )
         bar = progress.add_task("loading", total=None)
 
         def step(phase: str, done: int, total: int) -> None:
@@ -132,8 +137,8 @@ def stdout() -> Console:
     """Where tables go: wide enough for a file or a pipe too."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=120)
 
 
 @app.callback(invoke_without_command=True)

@@ -80,6 +80,8 @@ class WeightingConfig(Named):
 
 
 class ModelConfig(Strict):
+    """The base model: frozen, the same for everyone."""
+
     source: str
     """A Hugging Face hub id, a local folder, a .gguf file, or `package:import_name/path/inside`."""
     revision: str | None = None
@@ -93,6 +95,8 @@ class ModelConfig(Strict):
 
 
 class ClassificationTask(Strict):
+    """One label per text; the classification head is trained whole, beside the adapters."""
+
     kind: Literal["sequence-classification"]
     text: str = "text"
     """The field that holds the text."""
@@ -103,6 +107,8 @@ class ClassificationTask(Strict):
 
 
 class CausalTask(Strict):
+    """A language model that learns completions of prompts, or the assistant's turns of chats."""
+
     kind: Literal["causal-lm"]
     prompt: str = "prompt"
     """The field that holds the prompt; no loss is taken on it."""
@@ -139,25 +145,42 @@ class HeldOut(Strict):
 
 
 class DataConfig(Strict):
+    """The rows, and which of them the server keeps for evaluation."""
+
     source: str
     """A .jsonl, .json, .csv or .parquet file, `package:import_name/path/inside`, or a hub id."""
     split: str | None = None
     """The split of a hub data set (train unless given)."""
-    where: dict[str, str | int | list[str | int]] = {}
+    where: dict[str, Any] = {}
     """Use only rows whose field has this value, or one of these: `{source: rotten_tomatoes}`."""
     limit: PositiveInt | None = None
     """Use so many rows, drawn at random by the run's seed."""
     held_out: HeldOut | None = HeldOut(fraction=0.1)
     """Rows kept from the clients to evaluate the global model; null if the server has no data."""
 
+    @field_validator("where")
+    @classmethod
+    def where_rule(cls, where: dict[str, Any]) -> dict[str, Any]:
+        for field, wanted in where.items():
+            values = wanted if isinstance(wanted, list) else [wanted]
+            if not values or not all(isinstance(v, str | int | float) for v in values):
+                raise ValueError(
+                    f"expected a value of the field {field!r} or a list of them, got {wanted!r}"
+                )
+        return where
+
 
 class IIDPartition(Strict):
+    """Every client holds rows of the same kind."""
+
     kind: Literal["iid"]
     clients: PositiveInt
     """How many clients share the rows equally and at random."""
 
 
 class DirichletPartition(Strict):
+    """Label skew: every client holds its own mixture of labels."""
+
     kind: Literal["dirichlet"]
     clients: PositiveInt
     """How many clients."""
@@ -170,12 +193,16 @@ class DirichletPartition(Strict):
 
 
 class ColumnPartition(Strict):
+    """Natural clients: a field says whose a row is."""
+
     kind: Literal["by-column"]
     column: str
-    """Natural clients: one for each value of this field."""
+    """One client for each value of this field."""
 
 
 class LoRAConfig(Strict):
+    """The adapters: where, how large, and how they start."""
+
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Module names that get an adapter, e.g. [q_proj, v_proj], or all linear layers."""
     ranks: PositiveInt | list[PositiveInt] | dict[str | int, Any] = 8
@@ -190,32 +217,46 @@ class LoRAConfig(Strict):
     start: str | None = None
     """Folder of a PEFT adapter to start from, of at most the largest rank."""
 
-    @field_validator("alpha")
+    # Checked before pydantic, which would report a mistake once for every member of a union.
+
+    @field_validator("targets", mode="before")
     @classmethod
-    def alpha_rule(cls, value: float | str) -> float | str:
-        if isinstance(value, str):
-            factor = value.removesuffix("r")
-            try:
-                good = value.endswith("r") and float(factor) > 0
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(
-                    f"expected a number, or a multiple of the rank such as 2r, got {value!r}"
-                )
+    def target_rule(cls, value: Any) -> Any:
+        if value != "all-linear" and not (isinstance(value, list) and value):
+            raise ValueError(
+                f"expected a list of module names such as [query, value], or all-linear, got {value!r}"
+            )
         return value
 
-    @field_validator("ranks")
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def alpha_rule(cls, value: Any) -> Any:
+        factor = value.removesuffix("r") if isinstance(value, str) else value
+        try:
+            good = value != factor or not isinstance(value, str)
+            good = good and 0 < float(factor) < math.inf and not isinstance(value, bool)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(
+                f"expected a number above 0, or a multiple of the rank such as 2r, got {value!r}"
+            )
+        return value
+
+    @field_validator("ranks", mode="before")
     @classmethod
     def rank_rule(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) == {"shares"}:
-                return {"shares": RankShares(shares=value["shares"]).shares}
-            if "clients" in value and set(value) <= {"clients", "default"}:
-                return RankByClient(**value).model_dump()
-            raise ValueError(
-                "expected {shares: {rank: share, ...}} or {clients: {id: rank}, default: rank}"
-            )
+        if isinstance(value, dict) and set(value) == {"shares"}:
+            return RankShares.model_validate(value).model_dump()
+        if isinstance(value, dict) and "clients" in value and set(value) <= {"clients", "default"}:
+            return RankByClient.model_validate(value).model_dump()
+        ranks = value if isinstance(value, list) else [value]
+        for rank in ranks:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    "expected ranks of at least 1: one for all, a list, {shares: {rank: share, ...}} or "
+                    f"{{clients: {{id: rank}}, default: rank}}, got {rank!r}"
+                )
         return value
 
     def alpha_of(self, rank: int) -> float:
@@ -228,10 +269,14 @@ class LoRAConfig(Strict):
 
 
 class RankShares(Strict):
-    shares: dict[PositiveInt, PositiveFloat]
+    """Ranks drawn for the clients, in these shares."""
+
+    shares: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
 
 
 class RankByClient(Strict):
+    """Ranks by client id, and one for all others."""
+
     clients: dict[str, PositiveInt]
     default: PositiveInt | None = None
 
@@ -294,10 +339,12 @@ class TrainingConfig(Strict):
         """Optimizer steps of one round on so many rows."""
         if self.steps is not None:
             return self.steps
-        return max(1, math.ceil((self.epochs or 1.0) * examples / self.batch_size))
+        return max(1, math.ceil((self.epochs or 1.0) * examples / min(self.batch_size, examples)))
 
 
 class EvaluationConfig(Strict):
+    """When the global model is evaluated, and on what beside the server's rows."""
+
     every: PositiveInt = 1
     """Evaluate after every so many rounds (and always after the last)."""
     batch_size: PositiveInt = 64
@@ -307,6 +354,8 @@ class EvaluationConfig(Strict):
 
 
 class ComputeConfig(Strict):
+    """Where and how precisely to compute."""
+
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -316,6 +365,8 @@ class ComputeConfig(Strict):
 
 
 class CheckpointConfig(Strict):
+    """What stays on disk."""
+
     keep: Annotated[int, Field(ge=2)] = 2
     """How many of the last checkpoints stay on disk, beside the best."""
 
@@ -409,14 +460,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string)."""
+    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and a key that
+    is given twice an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
-ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class ConfigDumper(yaml.SafeDumper):
+    """Writes what `ConfigLoader` reads back: the text `1e-3` in quotes."""
+
+
+for reader_or_writer in (ConfigLoader, ConfigDumper):
+    reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def set_value(raw: dict[str, Any], override: str) -> None:
@@ -459,14 +526,15 @@ def explain(error: ValidationError) -> str:
 
 
 def explain_one(item: dict[str, Any]) -> str:
-    kinds = {"sequence-classification", "causal-lm", "iid", "dirichlet", "by-column"}
-    location = [str(part) for part in item["loc"] if part not in kinds]
+    unsaid = {"sequence-classification", "causal-lm", "iid", "dirichlet", "by-column", "[key]"}
+    location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         return f"{field}: {unknown(location[-1], siblings(item['loc']), 'key')}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
     message = message[0].lower() + message[1:]
     got = item.get("input")
     if item["type"] == "value_error" or isinstance(got, dict):
@@ -500,4 +568,5 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def dump_config(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    data = config.model_dump(mode="json")
+    return yaml.dump(data, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
-from fedhl.folder import load_checkpoint, load_run_config
+from fedhl.folder import load_checkpoint, load_run_config, read_summary
 from fedhl.lora import LoRA, dense, truncate
 from fedhl.model import Loaded, load_model
 from fedhl.prepare import SILENT, Watcher, load_federation, prepare
 from fedhl.server import ServerState
 from fedhl.simulation import evaluate_round, initial_state
+from fedhl.summary import check_same
 
 Which = int | Literal["last", "best"]
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """The summary of a run. Raises UserError if it is missing or unreadable."""
-    try:
-        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{run} has no readable summary.json ({error}); was the run ever started?"
-        ) from None
 
 
 def export_run(
@@ -47,6 +38,7 @@ def export_run(
     config, summary = load_run_config(run), read_summary(run)
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
+    check_same(run, config, {"model": loaded.hash})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     deltas = {name: federation.method.delta(layer) for name, layer in state.layers.items()}
     known = {name: delta for name, delta in deltas.items() if delta is not None}
@@ -54,6 +46,8 @@ def export_run(
         raise UserError(f"method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
+    if rank is not None:
+        rank = min(rank, max(min(delta.shape) for delta in known.values()))
     kind = "merged" if rank is None else "adapter"
     base, labels = loaded.source_for_adapter, summary["labels"] or ()
     card = model_card(summary, kind, rank, base=base, labels=labels)
@@ -97,6 +91,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
     """The metrics of a checkpoint on the run's held-out rows, or on those of `source`, as a table."""
     config = load_run_config(run)
     prepared = prepare(config, watcher)
+    check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation = prepared.federation
     if source is not None:
         rows = load_rows(source)
@@ -128,5 +123,7 @@ def table(evaluation: dict[str, Any], state: ServerState) -> Table:
         result.add_column(name, justify="right")
     for what, metrics in rows.items():
         cells = [metrics.get(name) for name in names]
-        result.add_row(what, *(f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in cells))
+        result.add_row(
+            Text(what), *(f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in cells)
+        )
     return result

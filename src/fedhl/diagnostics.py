@@ -6,26 +6,27 @@ size, weights far from the data's: each costs convergence (see docs/maths.md). A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, dense, pad, squared_norm, svd
+from fedhl.lora import LoRA, add_products, dense, squared_norm, svd
 from fedhl.method import Broadcast, Update
 
 
 def truncation_error(delta: Tensor, sent: Broadcast) -> float:
     """`e = ||delta - base - ΔW(sent)||_F²`: what a client's start lacks of the global change.
 
-    The difference is taken before squaring: `||W||² - Σ σ²` would cancel.
+    The difference is taken before squaring, in float64: `||W||² - Σ σ²` would cancel.
     """
-    missing = delta - sent.lora.delta().to(delta)
+    lora = sent.lora
+    missing = delta.double() - lora.scale * (lora.B.double() @ lora.A.double())
     if sent.base is not None:
-        missing = missing - sent.base.to(delta)
-    return float(missing.double().square().sum())
+        missing -= sent.base
+    return float(missing.square().sum())
 
 
 def moved(update: Update) -> float:
@@ -42,14 +43,23 @@ def aggregation_error(
     return float((dense(after).to(expected) - expected).double().square().sum())
 
 
-def product_gap(updates: Sequence[Update]) -> float:
+def product_gap(updates: Iterable[Update], top: int) -> float:
     """`||Σ p_i s_i B_i A_i - (Σ p_i s_i B_i)(Σ p_i A_i)||_F²`, sum of products against product of
-    sums, factors zero-padded to one rank."""
-    top = max(u.lora.rank for u in updates)
-    padded = [(u.weight, pad(u.lora, top)) for u in updates]
-    A = torch.stack([p * x.A.double() for p, x in padded]).sum(0)
-    B = torch.stack([p * x.scale * x.B.double() for p, x in padded]).sum(0)
-    return squared_norm([*((u.weight, u.lora) for u in updates), (-1.0, LoRA(A, B, 1.0))])
+    sums, factors zero-padded to rank `top`. Updates are read one by one and not held.
+    """
+    m, n = next(iter(updates)).lora.shape
+    A = torch.zeros(top, n, dtype=torch.float64)
+    B = torch.zeros(m, top, dtype=torch.float64)
+
+    def terms() -> Iterator[tuple[float, LoRA]]:
+        for u in updates:
+            lora = LoRA(u.lora.A.double(), u.lora.B.double(), u.lora.scale)
+            A[: lora.rank] += u.weight * lora.A
+            B[:, : lora.rank] += u.weight * lora.scale * lora.B
+            yield u.weight, lora
+
+    of_products = add_products(torch.zeros(m, n, dtype=torch.float64), terms())
+    return float((of_products - B @ A).square().sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from fedhl import lora as algebra
 from fedhl.errors import UserError
 from fedhl.locate import locate
 from fedhl.lora import LoRA
-from fedhl.model import Loaded
+from fedhl.model import Loaded, quiet
 from fedhl.peft import (
     TASK_TYPES,
     AdapterFolder,
@@ -262,7 +262,8 @@ def export_merged(
             model.get_parameter(name).copy_(head[name])
         if loaded.use_cache:
             model.config.use_cache = True
-        model.save_pretrained(staging)
+        with quiet():
+            model.save_pretrained(staging)
         loaded.tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
 

@@ -28,6 +28,27 @@ def load_run_config(folder: Path) -> Config:
     return load_config(folder / "config.yaml")
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run. Raises UserError if it is missing or unreadable."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no readable summary.json ({error}); was the run ever started?"
+        ) from None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rounds of a run so far; a last line torn by a crash is left out."""
+    path, lines = folder / "metrics.jsonl", []
+    for text in path.read_text("utf-8", "replace").split("\n") if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def load_checkpoint(
     folder: Path,
     like: ServerState,
@@ -53,7 +74,7 @@ def load_checkpoint(
             f"{folder}: no checkpoint can be read; start the run anew with another --out"
         )
     if which == "best":
-        best = json.loads((folder / "summary.json").read_text())["best"]
+        best = read_summary(folder)["best"]
         if best is None:
             raise UserError(f"{folder}: no round was evaluated, so none is best; use --round last")
         which = int(best["round"])
@@ -76,31 +97,27 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def keep_metrics(path: Path, last: dict[str, Any]) -> None:
+def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     """Cut the metrics back to the rounds before `last`, and `last` itself, the line of the checkpoint."""
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # torn by the crash
-            break
-        if line["round"] == last["round"]:
-            last = line  # the same, with the seconds of the checkpoint
-        if line["round"] >= last["round"]:
-            break
-        kept.append(text)
-    kept.append(json.dumps(last, ensure_ascii=False))
-    write_atomically(path, "\n".join(kept) + "\n")
+    lines = read_metrics(folder)
+    # the line in the file is the same, with the seconds of the checkpoint
+    last = next((line for line in lines if line["round"] == last["round"]), last)
+    kept = [*(line for line in lines if line["round"] < last["round"]), last]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    write_atomically(folder / "metrics.jsonl", text)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under another name, flush it, and rename it into place."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -111,23 +128,30 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
+        if (folder / "config.yaml").is_file():
+            advice = f"every finished round is saved. Make room, then: fedhl resume {folder}"
+        else:
+            advice = "nothing was trained. Make room, or choose another folder with --out"
         raise UserError(
-            f"cannot write to {folder}: {error} ({free:,.0f} MiB free); every finished round is saved. "
-            f"Make room, then: fedhl resume {folder}"
+            f"cannot write to {folder}: {error} ({free:,.0f} MiB free); {advice}"
         ) from None
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C inside the block takes effect at its end, so that no file is left half-written."""
+    """Ctrl-C (or SIGTERM) inside the block takes effect at its end: no file is left half-written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pending = []
-    before = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
+    before = {
+        number: signal.signal(number, lambda *_: pending.append(True))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if pending:
         raise KeyboardInterrupt

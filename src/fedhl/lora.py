@@ -75,8 +75,8 @@ def initial(m: int, n: int, rank: int, scale: float, seed: int) -> LoRA:
 
 
 def prefix(lora: LoRA, rank: int, scale: float) -> LoRA:
-    """The first `rank` components of `lora`, written for a client whose scale is `scale`."""
-    return LoRA(lora.A[:rank], lora.B[:, :rank] * (lora.scale / scale), scale)
+    """The first `rank` components of `lora`, written for a client whose scale is `scale`; a copy."""
+    return LoRA(lora.A[:rank].clone(), lora.B[:, :rank] * (lora.scale / scale), scale)
 
 
 def pad(lora: LoRA, rank: int) -> LoRA:

@@ -97,7 +97,7 @@ def load_model(
         }
     if four_bit:
         kwargs |= _four_bit(task, target)
-    with _quiet(), _seeded(seed, target if four_bit else torch.device("cpu")):
+    with quiet(), _seeded(seed, target if four_bit else torch.device("cpu")):
         model, missing = _from_pretrained(folder, source, task, dtype, kwargs)
 
     head = _head(model, missing, source) if task == "sequence-classification" else ()
@@ -154,7 +154,7 @@ def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTraine
     from transformers import AutoTokenizer
 
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, **kwargs)
         except Exception as error:  # the library raises nearly everything here
@@ -227,7 +227,7 @@ def _enable_checkpointing(model: PreTrainedModel, source: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its loading report and progress bars: what it says of is checked here."""
     from transformers.utils import logging as noise
 
@@ -365,7 +365,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     except OSError as error:
         raise UserError(_no_cache(folder, error)) from error
     try:
-        with _quiet():
+        with quiet():
             _dequantise(file, staging)
         try:
             staging.rename(folder)

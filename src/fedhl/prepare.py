@@ -119,6 +119,7 @@ def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
         held_out=tokenised.held_out,
     )
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
+    head = peft.read_head(federation.slots) | head  # copied now: training will change the model's
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 

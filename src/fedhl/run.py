@@ -24,7 +24,7 @@ from fedhl.prepare import SILENT, Prepared, Watcher, prepare
 from fedhl.report import write_report
 from fedhl.server import Round, ServerState
 from fedhl.simulation import evaluate_round, run_round
-from fedhl.summary import check_same, write_summary
+from fedhl.summary import check_same, hashes, mark, write_summary
 from fedhl.training import learning_rate
 
 COLLAPSE = 0.25
@@ -33,15 +33,20 @@ COLLAPSE = 0.25
 
 def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
     """Run from the first round into a new folder. Raises UserError if there is a run already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
             "folder with --out"
         )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists already and is not a run; choose another folder with --out"
+        )
     prepared = prepare(config, watcher)
     with writing(folder):
-        (folder / "state").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", dump_config(config))
+        (folder / "state").mkdir()
     watcher.say(f"run folder: {folder}")
     carry_on(prepared, None, folder, watcher)
 
@@ -49,14 +54,14 @@ def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
     """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
     prepared = prepare(load_run_config(folder), watcher)
-    check_same(folder, prepared)
+    check_same(folder, prepared.config, hashes(prepared, folder))
     if not checkpoint.stored(folder / "state"):
         watcher.say("no checkpoint yet: starting from the first round")
         carry_on(prepared, None, folder, watcher)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
     with writing(folder):
-        keep_metrics(folder / "metrics.jsonl", manifest["metrics"])
+        keep_metrics(folder, manifest["metrics"])
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
     carry_on(prepared, state, folder, watcher, manifest["best"])
 
@@ -70,11 +75,13 @@ def carry_on(
 ) -> None:
     """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
     rounds = prepared.config.rounds
+    with writing(folder):
+        if state is None:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        write_summary(prepared, folder, "running", best)
     try:
         if state is None:
             state = prepared.initial_state()
-            write_summary(prepared, folder, "running", best)
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
             best = finish_round(prepared, state, folder, Round([], [], {}, {}), best, watcher)
         while state.round < rounds:
             following, outcome = run_round(
@@ -83,10 +90,12 @@ def carry_on(
             best = finish_round(prepared, following, folder, outcome, best, watcher)
             state = following
     except KeyboardInterrupt:
-        write_summary(prepared, folder, "interrupted", best)
+        with writing(folder):
+            mark(folder, "interrupted")
         raise
-    write_summary(prepared, folder, "finished", best)
-    write_report(folder)
+    with writing(folder):
+        write_summary(prepared, folder, "finished", best)
+        write_report(folder)
 
 
 def finish_round(

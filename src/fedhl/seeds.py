@@ -13,7 +13,8 @@ def derive(root: int, *path: str | int) -> int:
     Independent of the order in which draws happen, of the platform and of hash randomisation,
     so a resumed run draws what an uninterrupted one would have drawn.
     """
-    digest = hashlib.blake2b(repr((root, *path)).encode(), digest_size=8).digest()
+    names = [part if isinstance(part, str) else int(part) for part in (root, *path)]
+    digest = hashlib.blake2b(ascii(names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

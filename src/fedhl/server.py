@@ -20,6 +20,9 @@ from fedhl.method import Broadcast, Method, Update
 from fedhl.seeds import derive, generator
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
 
+HUGE = torch.finfo(torch.float32).max ** 0.5
+"""The largest update that is accepted: the square of a larger one would overflow."""
+
 
 @dataclass(frozen=True)
 class Client:
@@ -92,9 +95,13 @@ def init(
 
 
 def sample(clients: Sequence[Client], size: int, seed: int, round: int) -> list[Client]:
-    """`size` of the clients, drawn without replacement for this round, sorted by id."""
-    order = torch.randperm(len(clients), generator=generator(seed, "cohort", round)).tolist()
-    return sorted((clients[k] for k in order[:size]), key=lambda client: client.id)
+    """`size` of the clients, drawn without replacement for this round, sorted by id.
+
+    The draw goes by id: it does not depend on the order of the list.
+    """
+    by_id = sorted(clients, key=lambda client: client.id)
+    order = torch.randperm(len(by_id), generator=generator(seed, "cohort", round)).tolist()
+    return [by_id[k] for k in sorted(order[:size])]
 
 
 def broadcast_layer(
@@ -137,10 +144,16 @@ def refusal(method: Method[Any], state: ServerState, reply: Reply, seed: int) ->
                 f"layer {name!r}: got A {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}, "
                 f"expected {tuple(sent.A.shape)} and {tuple(sent.B.shape)}"
             )
-        if abs(lora.scale - client.scale) > 1e-6 * client.scale:
+        if not abs(lora.scale - client.scale) <= 1e-6 * client.scale:  # also when it is NaN
             return f"layer {name!r}: got scale {lora.scale:g}, expected {client.scale:g}"
         if not (lora.A.isfinite().all() and lora.B.isfinite().all()):
             return f"layer {name!r}: it has a non-finite value (did training diverge?)"
+        size = client.scale * float(lora.A.double().norm() * lora.B.double().norm())
+        if size > HUGE:
+            return (
+                f"layer {name!r}: its update may be as large as {size:.0e}, expected at most "
+                f"{HUGE:.0e} (did training diverge?)"
+            )
     for name, value in state.head.items():
         if reply.head[name].shape != value.shape:
             return (
@@ -167,7 +180,10 @@ def aggregate(
     start = perf_counter()
     accepted, refused = [], []
     for reply in sorted(replies, key=lambda reply: reply.client.id):
-        reason = refusal(method, state, reply, seed)
+        if accepted and accepted[-1].client.id == reply.client.id:
+            reason = "another reply of this client was accepted already"
+        else:
+            reason = refusal(method, state, reply, seed)
         if reason is None:
             accepted.append(reply)
         else:
@@ -178,6 +194,7 @@ def aggregate(
 
     cohort = measure(method, state, accepted, seed)
     p = weighting(cohort)
+    top = max(reply.client.rank for reply in accepted)
     layers: dict[str, Any] = {}
     squares = {"aggregation_error": 0.0, "product_gap": 0.0}
     drift = torch.zeros(len(accepted), dtype=torch.float64)
@@ -189,8 +206,8 @@ def aggregate(
         before, after = method.delta(layer), method.delta(layers[name])
         if before is not None and after is not None:
             squares["aggregation_error"] += diagnostics.aggregation_error(before, after, updates)
-        squares["product_gap"] += diagnostics.product_gap(list(updates))
-        drift += torch.tensor([diagnostics.moved(update) for update in updates])
+        squares["product_gap"] += diagnostics.product_gap(updates, top)
+        drift += torch.tensor([diagnostics.moved(u) for u in updates], dtype=torch.float64)
         watching += perf_counter() - watch
     q = data_share(cohort)
     following = ServerState(state.round + 1, layers, mean_head(accepted, q))

@@ -64,7 +64,7 @@ def initial_state(
     head: Mapping[str, Tensor] | None = None,
 ) -> ServerState:
     """The server's state before round 1: an untrained adapter of the top rank, or one that continues
-    the adapter `start` (of at most that rank); the model's own head, or `head`.
+    the adapter `start` (of at most that rank); the head that the model has now, or `head`.
     """
     rank, seed = federation.top_rank, federation.config.seed
     scale = peft.scale(federation.slots, rank)

@@ -9,6 +9,8 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,14 @@ from typing import Any
 import torch
 
 from fedhl import __version__
-from fedhl.config import dump_config
+from fedhl.config import Config
 from fedhl.errors import UserError
-from fedhl.folder import write_atomically
+from fedhl.folder import read_metrics, read_summary, write_atomically
 from fedhl.prepare import Prepared
 
 
-def hashes(prepared: Prepared) -> dict[str, str]:
-    config = hashlib.sha256(dump_config(prepared.config).encode()).hexdigest()
+def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
+    config = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
     return {"config": config, "model": prepared.loaded.hash, "data": prepared.data.hash}
 
 
@@ -32,8 +34,7 @@ def write_summary(
 ) -> None:
     """Write the summary of a run from its metrics and its settings."""
     config, federation = prepared.config, prepared.federation
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_metrics(folder)
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
     summary = {
         "name": config.name,
@@ -80,11 +81,19 @@ def write_summary(
             "threads": str(torch.get_num_threads()),
         },
         "seeds": {"root": config.seed},
-        "hashes": hashes(prepared),
+        "hashes": hashes(prepared, folder),
     }
-    write_atomically(
-        folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    )
+    store(folder, summary)
+
+
+def mark(folder: Path, status: str) -> None:
+    """Change the status in the summary, which is that of the last finished round."""
+    store(folder, read_summary(folder) | {"status": status})
+
+
+def store(folder: Path, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / "summary.json", text)
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
@@ -117,6 +126,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@cache
 def commit() -> str | None:
     """The commit of the source tree that runs, marked if it has changes; None outside a checkout."""
     here = Path(__file__).resolve().parent
@@ -137,16 +147,19 @@ def commit() -> str | None:
         return None
 
 
-def check_same(folder: Path, prepared: Prepared) -> None:
-    """Raises UserError if the data or the model are not those that the run began with."""
-    path = folder / "summary.json"
-    if not path.is_file():
+def check_same(folder: Path, config: Config, now: Mapping[str, str]) -> None:
+    """Raises UserError unless everything in `now` has the hash that it had when the run began."""
+    if not (folder / "summary.json").is_file():
         return
-    was, now = json.loads(path.read_text())["hashes"], hashes(prepared)
-    sources = {"model": prepared.config.model.source, "data": prepared.config.data.source}
-    for what, source in sources.items():
-        if was[what] != now[what]:
+    was = read_summary(folder)["hashes"]
+    sources = {
+        "config": folder / "config.yaml",
+        "model": config.model.source,
+        "data": config.data.source,
+    }
+    for what, hash in now.items():
+        if was[what] != hash:
             raise UserError(
-                f"the {what} has changed since {folder} began: {source} was {was[what]}, is "
-                f"{now[what]}; restore it, or start a new run"
+                f"the {what} has changed since {folder} began: {sources[what]} was {was[what]}, is "
+                f"{hash}; restore it, or start a new run"
             )

@@ -147,7 +147,11 @@ def construct(kind: str, name: str, cls: type[Any], hyperparameters: dict[str, A
             f"{kind} {name!r} has no hyperparameter {unknown[0]!r}; "
             + (f"it has: {', '.join(known)}" if known else "it has none")
         )
-    return cls(**hyperparameters)
+    try:
+        return cls(**hyperparameters)
+    except TypeError as error:  # a value of the wrong type, or one that is missing
+        given = ", ".join(f"{key}={value!r}" for key, value in hyperparameters.items()) or "nothing"
+        raise ValueError(f"{kind} {name!r} cannot be made from {given}: {error}") from error
 
 
 def get_weighting(name: str, **hyperparameters: Any) -> Weighting:

@@ -60,19 +60,21 @@ class Tokenised:
 def read(config: Config) -> Shards:
     """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
     data, task = config.data, config.task
-    rows = load_rows(data.source, split=data.split)
-    for field, wanted in data.where.items():
-        rows = choose(rows, field, wanted, data.source)
+    rows = chosen(config, load_rows(data.source, split=data.split))
+    check_fields(config, rows)  # before rows are drawn, while their numbers are those of the file
     if data.limit is not None and data.limit < len(rows):
         rng = np.random.default_rng(derive(config.seed, "limit"))
         rows = [rows[k] for k in np.sort(rng.permutation(len(rows))[: data.limit])]
     classes = (
         column(rows, task.label, data.source) if isinstance(task, ClassificationTask) else None
     )
-    training, held_out = np.arange(len(rows)), []
+    training, held_out, hash = np.arange(len(rows)), [], fingerprint(data.source)
     rule = data.held_out
-    if rule is not None and (rule.source is not None or rule.split is not None):
-        held_out = load_rows(rule.source or data.source, split=rule.split, limit=rule.count)
+    if rule is not None and rule.source is not None:
+        held_out = load_rows(rule.source, split=rule.split, limit=rule.count)
+        hash += f" {fingerprint(rule.source)}"
+    elif rule is not None and rule.split is not None:
+        held_out = chosen(config, load_rows(data.source, split=rule.split))[: rule.count]
     elif rule is not None:
         training, held = hold_out(
             len(rows),
@@ -82,14 +84,55 @@ def read(config: Config) -> Shards:
             strata=classes,
         )
         held_out = [rows[k] for k in held]
-    labels = None if classes is None else label_ids([classes[k] for k in training])[1]
+    labels = None
+    if classes is not None:
+        ids, names = named_labels(classes, data.source)
+        labels = [names[k] for k in sorted({ids[j] for j in training})]
     clients = {name: training[part] for name, part in split(config, rows, training).items()}
     client_held_out: dict[str, Indices] = {}
     if config.evaluation.client_fraction:
         for name, part in clients.items():
             kept, held = keep_back(config, name, part)
             clients[name], client_held_out[name] = kept, held
-    return Shards(rows, clients, client_held_out, held_out, labels, fingerprint(data.source))
+    return Shards(rows, clients, client_held_out, held_out, labels, hash)
+
+
+def check_fields(config: Config, rows: Rows) -> None:
+    """Raises UserError unless every row has the fields of the task, and texts where texts belong."""
+    task, where = config.task, config.data.where
+    source = config.data.source + (f" (the rows where {where})" if where else "")
+    if isinstance(task, ClassificationTask):
+        named_labels(column(rows, task.label, source), source)
+        texts = [task.text]
+    elif task.messages is not None:
+        column(rows, task.messages, source)
+        texts = []
+    else:
+        texts = [task.prompt, task.completion]
+    for field in texts:
+        for row, value in enumerate(column(rows, field, source)):
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{source}: field {field!r} of row {row} (counted from 0) is "
+                    f"{type(value).__name__} {value!r:.60}, expected text"
+                )
+
+
+def named_labels(
+    values: Sequence[Any], source: str, known: Sequence[str] | None = None
+) -> tuple[list[int], list[str]]:
+    """`label_ids`, with the source in its errors."""
+    try:
+        return label_ids(values, known)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def chosen(config: Config, rows: Rows) -> Rows:
+    """The rows of `data.source` that `data.where` wants."""
+    for field, wanted in config.data.where.items():
+        rows = choose(rows, field, wanted, config.data.source)
+    return rows
 
 
 def choose(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
@@ -129,8 +172,9 @@ def keep_back(config: Config, client: str, part: Indices) -> tuple[Indices, Indi
     fraction = config.evaluation.client_fraction
     if round(fraction * len(part)) in (0, len(part)):
         raise UserError(
-            f"evaluation.client_fraction: {fraction:g} of client {client!r}'s {len(part)} rows leaves "
-            "one side empty; raise partition.min_examples or change the fraction"
+            f"evaluation.client_fraction: client {client!r} has {len(part)} rows, and holding out "
+            f"{fraction:g} of them leaves one side empty; change the fraction, or give every client more "
+            "rows (in a Dirichlet split with partition.min_examples)"
         )
     seed = derive(config.seed, "client held out", client)
     kept, held = hold_out(len(part), fraction=fraction, seed=seed)
@@ -165,6 +209,13 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         name: [by_row[k] for k in part if k in by_row]
         for name, part in shards.client_held_out.items()
     }
+    for name, examples in own.items():
+        if not examples:
+            raise UserError(
+                f"evaluation.client_fraction: none of the {len(shards.client_held_out[name])} rows held "
+                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise one "
+                "of the two"
+            )
     dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)
     return Tokenised(train, own, held.examples, dropped, encoded.truncated + held.truncated)
 
@@ -185,7 +236,7 @@ def encode(
         prompts = column(rows, task.prompt, source)
         completions = column(rows, task.completion, source)
         return encode_completion(tokenizer, prompts, completions, task.max_length)
-    ids, _ = label_ids(column(rows, task.label, source), labels)
+    ids, _ = named_labels(column(rows, task.label, source), source, labels)
     texts = column(rows, task.text, source)
     examples = encode_classification(tokenizer, texts, ids, task.max_length)
     return Encoded(examples, list(range(len(rows))), 0)

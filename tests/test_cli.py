@@ -1,0 +1,260 @@
+"""The command line: what its commands print, and one clear message with exit code 2 for each mistake."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tiny import Done, fedhl, rows, write_rows
+
+from fedhl import __version__
+
+
+@pytest.fixture(scope="module")
+def bad(project: Path) -> Path:
+    """The project, with files that are wrong in one way each."""
+    (project / "full").mkdir()
+    (project / "full/notes.txt").write_text("mine")
+    (project / "broken.yaml").write_text("name: [tiny\n")
+    made = rows(400)
+    del made[307]["text"]
+    write_rows(project / "no-text.jsonl", made)
+    made = rows(400)
+    made[9]["prompt"] = ["a", "list"]
+    write_rows(project / "no-prompt.jsonl", made)
+    made = rows(20, seed=1)
+    made[3]["label"] = "mineral"
+    write_rows(project / "new-label.jsonl", made)
+    write_rows(project / "one-label.jsonl", [r for r in rows(400) if r["label"] == "plant"])
+    made = rows(100)
+    made[4]["site"] = "an island"
+    write_rows(project / "lonely.jsonl", made)
+    return project
+
+
+def refused(done: Done) -> str:
+    """The one message of a command that a user's mistake has stopped."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.out + done.err
+    assert done.err.startswith("error: ") and len(done.err.splitlines()) == 1, done.err
+    return done.err.removeprefix("error: ").strip()
+
+
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    # the config
+    "no config": (["none.yaml"], ["config file none.yaml does not exist"]),
+    "unknown key": (["--set", "training.stps=3"], ["'stps'; did you mean 'steps'?"]),
+    "rank 0": (["--set", "lora.ranks=0"], ["lora.ranks: expected ranks of at least 1", "got 0"]),
+    "too many ranks": (["--set", "lora.ranks=[1, 2]"], ["2 ranks for 6 clients"]),
+    "unknown method": (["--set", "method=fedlh"], ["did you mean 'fedhl'?"]),
+    "unknown weighting": (["--set", "weighting=unifrom"], ["did you mean 'uniform'?"]),
+    "malformed --set": (["--set", "rounds"], ["--set 'rounds': expected KEY=VALUE"]),
+    "no CUDA": (["--set", "compute.device=cuda"], ["'cuda' is not available", "finds here: cpu"]),
+    "no 4-bit": (["--set", "model.four_bit=true"], ["4-bit", "got device 'cpu'"]),
+    # the model and its layers
+    "rank above the layer's": (
+        ["--set", "lora.ranks=33"],
+        ["layer bert.encoder.layer.0.attention.output.dense of shape 32 x 32", "from 1 to 32"],
+    ),
+    "no such layer": (["--set", "lora.targets=[querry]"], ["did you mean 'query'?"]),
+    "no such model": (["--set", "model.source=./brt"], ["'brt'", "did you mean 'bert'?"]),
+    "no model": (["--set", "model.source=full"], ["holds no weights", "notes.txt"]),
+    "no adapter": (["--set", "lora.start=bert"], ["bert holds no adapter_config.json"]),
+    "mixed ranks": (["--set", "method=fedit"], ["'fedit' needs one rank", "1, 2, 4, 6"]),
+    # the data
+    "no data": (["--set", "data.source=rowz.jsonl"], ["'rowz.jsonl'", "did you mean 'rows.jsonl'"]),
+    "no such field": (["--set", "task.label=labl"], ["rows.jsonl: row 0", "did you mean 'label'?"]),
+    "a row without the field": (
+        ["--set", "data.source=no-text.jsonl"],
+        ["no-text.jsonl: row 307 (counted from 0) has no field 'text'"],
+    ),
+    "one label": (["--set", "data.source=one-label.jsonl"], ["one-label.jsonl: all", "['plant']"]),
+    "a new label": (
+        ["--set", "data.held_out={source: new-label.jsonl}"],
+        ["new-label.jsonl: row 3", "'mineral', which was not in training", "animal, plant"],
+    ),
+    "nobody there": (
+        ["--set", "data.where={site: mars}"],
+        ["data.where", "site mars", "site-0, site-1, site-2"],
+    ),
+    # the clients
+    "more clients than rows": (
+        ["--set", "partition={kind: iid, clients: 500}", "--set", "lora.ranks=2"],
+        ["340 rows cannot give 500 clients"],
+    ),
+    "no such split": (
+        ["--set", "partition.alpha=0.01", "--set", "partition.min_examples=50"],
+        ["min_examples"],
+    ),
+    "a client of one row": (
+        [
+            *("--set", "data.source=lonely.jsonl", "--set", "lora.ranks=2"),
+            *("--set", "partition={kind: by-column, column: site}", "--set", "data.held_out=null"),
+        ],
+        ["client 'an island' has 1 rows", "client_fraction"],
+    ),
+    "unknown client": (
+        ["--set", "lora.ranks={clients: {client-7: 3}, default: 1}"],
+        ["unknown client 'client-7'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_written(mistake: str, bad: Path) -> None:
+    arguments, said = MISTAKES[mistake]
+    config = [] if arguments[0].endswith(".yaml") else ["tiny.yaml"]
+    message = refused(fedhl(bad, "run", *config, *arguments, "--out", "runs/refused"))
+    for part in said:
+        assert part in message
+    assert not (bad / "runs/refused").exists()
+
+
+def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
+    done = fedhl(bad, "check", "broken.yaml")
+    assert done.code == 2 and "broken.yaml is not valid YAML" in done.err and "line 2" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "task.messages=messages"], "no chat template"),
+        (["--set", "task.max_length=3"], "max_length 3 leaves no room for a completion"),
+        (["--set", "data.source=no-prompt.jsonl"], "field 'prompt' of row 9 (counted from 0) is list"),
+        (["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"], "needs a field to go by"),
+        (["--set", "task.completion=reply"], "has no field 'reply'"),
+    ],
+)
+def test_mistakes_with_language_models(arguments: list[str], said: str, bad: Path) -> None:
+    assert said in refused(fedhl(bad, "run", "lm.yaml", *arguments, "--out", "runs/refused"))
+    assert not (bad / "runs/refused").exists()
+
+
+def test_a_folder_that_is_taken(runs: Path, bad: Path) -> None:
+    message = refused(fedhl(bad, "run", "tiny.yaml"))
+    assert "runs/tiny exists already" in message and "`fedhl resume runs/tiny`" in message
+    message = refused(fedhl(bad, "run", "tiny.yaml", "--out", "full"))
+    assert "full exists already and is not a run" in message
+    assert [p.name for p in (bad / "full").iterdir()] == ["notes.txt"]
+    message = refused(fedhl(bad, "run", "tiny.yaml", "--out", "rows.jsonl"))
+    assert "rows.jsonl exists already" in message
+    message = refused(fedhl(bad, "run", "tiny.yaml", "--out", "rows.jsonl/inside"))
+    assert "cannot write to rows.jsonl/inside" in message and "--out" in message
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "report", "export --rank 2 --out runs/x"])
+@pytest.mark.parametrize("folder", ["full", "nowhere"])
+def test_a_folder_that_is_no_run(command: str, folder: str, bad: Path) -> None:
+    name, *options = command.split()
+    assert folder in refused(fedhl(bad, name, folder, *options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "x"], "give either --rank R"),
+        (["--out", "x", "--rank", "2", "--merged"], "give either --rank R"),
+        (["--out", "x", "--rank", "0"], "--rank must be at least 1"),
+        (["--out", "x", "--rank", "2", "--round", "first"], "expected best, last or the number"),
+        (["--out", "full", "--rank", "2"], "full exists and is not an empty folder"),
+    ],
+)
+def test_exports_that_make_no_sense(
+    arguments: list[str], said: str, bad: Path, runs: Path
+) -> None:
+    assert said in refused(fedhl(bad, "export", runs / "tiny", *arguments))
+    assert not (bad / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bert"], "bert holds no adapter_config.json"),
+        (["bert", "--weights", "1;2"], "expected numbers with commas"),
+        (["nowhere/at/all"], "no file or folder 'nowhere/at/all'"),
+    ],
+)
+def test_merges_that_make_no_sense(arguments: list[str], said: str, bad: Path) -> None:
+    assert said in refused(fedhl(bad, "merge", *arguments, "--out", "merged"))
+    assert not (bad / "merged").exists()
+
+
+def test_usage_errors_have_the_same_exit_code(bad: Path) -> None:
+    for arguments in (["run"], ["frobnicate"], ["run", "tiny.yaml", "--sett", "rounds=1"]):
+        done = fedhl(bad, *arguments)
+        assert done.code == 2 and "Usage: fedhl" in done.err and "Traceback" not in done.err
+
+
+def test_ctrl_c_before_there_is_a_run(bad: Path) -> None:
+    command = tiny.start(bad, "run", "tiny.yaml", "--out", "runs/early")
+    done = command.kill_when(lambda: "loading bert" in command.said(), signal.SIGINT)
+    assert done.code == 130
+    assert done.err.strip() == "stopped" and not (bad / "runs/early").exists()
+
+
+# --- what the commands print --------------------------------------------------------------------
+
+
+def test_check_shows_what_a_run_would_be(bad: Path) -> None:
+    done = fedhl(bad, "check", "tiny.yaml", "--set", "rounds=7")
+    assert (done.code, done.err) == (0, "")
+    for part in (
+        *("method fedhl, weighting truncation: 7 rounds, 4 of 6 clients", "60 held out"),
+        *("17,152 frozen parameters; LoRA on 10 layers; head of 1,122", "client-5", "animal"),
+        *("down / round", "together, beside Python and PyTorch", "activations"),
+        "nothing was trained; to train: fedhl run tiny.yaml",
+    ):
+        assert part in done.out, done.out
+    assert not (bad / "runs/early").exists()
+
+
+def test_check_foresees_the_bytes_of_a_round(bad: Path, runs: Path) -> None:
+    done = fedhl(bad, "check", "tiny.yaml")
+    first = json.loads((runs / "tiny/metrics.jsonl").read_text("utf-8").splitlines()[1])
+    seen: dict[str, Any] = {str(c["rank"]): c["bytes_up"] for c in first["clients"]}
+    for rank, size in seen.items():
+        row = next(r for r in done.out.splitlines() if r.startswith(f"│    {rank} │"))
+        assert row.count(f"{size / 1024:.1f} KiB") == 2
+
+
+def test_methods_lists_every_method_law_and_weighting(bad: Path) -> None:
+    done = fedhl(bad, "methods")
+    assert (done.code, done.err) == (0, "")
+    from fedhl import LAWS, METHODS, WEIGHTINGS
+
+    for name in (*METHODS, *LAWS, *WEIGHTINGS, "epsilon=0.001"):
+        assert name in done.out
+
+
+def test_report_is_written_anew(runs: Path, bad: Path) -> None:
+    page = runs / "tiny/report.html"
+    before = page.read_bytes()
+    page.unlink()
+    done = fedhl(bad, "report", "runs/tiny")
+    assert (done.code, done.err) == (0, "")
+    assert page.read_bytes() == before
+    assert "start" in done.out and "final" in done.out and "report: runs/tiny/report.html" in done.out
+
+
+def test_eval_takes_other_rows(runs: Path, bad: Path) -> None:
+    write_rows(bad / "fresh.jsonl", rows(50, seed=7))
+    done = fedhl(bad, "eval", "runs/tiny", "--data", "fresh.jsonl")
+    assert (done.code, done.err) == (0, "")
+    row = next(text for text in done.out.splitlines() if "full-rank update" in text)
+    assert " 50 " in row and float(row.split("│")[2]) > 0.8
+    assert "new-label.jsonl: row 3" in refused(
+        fedhl(bad, "eval", "runs/tiny", "--data", "new-label.jsonl")
+    )
+
+
+def test_help_and_version(bad: Path) -> None:
+    assert fedhl(bad, "--version").out == f"fedhl {__version__}\n"
+    overview = fedhl(bad, "--help").out
+    for command in ("check", "run", "resume", "methods", "merge", "export", "eval", "report"):
+        assert command in overview
+        done = fedhl(bad, command, "--help")
+        assert done.code == 0 and "Usage: fedhl " + command in done.out
