@@ -33,7 +33,15 @@ def runs(project: Path) -> Path:
         "lm": ["lm.yaml", "--out", "runs/lm"],
         "chat": ["chat.yaml", "--out", "runs/chat"],
         "flexlora": ["tiny.yaml", "--set", "method=flexlora", *short, "runs/flexlora"],
-        "fedit": ["tiny.yaml", "--set", "method=fedit", "--set", "lora.ranks=4", *short, "runs/fedit"],
+        "fedit": [
+            "tiny.yaml",
+            "--set",
+            "method=fedit",
+            "--set",
+            "lora.ranks=4",
+            *short,
+            "runs/fedit",
+        ],
     }
     started = {name: tiny.start(project, "run", *arguments) for name, arguments in commands.items()}
     for name, command in started.items():

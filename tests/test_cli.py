@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tiny
 from tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
+from fedhl.check import size
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,10 @@ def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
     [
         (["--set", "task.messages=messages"], "no chat template"),
         (["--set", "task.max_length=3"], "max_length 3 leaves no room for a completion"),
-        (["--set", "data.source=no-prompt.jsonl"], "field 'prompt' of row 9 (counted from 0) is list"),
+        (
+            ["--set", "data.source=no-prompt.jsonl"],
+            "field 'prompt' of row 9 (counted from 0) is list",
+        ),
         (["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"], "needs a field to go by"),
         (["--set", "task.completion=reply"], "has no field 'reply'"),
     ],
@@ -163,9 +168,7 @@ def test_a_folder_that_is_no_run(command: str, folder: str, bad: Path) -> None:
         (["--out", "full", "--rank", "2"], "full exists and is not an empty folder"),
     ],
 )
-def test_exports_that_make_no_sense(
-    arguments: list[str], said: str, bad: Path, runs: Path
-) -> None:
+def test_exports_that_make_no_sense(arguments: list[str], said: str, bad: Path, runs: Path) -> None:
     assert said in refused(fedhl(bad, "export", runs / "tiny", *arguments))
     assert not (bad / "x").exists()
 
@@ -190,10 +193,22 @@ def test_usage_errors_have_the_same_exit_code(bad: Path) -> None:
 
 
 def test_ctrl_c_before_there_is_a_run(bad: Path) -> None:
-    command = tiny.start(bad, "run", "tiny.yaml", "--out", "runs/early")
-    done = command.kill_when(lambda: "loading bert" in command.said(), signal.SIGINT)
+    os.mkfifo(bad / "endless.jsonl")
+    source = ["--set", "data.source=endless.jsonl"]
+    command = tiny.start(bad, "run", "tiny.yaml", "--out", "runs/early", *source)
+    writers: list[int] = []
+
+    def is_read() -> bool:
+        try:
+            writers.append(os.open(bad / "endless.jsonl", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads it yet
+            return False
+        return True
+
+    done = command.kill_when(is_read, signal.SIGINT)
     assert done.code == 130
     assert done.err.strip() == "stopped" and not (bad / "runs/early").exists()
+    os.close(writers[0])
 
 
 # --- what the commands print --------------------------------------------------------------------
@@ -216,9 +231,9 @@ def test_check_foresees_the_bytes_of_a_round(bad: Path, runs: Path) -> None:
     done = fedhl(bad, "check", "tiny.yaml")
     first = json.loads((runs / "tiny/metrics.jsonl").read_text("utf-8").splitlines()[1])
     seen: dict[str, Any] = {str(c["rank"]): c["bytes_up"] for c in first["clients"]}
-    for rank, size in seen.items():
+    for rank, bytes in seen.items():
         row = next(r for r in done.out.splitlines() if r.startswith(f"│    {rank} │"))
-        assert row.count(f"{size / 1024:.1f} KiB") == 2
+        assert row.count(f" {size(bytes)} ") == 2
 
 
 def test_methods_lists_every_method_law_and_weighting(bad: Path) -> None:
@@ -226,7 +241,8 @@ def test_methods_lists_every_method_law_and_weighting(bad: Path) -> None:
     assert (done.code, done.err) == (0, "")
     from fedhl import LAWS, METHODS, WEIGHTINGS
 
-    for name in (*METHODS, *LAWS, *WEIGHTINGS, "epsilon=0.001"):
+    default = f"epsilon={WEIGHTINGS['truncation']().epsilon}"
+    for name in (*METHODS, *LAWS, *WEIGHTINGS, default):
         assert name in done.out
 
 
@@ -237,7 +253,9 @@ def test_report_is_written_anew(runs: Path, bad: Path) -> None:
     done = fedhl(bad, "report", "runs/tiny")
     assert (done.code, done.err) == (0, "")
     assert page.read_bytes() == before
-    assert "start" in done.out and "final" in done.out and "report: runs/tiny/report.html" in done.out
+    assert (
+        "start" in done.out and "final" in done.out and "report: runs/tiny/report.html" in done.out
+    )
 
 
 def test_eval_takes_other_rows(runs: Path, bad: Path) -> None:

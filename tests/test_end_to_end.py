@@ -1,4 +1,4 @@
-"""A tiny federation from config to adapter: what a run writes, and that what leaves it is what it measured."""
+"""A tiny federation from config to adapter: what a run writes, and what leaves it."""
 
 from __future__ import annotations
 
@@ -160,7 +160,14 @@ def test_the_summary_says_what_made_the_numbers(runs: Path) -> None:
 
 def test_what_a_run_prints(runs: Path) -> None:
     said = (runs.parent / "tiny.txt").read_text()
-    for part in ("400 rows for 6 clients", "round 0/5", "round 5/5", "(full W)", "(rank 6)", "worst"):
+    for part in (
+        "400 rows for 6 clients",
+        "round 0/5",
+        "round 5/5",
+        "(full W)",
+        "(rank 6)",
+        "worst",
+    ):
         assert part in said
     assert "fedhl export runs/tiny --rank" in said and "report: runs/tiny/report.html" in said
     assert "\x1b" not in said and "━━" not in said.split("round 5/5")[0]  # plain lines in a file
@@ -232,7 +239,8 @@ def logits_at(prepared: Prepared, state: ServerState, rank: int) -> Tensor:
 
 def logits_full(prepared: Prepared, state: ServerState) -> Tensor:
     slots, method = prepared.federation.slots, prepared.federation.method
-    full = {name: dense(method.delta(layer)) for name, layer in state.layers.items()}
+    deltas = {name: method.delta(layer) for name, layer in state.layers.items()}
+    full = {name: dense(delta) for name, delta in deltas.items() if delta is not None}
     peft.write_head(slots, state.head)
     with peft.offset(slots, full), peft.base_only(slots):
         return logits(prepared, slots.model)

@@ -127,6 +127,14 @@ def test_nothing_is_trained_or_drawn() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_a_model_left_in_training_mode_is_evaluated_without_dropout() -> None:
+    model, examples = build("bert", dropout=0.5), rows("bert", 9)
+    want = measure(model, examples)
+    model.train()
+    assert measure(model, examples) == want
+    assert not model.training
+
+
 def test_a_uniform_model_has_the_loss_of_guessing() -> None:
     model = build("bert")
     torch.nn.init.zeros_(model.get_parameter("classifier.weight"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import BERT, LLAMA, WORDS, save_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +26,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as noise
 
@@ -46,9 +45,6 @@ from fedhl.model import Loaded, load_model
 RENAMED = "`is_gradient_checkpointing` is deprecated"
 pytestmark = pytest.mark.filterwarnings(f"ignore:{RENAMED}")
 
-WORDS = ["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklm"]
-TINY: dict[str, Any] = {"vocab_size": len(WORDS), "max_position_embeddings": 16}
-SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 IDS = torch.arange(3, 9).reshape(1, 6)
 LABELS = ["no", "yes", "maybe"]
 
@@ -56,10 +52,9 @@ LABELS = ["no", "yes", "maybe"]
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == "bert":
-        return BertForMaskedLM(BertConfig(**TINY, **SIZE, num_attention_heads=4))
+        return BertForMaskedLM(BertConfig(**BERT))
     if name == "llama":
-        config = LlamaConfig(**TINY, **SIZE, num_attention_heads=4, num_key_value_heads=2)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig(**LLAMA))
     shape: dict[str, Any] = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=len(WORDS), **shape, bos_token_id=2, eos_token_id=2)
@@ -68,10 +63,7 @@ def build(name: str) -> PreTrainedModel:
 
 def save(name: str, folder: Path) -> str:
     build(name).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    save_tokenizer(folder)
     return str(folder)
 
 
@@ -196,7 +188,7 @@ def test_a_merged_model_computes_what_the_run_computed(
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert merged.config.use_cache is True
-    assert tokenizer("a b")["input_ids"] == [3, 4]
+    assert tokenizer("cat oak")["input_ids"] == [WORDS.index("cat"), WORDS.index("oak")]
     if loaded.head:
         assert merged.config.id2label == dict(enumerate(LABELS))
 

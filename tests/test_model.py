@@ -6,11 +6,10 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import BERT, LLAMA, save_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,32 +17,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
 from fedhl.model import load_model
-
-WORDS = ["[PAD]", "[UNK]", "[EOS]", *"abcdefghijklm"]
-BERT: dict[str, Any] = {
-    **{"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 16},
-}
-LLAMA: dict[str, Any] = {
-    **{"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
-    **{"max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 2},
-}
-
-
-def save_tokenizer(folder: Path, *, pad: bool = True, eos: bool = True) -> None:
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "[UNK]"}
-    special |= {"pad_token": "[PAD]"} if pad else {}
-    special |= {"eos_token": "[EOS]"} if eos else {}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def save(model: PreTrainedModel, folder: Path, **tokenizer: bool) -> str:

@@ -189,7 +189,9 @@ def test_before_the_first_round_there_is_no_error() -> None:
 @pytest.mark.parametrize("weighting", ["uniform", "examples", "truncation"])
 @pytest.mark.parametrize("name", ["fedhl", "flexlora"])
 def test_a_round_is_the_dense_formula(state: ServerState, name: str, weighting: str) -> None:
-    method, rule = get_method(name), get_weighting(weighting)
+    method = get_method(name)
+    settings = {"power": 2, "epsilon": 1e-3} if weighting == "truncation" else {}
+    rule = get_weighting(weighting, **settings)
     replies = [reply(state, client, method) for client in CLIENTS]
     following, outcome = play(state, replies, method, rule)
     W = {n: s.W for n, s in state.layers.items()}

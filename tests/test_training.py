@@ -35,8 +35,10 @@ SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": LON
 
 
 def bert(dropout: float) -> PreTrainedModel:
+    labels: dict[str, Any] = {"num_labels": CLASSES}
     config = BertConfig(
-        **SIZE | {"num_labels": CLASSES},
+        **SIZE,
+        **labels,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import yaml
@@ -39,19 +39,12 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def save_tokenizer(
-    folder: Path,
-    words: Sequence[str] = WORDS,
-    *,
-    pad: bool = True,
-    eos: bool = True,
-    chat: bool = False,
-) -> None:
+def save_tokenizer(folder: Path, *, pad: bool = True, eos: bool = True, chat: bool = False) -> None:
     """A tokenizer of whole words between spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    table = {word: index for index, word in enumerate(words)}
+    table = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "[UNK]"}
@@ -191,6 +184,7 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 def project(folder: Path) -> Path:
     """A folder with models, rows and configs, in which every command of a test is run."""
     folder.mkdir(parents=True, exist_ok=True)
+    start(folder, "--version")  # so that the libraries are imported meanwhile
     save_bert(folder / "bert")
     save_llama(folder / "llama", chat=False)
     save_llama(folder / "chat", chat=True)
@@ -208,7 +202,7 @@ def project(folder: Path) -> Path:
 
 PRELOADED = [
     *("fedhl.cli", "fedhl.run", "fedhl.deliver", "fedhl.check", "fedhl.export"),
-    *("fedhl.report.plots", "matplotlib.pyplot", "torch.optim", "rich.progress"),
+    *("fedhl.report.plots", "matplotlib.pyplot", "torch._dynamo", "rich.progress"),
     *("transformers", "transformers.models.bert.modeling_bert"),
     *("transformers.models.llama.modeling_llama", "yaml"),
 ]
@@ -241,17 +235,21 @@ class Command:
         file = self.output.with_suffix(".out")
         return file.read_text("utf-8") if file.exists() else ""
 
-    def send(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill_when(self, happened: Callable[[], bool], number: int = signal.SIGKILL, timeout: float = 60) -> Done:
-        """Send a signal as soon as `happened()`; or never, if the command ends before."""
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 60) -> None:
+        """Until `happened()`, or until the command ends."""
         end = monotonic() + timeout
-        while self.process.is_alive() and not happened():
+        while self.process.is_alive() and not (
+            self.output.with_suffix(".err").exists() and happened()
+        ):
             assert monotonic() < end, f"nothing happened in {timeout} s"
+            sleep(1e-4)
+
+    def kill_when(self, happened: Callable[[], bool], number: int = signal.SIGKILL) -> Done:
+        """Send a signal as soon as `happened()`; or never, if the command ends before."""
+        self.wait_until(happened)
         if self.process.is_alive():
-            self.send(number)
+            assert self.process.pid is not None
+            os.kill(self.process.pid, number)
         return self.wait()
 
 

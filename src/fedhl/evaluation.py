@@ -28,11 +28,12 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Metrics:
-    """`loss`, `examples` and, for classes, `accuracy`.
+    """`loss`, `examples` and, for classes, `accuracy`, of the model in evaluation mode.
 
     The loss is a mean over rows for classes and over completion tokens for language models, in
     float64. Longest rows first, so that a batch too large for the memory fails at once.
     """
+    model.eval()
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
     vocabulary = getattr(model.config, "vocab_size", 1)
     total, count, right = 0.0, 0, 0

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from fedhl.errors import UserError
 from fedhl.locate import locate
+from fedhl.seeds import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def load_model(
         }
     if four_bit:
         kwargs |= _four_bit(task, target)
-    with quiet(), _seeded(seed, target if four_bit else torch.device("cpu")):
+    with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
         model, missing = _from_pretrained(folder, source, task, dtype, kwargs)
 
     head = _head(model, missing, source) if task == "sequence-classification" else ()
@@ -240,17 +241,6 @@ def quiet() -> Iterator[None]:
         noise.set_verbosity(verbosity)
         if bars:
             noise.enable_progress_bar()
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from `seed` inside the block, the global state untouched after it."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 # --- devices and quantisation -------------------------------------------------------------------

@@ -109,6 +109,7 @@ def attach(
         for name, config in rest:
             tuner.peft_config[name] = config
             tuner.inject_adapter(model, name)
+    model.train(model.training)  # also the dropout that PEFT has put in, which is born training
     return _index(model, names, sorted(slots), head)
 
 

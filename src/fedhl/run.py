@@ -28,7 +28,7 @@ from fedhl.summary import check_same, hashes, mark, write_summary
 from fedhl.training import learning_rate
 
 COLLAPSE = 0.25
-"""Warn when the effective clients are fewer than this share of the cohort."""
+"""Warn when the effective clients are less than this share of the way from one to all."""
 
 
 def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
@@ -60,10 +60,12 @@ def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
         carry_on(prepared, None, folder, watcher)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
+    best, keep = manifest["best"], prepared.config.checkpoints.keep
     with writing(folder):
         keep_metrics(folder, manifest["metrics"])
+        checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
-    carry_on(prepared, state, folder, watcher, manifest["best"])
+    carry_on(prepared, state, folder, watcher, best)
 
 
 def carry_on(
@@ -129,7 +131,8 @@ def finish_round(
         "refused": outcome.refused,
         "diagnostics": outcome.diagnostics | spectra,
         "bytes": {
-            way: sum(client[f"bytes_{way}"] for client in outcome.clients) for way in ("down", "up")
+            way: sum(record[f"bytes_{way}"] for record in (*outcome.clients, *outcome.refused))
+            for way in ("down", "up")
         },
         "seconds": seconds,
     }
@@ -151,7 +154,7 @@ def finish_round(
     if not outcome.clients and round:
         watcher.say("warning: no update was accepted in this round; the model stays as it was")
     effective = outcome.diagnostics.get("effective_clients")
-    if effective is not None and effective < COLLAPSE * len(outcome.clients):
+    if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):
         watcher.say(
             f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
             "ones; raise weighting.epsilon, or use weighting: examples"

@@ -62,7 +62,7 @@ class Round:
     """What `aggregate` did: for the metrics, as plain data."""
 
     clients: list[dict[str, Any]]
-    refused: list[dict[str, str]]
+    refused: list[dict[str, Any]]
     diagnostics: dict[str, Any]
     seconds: dict[str, float]
 

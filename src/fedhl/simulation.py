@@ -108,7 +108,7 @@ def run_round(
         replies.append(reply)
     following, outcome = server.aggregate(method, federation.weighting, state, replies, seed)
     traffic = bytes_per_client(federation, cohort)
-    for record in outcome.clients:
+    for record in (*outcome.clients, *outcome.refused):
         record["bytes_down"], record["bytes_up"] = traffic[record["id"]]
     return following, replace(outcome, seconds=seconds | outcome.seconds)
 

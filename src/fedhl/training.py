@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedhl.data.prompts import Example, collate
-from fedhl.seeds import derive, generator
+from fedhl.seeds import derive, generator, seeded
 
 if TYPE_CHECKING:
     from fedhl.config import TrainingConfig
@@ -81,8 +81,7 @@ def train(
     order = batches(len(examples), config.batch_size, seed)
     losses, seconds = [], 0.0
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "dropout"))
+    with seeded(derive(seed, "dropout"), device):
         for step in range(steps):
             rows = [examples[k] for k in next(order)]
             parts = -(-len(rows) // config.accumulation)

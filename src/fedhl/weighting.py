@@ -100,14 +100,15 @@ class Truncation:
     `p_i ∝ 1/(ê_i^power + ε)` with ê_i the relative *squared* truncation error in [0, 1].
     power 2 is the rule as printed (arXiv 2505.18494, Eq. 15 as reported by others), the fourth power of
     the distance; power 1, the square of the distance, is what minimises the drift term `Σ p_i² ê_i`.
-    ε is relative because ê is: no weight exceeds another by more than a factor `(1 + ε)/ε`.
+    ε is relative because ê is: no weight exceeds another by more than a factor `(1 + ε)/ε`, 21 as it is
+    set here. The papers' ε is not known to us.
 
     Limitation: data shares play no part, and a small ε gives nearly all the weight to the clients
     of the largest rank as soon as W has rank (watch the effective number of clients `1/Σp²`).
     """
 
     power: float = 2.0
-    epsilon: float = 1e-3
+    epsilon: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.power >= 0:
