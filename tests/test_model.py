@@ -244,3 +244,17 @@ def test_smollm2_is_converted_once(
         logits = first.model(**batch).logits
         assert torch.equal(again.model(**batch).logits, logits)
     assert str(first.tokenizer.decode([int(logits[0, -1].argmax())])).strip() == "Paris"
+
+
+def test_dropout_can_be_switched_off(bert: str) -> None:
+    tokens = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20)}
+
+    def varies(dropout: float | None) -> bool:
+        model = load_model(
+            bert, "sequence-classification", labels=["a", "b"], dropout=dropout
+        ).model
+        model.train()
+        return not torch.equal(model(**tokens).logits, model(**tokens).logits)
+
+    assert varies(None) and varies(0.5)
+    assert not varies(0.0)

@@ -92,6 +92,8 @@ class ModelConfig(Strict):
     """Load the base in 4-bit NF4 through bitsandbytes (CUDA only)."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the backward pass."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The base model's own dropout while training; null: as the checkpoint says. 0 is faster."""
 
 
 class ClassificationTask(Strict):

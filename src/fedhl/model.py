@@ -69,6 +69,7 @@ def load_model(
     four_bit: bool = False,
     device: str = "cpu",
     gradient_checkpointing: bool = False,
+    dropout: float | None = None,
     seed: int = 0,
 ) -> Loaded:
     """The base model with its tokenizer, every parameter frozen, in eval mode, on `device`.
@@ -76,6 +77,7 @@ def load_model(
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
     at `revision`. A classification head that the checkpoint lacks, or holds for another number of
     labels, is drawn from `seed` alone: the global random state is neither used nor changed.
+    `dropout`, if given, replaces every dropout probability of the model.
     Raises UserError for a source, device or setting that cannot work.
     """
     target = _device(device)
@@ -111,6 +113,8 @@ def load_model(
         )
     if not four_bit:
         model.to(target)  # pyright: ignore[reportArgumentType]
+    if dropout is not None:
+        _set_dropout(model, dropout)
     model.requires_grad_(False)
     _set_padding(model, tokenizer, source)
     use_cache = bool(getattr(model.config, "use_cache", False))
@@ -202,6 +206,16 @@ def _incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
         "another shape; check that config.json belongs to these weights and that the task is right"
     )
+
+
+def _set_dropout(model: PreTrainedModel, p: float) -> None:
+    """Dropout modules, and the numbers that attention layers hold in place of one."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, p)
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:

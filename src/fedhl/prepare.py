@@ -71,6 +71,7 @@ def load_federation(
         four_bit=config.model.four_bit,
         device=device,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        dropout=config.model.dropout,
         seed=config.seed,
     )
     slots = peft.attach(
