@@ -24,9 +24,9 @@ RUNS = HERE.parent / "runs" / "demo-comparison"
 
 VARIANTS: dict[str, list[str]] = {
     "fedhl, truncation weights": ["method=fedhl"],
-    "fedhl, data weights": ["method=fedhl", "weighting=examples"],
     "flexlora, data weights": ["method=flexlora", "weighting=examples"],
     "fedit, data weights, rank 8": ["method=fedit", "weighting=examples", "lora.ranks=8"],
+    "fedhl, data weights": ["method=fedhl", "weighting=examples"],
     "fedhl, data weights, rank 8": ["method=fedhl", "weighting=examples", "lora.ranks=8"],
 }
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -76,14 +76,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "demo_comparison.json")
+    parser.add_argument("--first", type=int, default=len(VARIANTS), help="only so many variants")
     arguments = parser.parse_args()
-    runs = {(v, s): finish(v, s) for s in arguments.seeds for v in VARIANTS}
-    rows = [row(v, [runs[v, s] for s in arguments.seeds]) for v in VARIANTS]
+    variants = list(VARIANTS)[: arguments.first]
+    runs = {(v, s): finish(v, s) for s in arguments.seeds for v in variants}
+    rows = [row(v, [runs[v, s] for s in arguments.seeds]) for v in variants]
     some = next(iter(runs.values()))
     result = {
         "seeds": arguments.seeds,
         "config": CONFIG.read_text(),
-        "variants": VARIANTS,
+        "variants": {v: VARIANTS[v] for v in variants},
         "rows": rows,
         "commits": sorted({str(run["commit"]) for run in runs.values()}),
         "versions": some["versions"],
