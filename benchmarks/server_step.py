@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedhl import LoRA, Update, get_method
 from fedhl.lora import initial, truncate
+from fedhl.summary import commit
 
 SHAPES = [(192, 576), (384, 384), (576, 576), (1536, 576)]
 RANKS = (4, 8, 16, 32, 64)
@@ -102,6 +103,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "repeats": arguments.repeats,
+        "commit": commit(),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

@@ -19,8 +19,8 @@ from fedhl.config import (
     Participation,
     TrainingConfig,
     assign_ranks,
+    dump_config,
     load_config,
-    save_config,
 )
 from fedhl.errors import UserError
 
@@ -70,7 +70,7 @@ def test_every_setting_is_explained() -> None:
 )
 def test_a_saved_config_loads_as_it_was(config: dict[str, Any], tmp_path: Path) -> None:
     before = Config.model_validate(config)
-    save_config(before, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text(dump_config(before), encoding="utf-8")
     assert load_config(tmp_path / "saved.yaml") == before
 
 

@@ -429,3 +429,12 @@ def test_load_adapter_refuses_a_folder_that_contradicts_itself(tmp_path: Path) -
     weights.unlink()
     with pytest.raises(UserError, match=r"holds no adapter_model.safetensors"):
         peft.load_adapter(tmp_path)
+
+
+def test_a_head_of_a_narrow_base_is_trained_in_float32() -> None:
+    model = bert().bfloat16()
+    slots = peft.attach(model, {2: 4.0}, ["query"], head=HEAD)
+    parameters = peft.activate(slots, 2)
+    assert all(p.dtype == torch.float32 for p in parameters)
+    model(input_ids=IDS, labels=torch.tensor([1])).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)

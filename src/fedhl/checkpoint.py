@@ -75,7 +75,10 @@ def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, An
         file = checkpoint / "state.safetensors"
         if sha256(file) != expected["state.safetensors"]:
             raise CorruptCheckpoint(f"{file}: it does not match the checksum in manifest.json")
-        state = restore(load_file(file), like, manifest["round"])
+        # clones, because a mapped file aligns its tensors otherwise than memory does, and the last
+        # bits of a product may depend on that
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        state = restore(tensors, like, manifest["round"])
     except CorruptCheckpoint:
         raise
     except Exception as error:  # anything may be wrong with a damaged file

@@ -378,7 +378,7 @@ class Config(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run's name, and its folder: runs/NAME."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The root of every random draw."""
     model: ModelConfig
     task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
@@ -562,11 +562,6 @@ def siblings(location: tuple[int | str, ...]) -> list[str]:
         if len(options) == 1:
             model = options[0]
     return list(getattr(model, "model_fields", {}))
-
-
-def save_config(config: Config, path: Path) -> None:
-    """The resolved config as YAML that `load_config` reads back."""
-    path.write_text(dump_config(config), encoding="utf-8")
 
 
 def dump_config(config: Config) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from fedhl.config import ComputeConfig
 from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
@@ -36,6 +37,9 @@ def export_run(
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
     config, summary = load_run_config(run), read_summary(run)
+    # names and shapes of the base are all that is needed of it: any machine will do
+    model = config.model.model_copy(update={"four_bit": False})
+    config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash})
@@ -46,21 +50,21 @@ def export_run(
         raise UserError(f"method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
-    if rank is not None:
-        rank = min(rank, max(min(delta.shape) for delta in known.values()))
-    kind = "merged" if rank is None else "adapter"
     base, labels = loaded.source_for_adapter, summary["labels"] or ()
-    card = model_card(summary, kind, rank, base=base, labels=labels)
     if rank is None:
         fresh = load_fresh(run, loaded)
+        card = model_card(summary, "merged", None, base=base, labels=labels)
         export_merged(
             out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
         )
         return [f"round {state.round}, full-rank update merged into {base}: {out}"]
     adapter = {name: truncate(delta, min(rank, *delta.shape)) for name, delta in known.items()}
+    got = max(lora.rank for lora in adapter.values())
+    card = model_card(summary, "adapter", got, base=base, labels=labels)
     export_adapter(out, loaded, adapter, state.head, card)
+    short = "" if got == rank else f" (the update has no more, {rank} was asked for)"
     return [
-        f"round {state.round}, PEFT adapter of rank {rank}: {out}",
+        f"round {state.round}, PEFT adapter of rank {got}{short}: {out}",
         f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
     ]
 

@@ -97,6 +97,7 @@ def load_model(
         kwargs |= {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
         }
     if four_bit:
         kwargs |= _four_bit(task, target)
@@ -292,7 +293,7 @@ def _require_four_bit(device: torch.device) -> None:
             "load the base unquantised, for example in bfloat16"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("a 4-bit base needs bitsandbytes: pip install 'fedhl[4bit]'")
+        raise UserError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
 
 
 def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
@@ -347,7 +348,7 @@ def _from_gguf(file: Path) -> tuple[str, str]:
             f"model {file} is a file but not a .gguf file; give a folder or a .gguf file"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {file.name} needs the gguf package: pip install 'fedhl[gguf]'")
+        raise UserError(f"reading {file.name} needs the gguf package: pip install gguf")
     digest = _sha256(file)
     cache = Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
     folder = cache.resolve() / "gguf" / digest[:16]

@@ -135,7 +135,18 @@ def _index(
         assert len(found) == 1, found
         scales[rank] = float(found.pop())
     model.requires_grad_(False)
+    for owner in sorted({name.rpartition(".")[0] for name in head}):
+        _train_in_float32(model.get_submodule(owner))
     return Slots(model, modules, factors, scales, {n: model.get_parameter(n) for n in head})
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """A head of a narrower base in float32, as adapters are; its inputs follow."""
+    if all(p.dtype == torch.float32 for p in module.parameters(recurse=False)):
+        return
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
 def _slot(rank: int) -> str:

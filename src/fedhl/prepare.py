@@ -105,6 +105,11 @@ def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
     data = shards.read(config)
     ranks = assign_ranks(config.lora, list(data.clients), config.seed)
     watcher.say(f"{len(data.rows):,} rows for {len(ranks)} clients; loading {config.model.source}")
+    if (config.participation.count or 0) > len(ranks):
+        raise UserError(
+            f"participation.count: {config.participation.count} clients a round, but there are only "
+            f"{len(ranks)}; lower it, or leave participation out for all"
+        )
     loaded, federation = load_federation(config, data.labels, ranks)
     tokenised = shards.tokenise(config, data, loaded.tokenizer)
     if tokenised.dropped:

@@ -138,14 +138,15 @@ def finish_round(
     }
     began = perf_counter()
     with uninterrupted(), writing(folder):
+        phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
+        seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
         notes = {"metrics": line, "best": best}
         checkpoint.save(folder / "state", state, notes)
         checkpoint.prune(
             folder / "state", config.checkpoints.keep, best["round"] if best is not None else None
         )
         seconds["checkpoint"] = perf_counter() - began
-        phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate", "checkpoint")
-        seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
+        seconds["total"] += seconds["checkpoint"]
         append_line(folder / "metrics.jsonl", line)
         write_summary(prepared, folder, "running", best)
     watcher.say(describe(line, config.rounds))
@@ -155,9 +156,14 @@ def finish_round(
         watcher.say("warning: no update was accepted in this round; the model stays as it was")
     effective = outcome.diagnostics.get("effective_clients")
     if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):
+        advice = (
+            "raise weighting.epsilon"
+            if config.weighting.name == "truncation"
+            else "weighting: uniform counts them alike"
+        )
         watcher.say(
             f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
-            "ones; raise weighting.epsilon, or use weighting: examples"
+            f"ones; {advice}"
         )
     return best
 

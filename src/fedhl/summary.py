@@ -35,6 +35,7 @@ def write_summary(
     """Write the summary of a run from its metrics and its settings."""
     config, federation = prepared.config, prepared.federation
     lines = read_metrics(folder)
+    earlier = read_summary(folder)["peak_memory_bytes"] if (folder / "summary.json").exists() else 0
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
     summary = {
         "name": config.name,
@@ -68,7 +69,7 @@ def write_summary(
             phase: sum(line["seconds"].get(phase, 0.0) for line in lines)
             for phase in ("total", "train", "compute", "evaluate")
         },
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(peak_memory(), earlier),
         "device": str(federation.device),
         "precision": config.compute.precision,
         "versions": {

@@ -154,7 +154,14 @@ def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
     rule, source = config.partition, config.data.source
     seed = derive(config.seed, "partition")
     if isinstance(rule, ColumnPartition):
-        return by_column([column(rows, rule.column, source)[k] for k in training])
+        names = column(rows, rule.column, source)
+        lost = {str(name) for name in names} - {str(names[k]) for k in training}
+        if lost:
+            raise UserError(
+                f"partition.column: every row of client {min(lost)!r} was held out by the server, so it "
+                "has nothing to train on; hold out fewer rows (data.held_out) or give it more"
+            )
+        return by_column([names[k] for k in training])
     if isinstance(rule, DirichletPartition):
         by = rule.by or getattr(config.task, "label", None)
         if by is None:

@@ -74,7 +74,9 @@ def _read_rounds(path: Path) -> list[Json]:
         raise UserError(
             f"{path} not found: {path.parent} is not the folder of a run that has started."
         )
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines[-1] == "":  # what follows the last newline
+        lines.pop()
     rounds: list[Json] = []
     for number, text in enumerate(lines, start=1):
         where = f"{path}, line {number}"
