@@ -1,6 +1,6 @@
 """Time one FedHL layer step (accumulate, truncate, be ready to send) against the literal algorithm.
 
-    python benchmarks/server_step.py [--clients 10 100] [--repeats 5] [--json FILE]
+    python benchmarks/server_step.py [--clients 10 30] [--repeats 5] [--json FILE]
 
 The literal algorithm takes one full SVD of W per client, to send and to subtract. Both are given the same
 updates, and must end at the same W; the repeats are interleaved. Shapes are those of MiniLM and SmolLM2.
@@ -57,7 +57,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 30])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--json", type=Path, default=Path(__file__).parent / "results" / "server_step.json"

@@ -201,7 +201,7 @@ def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *a: None if name == "gguf" else find_spec(name, *a)
     )
-    with pytest.raises(UserError, match=r"pip install 'fedhl\[gguf\]'"):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         load_model(str(tmp_path / "m.gguf"), "causal-lm")
 
 
