@@ -30,7 +30,7 @@ app = typer.Typer(
     help=(
         "Fine-tune a Hugging Face model with LoRA across clients that cannot share data "
         "and cannot afford the same rank.\n\n"
-        "A typical session:\n\n"
+        "Typically:\n\n"
         "    fedhl check config.yaml        what will be trained, and what it costs\n\n"
         "    fedhl run config.yaml          train; Ctrl-C stops, `fedhl resume` goes on\n\n"
         "    fedhl export runs/NAME --rank 8 --out adapter     a PEFT adapter of any rank"
