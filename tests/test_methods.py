@@ -7,30 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense as reference
 from test_contract import change, started
 from torch import Tensor
 
-from fedhl import METHODS, Broadcast, Cohort, LoRA, Method, Update, get_method, get_weighting
+from fedhl import METHODS, Broadcast, Cohort, LoRA, Update, get_method, get_weighting
 from fedhl.diagnostics import truncation_error
 from fedhl.lora import initial, truncate
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.flexlora import FlexLoRA
 from fedhl.methods.full_rank import FullRank
-from fedhl.seeds import generator
 
 EPS64 = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
 SVD_METHODS = [FedHL(), FlexLoRA()]
 
 svd_methods = pytest.mark.parametrize("method", SVD_METHODS, ids=lambda m: type(m).__name__)
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed, "draw", *shape), dtype=torch.float64)
 
 
 def holding(method: Any, W: Tensor, top: int) -> FullRank:
@@ -40,28 +36,6 @@ def holding(method: Any, W: Tensor, top: int) -> FullRank:
     state = method.init(LoRA(fresh.A.to(W), fresh.B.to(W), 1.0))
     whole = truncate(W, min(m, n))
     return method.aggregate(state, [Update(method.broadcast(state, top, 1.0), whole, 1.0)])
-
-
-def answers(
-    method: Method[Any],
-    state: Any,
-    ranks: list[int],
-    scales: list[float],
-    p: list[float],
-    seed: int,
-) -> list[Update]:
-    """What clients of these ranks, scales and weights return after moving both factors at random."""
-    updates = []
-    for k, (rank, scale, weight) in enumerate(zip(ranks, scales, p, strict=True)):
-        sent = method.broadcast(state, rank, scale)
-        A, B = sent.lora.A, sent.lora.B
-        moved = LoRA(A + draw(seed + k, *A.shape).to(A), B + draw(seed - k, *B.shape).to(B), scale)
-        updates.append(Update(sent, moved, weight))
-    return updates
-
-
-def clients(updates: list[Update]) -> list[reference.Client]:
-    return [reference.Client(u.weight, u.lora.scale, u.lora.B, u.lora.A) for u in updates]
 
 
 # Equality with the dense references

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import test_contract as contract
 import torch
+from cohorts import clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import factors as reference
-from reference.dense import Client
 from test_contract import adapter, change, started
 from torch import Tensor
 
@@ -40,10 +40,6 @@ ONE_FACTOR: list[Any] = [
 """In each round all clients train the same factor, and start at the whole global model."""
 
 one_factor = pytest.mark.parametrize("method", ONE_FACTOR, ids=str)
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed, "draw", *shape), dtype=torch.float64)
 
 
 # A cohort
@@ -93,10 +89,6 @@ def after_rounds(method: Any, problem: dict[str, Any], rounds: int) -> Any:
     for round in range(rounds):
         state = method.aggregate(state, cohort(method, state, problem, round))
     return state
-
-
-def clients(updates: list[Update]) -> list[Client]:
-    return [Client(u.weight, u.lora.scale, u.lora.B, u.lora.A) for u in updates]
 
 
 def agrees(got: Tensor, want: Tensor, updates: list[Update], W: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense, means
@@ -24,14 +25,9 @@ from fedhl.methods.fslora import FSLoRA
 from fedhl.methods.hetlora import HetLoRA
 from fedhl.methods.lora_fair import LoRAFAIR
 from fedhl.methods.rbla import RBLA
-from fedhl.seeds import generator
 
 EPS64 = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed, "draw", *shape), dtype=torch.float64)
 
 
 def server(m: int, n: int, top: int, scale: float = 1.5, seed: int = 0) -> LoRA:
@@ -39,32 +35,10 @@ def server(m: int, n: int, top: int, scale: float = 1.5, seed: int = 0) -> LoRA:
     return LoRA(draw(seed, top, n), draw(seed, m, top), scale)
 
 
-def answers(
-    method: Method[Any],
-    state: Any,
-    ranks: list[int],
-    scales: list[float],
-    p: list[float],
-    seed: int,
-) -> list[Update]:
-    """What clients of these ranks, scales and weights return after moving both factors at random."""
-    updates = []
-    for k, (rank, scale, weight) in enumerate(zip(ranks, scales, p, strict=True)):
-        sent = method.broadcast(state, rank, scale, key=seed + k)
-        A, B = sent.lora.A, sent.lora.B
-        moved = LoRA(A + draw(seed + k, *A.shape), B + draw(seed - k - 1, *B.shape), scale)
-        updates.append(Update(sent, moved, weight))
-    return updates
-
-
 def alike(method: Method[Any], state: Any, p: list[float], seed: int = 7) -> list[Update]:
     """The same from clients of the state's own rank and scale."""
     lora = state.lora if isinstance(state, Corrected) else state
     return answers(method, state, [lora.rank] * len(p), [lora.scale] * len(p), p, seed)
-
-
-def clients(updates: list[Update]) -> list[dense.Client]:
-    return [dense.Client(u.weight, u.lora.scale, u.lora.B, u.lora.A) for u in updates]
 
 
 def size(updates: list[Update]) -> float:

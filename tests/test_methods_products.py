@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense
@@ -26,13 +27,8 @@ from fedhl.methods.flora import FLoRA
 from fedhl.methods.florist import FLoRIST
 from fedhl.methods.hlora import HLoRA
 from fedhl.methods.raflora import RaFLoRA
-from fedhl.seeds import generator
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed, "draw", *shape), dtype=torch.float64)
 
 
 def fresh(m: int, n: int, top: int, seed: int = 0) -> LoRA:
@@ -44,28 +40,6 @@ def fresh(m: int, n: int, top: int, seed: int = 0) -> LoRA:
 def trained(m: int, n: int, top: int, seed: int = 0) -> LoRA:
     """One that somebody has trained before: `W = ΔW` of full rank `top`."""
     return LoRA(draw(seed, top, n), draw(seed + 1, m, top), 0.5)
-
-
-def answers(
-    method: Method[Any],
-    state: Any,
-    ranks: Sequence[int],
-    scales: Sequence[float],
-    p: Sequence[float],
-    seed: int,
-) -> list[Update]:
-    """What clients of these ranks, scales and weights return after moving both factors at random."""
-    updates = []
-    for k, (rank, scale, weight) in enumerate(zip(ranks, scales, p, strict=True)):
-        sent = method.broadcast(state, rank, scale)
-        A, B = sent.lora.A, sent.lora.B
-        moved = LoRA(A + draw(seed + k, *A.shape), B + draw(seed - k, *B.shape), scale)
-        updates.append(Update(sent, moved, weight))
-    return updates
-
-
-def clients(updates: Sequence[Update]) -> list[Client]:
-    return [Client(u.weight, u.lora.scale, u.lora.B, u.lora.A) for u in updates]
 
 
 def unchanged(method: Method[Any], state: Any, ranks: Sequence[int], p: Sequence[float]) -> Any:

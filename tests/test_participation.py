@@ -265,7 +265,7 @@ def test_stragglers_train_only_what_they_reach_and_are_reproducible():
 def test_the_last_layers_are_those_nearest_to_the_output(kind: str):
     """`query` before `value` in a block, block 0 before block 1, whatever the alphabet says."""
     federation = federate(kind)
-    got = simulation.peft.in_order(federation.slots)
+    got = federation.slots.order
     assert sorted(got) == sorted(simulation.peft.layers(federation.slots))
     blocks = [[int(part) for part in name.split(".") if part.isdigit()] for name in got]
     assert blocks == sorted(blocks)

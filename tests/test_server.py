@@ -272,7 +272,9 @@ def test_what_a_round_reports(state: ServerState) -> None:
     numbers = dict(outcome.diagnostics)
     squares = {"aggregation_error": 0.0, "product_gap": 0.0}
     for name in SHAPES:
-        updates = server.LayerUpdates(FEDHL, state, name, replies, p.tolist(), SEED)
+        updates = server.LayerUpdates(
+            FEDHL, state, name, replies, p.tolist(), SEED, range(len(replies))
+        )
         before, after = state.layers[name].W, following.layers[name].W
         squares["aggregation_error"] += diagnostics.aggregation_error(before, after, updates)
         squares["product_gap"] += diagnostics.product_gap(updates)

@@ -262,6 +262,8 @@ def _command(arguments: list[str], folder: str, output: str) -> None:
         open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         for number in (1, 2)
     )
+    # as from a terminal, even where the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     sys.argv = ["fedhl", *arguments]
     from fedhl.cli import main
@@ -279,8 +281,8 @@ def start(folder: Path, *arguments: str | Path) -> Command:
     (folder / ".output").mkdir(exist_ok=True)
     output = folder / ".output" / str(next(_numbers))
     process = context.Process(
-        target=_command, args=([str(a) for a in arguments], str(folder), str(output))
-    )
+        target=_command, args=([str(a) for a in arguments], str(folder), str(output)), daemon=True
+    )  # a daemon: a test that fails leaves nothing behind
     process.start()
     return Command(process, folder, output)
 

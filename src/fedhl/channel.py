@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, squared_norm
+from fedhl.diagnostics import moved
+from fedhl.lora import LoRA
 from fedhl.method import Method, Update
 
 
@@ -43,7 +44,7 @@ class AirComp:
     def __post_init__(self) -> None:
         if not self.snr_db > -math.inf:  # also when it is NaN
             raise ValueError(f"channel: snr_db must be a number, got {self.snr_db}")
-        if not 0 < self.power < float("inf"):
+        if not 0 < self.power < math.inf:
             raise ValueError(f"channel: power must be positive and finite, got {self.power}")
 
     def deviation(self, weights: Sequence[float], signals: Sequence[Sequence[Signal]]) -> float:
@@ -67,7 +68,7 @@ def signal(update: Update, products: bool) -> Signal:
     sent, lora = update.sent, update.lora
     if products:
         m, n = lora.shape
-        return Signal(squared_norm([(1.0, lora), (-1.0, sent.lora)]), m * n)
+        return Signal(moved(update), m * n)
     energy, size = 0.0, 0
     for name in sorted(sent.train - sent.keep):
         unit = lora.scale if name == "B" else 1.0
@@ -91,21 +92,14 @@ def received(
     if products:
         z = deviation * torch.randn(m, n, generator=g)
         return [replace(u, lora=with_product(u.lora, z)) for u in updates]
-    top = max(int(components(u).max()) for u in updates) + 1
+    top = max(int(u.components.max()) for u in updates) + 1
     share = torch.zeros(top, dtype=torch.float64)
     for u in updates:
-        share[components(u)] += u.weight
+        share[u.components] += u.weight
     z = {"A": torch.randn(top, n, generator=g), "B": torch.randn(top, m, generator=g)}
     each = torch.where(share > 0, 1 / share, 0.0)[:, None]
     noise = {name: deviation * (each * x).float() for name, x in z.items()}
     return [replace(u, lora=with_factors(u, noise)) for u in updates]
-
-
-def components(update: Update) -> Tensor:
-    """Which components of the server's adapter these are."""
-    if update.sent.index is not None:
-        return update.sent.index
-    return torch.arange(update.lora.rank)
 
 
 def with_product(lora: LoRA, z: Tensor) -> LoRA:
@@ -116,7 +110,7 @@ def with_product(lora: LoRA, z: Tensor) -> LoRA:
 
 def with_factors(update: Update, noise: dict[str, Tensor]) -> LoRA:
     """The trained factors with their noise; B in effective units, its scale folded in."""
-    lora, rows, sent = update.lora, components(update), update.sent
+    lora, rows, sent = update.lora, update.components, update.sent
     leaves = sent.train - sent.keep
     A = lora.A + noise["A"][rows].to(lora.A) if "A" in leaves else lora.A
     B = lora.B + (noise["B"][rows].T / lora.scale).to(lora.B) if "B" in leaves else lora.B

@@ -10,17 +10,18 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from fedhl import server
 from fedhl.config import ComputeConfig
 from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.folder import load_checkpoint, load_run_config, read_summary
-from fedhl.lora import LoRA, dense, truncate
+from fedhl.lora import LoRA, dense
 from fedhl.model import Loaded, load_model
 from fedhl.prepare import SILENT, Watcher, load_federation, prepare
 from fedhl.server import ServerState
-from fedhl.simulation import evaluate_round, initial_state
+from fedhl.simulation import evaluate_round, initial_state, truncation
 from fedhl.summary import check_same
 
 Which = int | Literal["last", "best"]
@@ -44,9 +45,8 @@ def export_run(
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
-    deltas = {name: federation.method.delta(layer) for name, layer in state.layers.items()}
-    known = {name: delta for name, delta in deltas.items() if delta is not None}
-    if len(known) < len(deltas):
+    known = server.deltas(federation.method, state)
+    if not known:
         raise UserError(f"method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
@@ -58,7 +58,7 @@ def export_run(
             out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
         )
         return [f"round {state.round}, full-rank update merged into {base}: {out}"]
-    adapter = {name: truncate(delta, min(rank, *delta.shape)) for name, delta in known.items()}
+    adapter = truncation(federation, state, rank)
     got = max(lora.rank for lora in adapter.values())
     card = model_card(summary, "adapter", got, base=base, labels=labels)
     export_adapter(out, loaded, adapter, state.head, card)

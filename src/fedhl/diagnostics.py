@@ -57,7 +57,7 @@ def product_gap(updates: Iterable[Update]) -> float:
         nonlocal mean
         for u in updates:
             lora = LoRA(u.lora.A.double().cpu(), u.lora.B.double().cpu(), u.lora.scale)
-            rows = torch.arange(lora.rank) if u.sent.index is None else u.sent.index
+            rows = u.components
             mean = pad(mean, max(mean.rank, int(rows.max()) + 1))
             mean.A[rows] += u.weight * lora.A
             mean.B[:, rows] += u.weight * lora.scale * lora.B

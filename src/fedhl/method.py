@@ -95,6 +95,12 @@ class Update:
     magnitudes: Tensor | None = None
 
     @property
+    def components(self) -> Tensor:
+        """Which components of the server's adapter these are, shape (r,)."""
+        index = self.sent.index
+        return torch.arange(self.lora.rank) if index is None else index
+
+    @property
     def whole(self) -> LoRA:
         """The adapter, frozen directions included."""
         return with_past(self.lora, self.sent.past, self.magnitudes)

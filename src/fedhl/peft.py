@@ -49,12 +49,14 @@ class Slots:
     """A model with LoRA layers: one slot per rank, every lookup done once.
 
     `model` is the transformers model itself, changed in place; `modules` are its adapted layers by
-    name, sorted; `factors[rank][name]` are the parameters (A, B) of a slot; `scales[rank]` is PEFT's
-    scaling; `head` are the parameters that are trained whole, shared by all slots.
+    name, sorted; `order` their names as the model defines them, from its input to its output;
+    `factors[rank][name]` are the parameters (A, B) of a slot; `scales[rank]` is PEFT's scaling; `head`
+    are the parameters that are trained whole, shared by all slots.
     """
 
     model: PreTrainedModel
     modules: Mapping[str, LoraLayer]
+    order: Sequence[str]
     factors: Mapping[int, Mapping[str, tuple[nn.Parameter, nn.Parameter]]]
     scales: Mapping[int, float]
     head: Mapping[str, nn.Parameter]
@@ -137,7 +139,8 @@ def _index(
     model.requires_grad_(False)
     for owner in sorted({name.rpartition(".")[0] for name in head}):
         _train_in_float32(model.get_submodule(owner))
-    return Slots(model, modules, factors, scales, {n: model.get_parameter(n) for n in head})
+    parameters = {n: model.get_parameter(n) for n in head}
+    return Slots(model, modules, [*adapted], factors, scales, parameters)
 
 
 def _train_in_float32(module: nn.Module) -> None:
@@ -249,11 +252,6 @@ def _check_ranks(model: nn.Module, names: Sequence[str], ranks: Mapping[int, flo
 def layers(slots: Slots) -> dict[str, tuple[int, int]]:
     """Name of every adapted layer, sorted, and its shape (m, n) = (out, in)."""
     return {name: _shape(module.get_base_layer()) for name, module in slots.modules.items()}
-
-
-def in_order(slots: Slots) -> list[str]:
-    """The adapted layers in the order in which the model defines them, from its input to its output."""
-    return [name for name, _ in slots.model.named_modules() if name in slots.modules]
 
 
 def scale(slots: Slots, rank: int) -> float:

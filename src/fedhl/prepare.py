@@ -85,7 +85,7 @@ def load_federation(
         head=loaded.head,
     )
     method = config.method.build()
-    layers = trained_layers(config, peft.in_order(slots))
+    layers = trained_layers(config, slots.order)
     clients = [
         Client(name, r, peft.scale(slots, r), 0, layers.get(name))
         for name, r in sorted(ranks.items())
@@ -162,13 +162,13 @@ def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
 
 def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset[str]]:
     """The layers of the clients that train only some. Raises UserError, naming the client."""
-    only = config.participation.layers
-    for name, parts in only.items():
+    found = {}
+    for name, parts in config.participation.layers.items():
         try:
-            matching(layers, parts)
+            found[name] = frozenset(matching(layers, parts))
         except ValueError as error:
             raise UserError(f"participation.layers: client {name!r}: {error}") from None
-    return {name: frozenset(matching(layers, parts)) for name, parts in only.items()}
+    return found
 
 
 def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> None:

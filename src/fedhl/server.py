@@ -82,8 +82,8 @@ class Round:
 class LayerUpdates:
     """The updates of one layer, read anew in each iteration, so that nothing is held longer.
 
-    `weights` are those of the clients that returned this layer, and sum to 1. `silence`: the chance
-    that none would have.
+    `replies` are those that returned this layer, at the places `members` among all that were accepted;
+    their `weights` sum to 1. `silence`: the chance that none would have returned it.
     """
 
     method: Method[Any]
@@ -92,6 +92,7 @@ class LayerUpdates:
     replies: Sequence[Reply]
     weights: Sequence[float]
     seed: int
+    members: Sequence[int]
     silence: float = 0.0
 
     def __iter__(self) -> Iterator[Update]:
@@ -269,7 +270,6 @@ def aggregate(
     watching = 0.0
     for name, layer in state.layers.items():
         updates = arrived[name]
-        members = [k for k, reply in enumerate(accepted) if name in reply.adapter]
         if not sum(updates.weights):
             continue  # nobody who counts returned it
         if noise is None:
@@ -278,7 +278,7 @@ def aggregate(
             g = generator(seed, "channel", state.round, name)
             products = sends_products(method)
             # its weights were divided by the share of those who returned it, and so is the noise
-            share = sum(float(p[k]) for k in members)
+            share = sum(float(p[k]) for k in updates.members)
             layers[name] = method.aggregate(layer, received(updates, products, noise / share, g))
         watch = perf_counter()
         before, after = method.delta(layer), method.delta(layers[name])
@@ -286,7 +286,7 @@ def aggregate(
             squares["aggregation_error"] += diagnostics.aggregation_error(before, after, updates)
         squares["product_gap"] += diagnostics.product_gap(updates)
         moved = [diagnostics.moved(update) for update in updates]
-        drift[members] += torch.tensor(moved, dtype=torch.float64)
+        drift[updates.members] += torch.tensor(moved, dtype=torch.float64)
         watching += perf_counter() - watch
     q = data_share(cohort)
     head = mean_head(accepted, q)
@@ -335,7 +335,7 @@ def arrivals(
     theirs = p[members]
     theirs = theirs / theirs.sum() if theirs.sum() > 0 else theirs
     those = [replies[k] for k in members]
-    return LayerUpdates(method, state, layer, those, theirs.tolist(), seed, silence)
+    return LayerUpdates(method, state, layer, those, theirs.tolist(), seed, members, silence)
 
 
 def loudness(
@@ -348,9 +348,8 @@ def loudness(
     """The standard deviation of the noise that this round's updates get over `channel`."""
     products = sends_products(method)
     signals: list[list[Signal]] = [[] for _ in replies]
-    for name, updates in arrived.items():
-        members = [k for k, reply in enumerate(replies) if name in reply.adapter]
-        for k, update in zip(members, updates, strict=True):
+    for updates in arrived.values():
+        for k, update in zip(updates.members, updates, strict=True):
             signals[k].append(signal(update, products))
     return channel.deviation(p, signals)
 
@@ -362,21 +361,17 @@ def measure(method: Method[Any], state: ServerState, replies: Sequence[Reply], s
     error = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
     energy = torch.zeros(len(state.layers), dtype=torch.float64)
     for column, (name, layer) in enumerate(state.layers.items()):
-        for row, reply in enumerate(replies):
-            if name in reply.adapter:
-                past = broadcast_layer(method, state, name, reply.client, seed).past
-                lora = with_past(reply.adapter[name], past, reply.magnitudes.get(name))
-                squares[row, column] = squared_norm([(1.0, lora)])
         delta = method.delta(layer)
-        if delta is None:
-            continue
-        W = dense(delta)
-        energy[column] = W.double().square().sum()
-        if energy[column] == 0:
-            continue
+        W = None if delta is None else dense(delta)
+        if W is not None:
+            energy[column] = W.double().square().sum()
         for row, reply in enumerate(replies):
             sent = broadcast_layer(method, state, name, reply.client, seed)
-            error[row, column] = diagnostics.truncation_error(W, sent)
+            if name in reply.adapter:
+                lora = with_past(reply.adapter[name], sent.past, reply.magnitudes.get(name))
+                squares[row, column] = squared_norm([(1.0, lora)])
+            if W is not None and energy[column] > 0:
+                error[row, column] = diagnostics.truncation_error(W, sent)
     # of the layers that a client returned, as if it had returned as many as the others
     returned = torch.tensor([len(reply.adapter) for reply in replies], dtype=torch.float64)
     norms = (squares.sum(dim=1) * len(state.layers) / returned).sqrt()
@@ -403,8 +398,13 @@ def mean_head(replies: Sequence[Reply], q: Tensor) -> dict[str, Tensor]:
     }
 
 
+def deltas(method: Method[Any], state: ServerState) -> dict[str, LoRA | Tensor]:
+    """The global change of every layer; {} if there is no global model."""
+    found = {name: method.delta(layer) for name, layer in state.layers.items()}
+    return {name: delta for name, delta in found.items() if delta is not None}
+
+
 def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:
     """Spectrum, energy, share beyond `rank` and effective rank of the global change; {} if none."""
-    deltas = {name: method.delta(layer) for name, layer in state.layers.items()}
-    known = {name: diagnostics.spectrum(d) for name, d in deltas.items() if d is not None}
+    known = {name: diagnostics.spectrum(d) for name, d in deltas(method, state).items()}
     return diagnostics.summarise_spectra(known, rank) if known else {}

@@ -68,7 +68,7 @@ class Federation:
 
     def layers_of(self, client: Client) -> list[str]:
         """The layers that this client trains, from the input of the model to its output."""
-        layers = peft.in_order(self.slots)
+        layers = self.slots.order
         return [name for name in layers if client.layers is None or name in client.layers]
 
     def labels_of(self, round: int) -> Sequence[int] | None:
@@ -352,7 +352,7 @@ def bytes_per_client(
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
     """Metrics of the model with the full-rank update; None without one, or without held-out rows."""
-    full = {name: dense(delta) for name, delta in deltas(federation, state).items()}
+    full = {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
     return evaluate_change(federation, state, full)
 
 
@@ -375,14 +375,8 @@ def truncation(federation: Federation, state: ServerState, rank: int) -> dict[st
     """`T_rank(W)` of every layer; {} if there is no global model."""
     return {
         name: truncate(delta, min(rank, *delta.shape))
-        for name, delta in deltas(federation, state).items()
+        for name, delta in server.deltas(federation.method, state).items()
     }
-
-
-def deltas(federation: Federation, state: ServerState) -> dict[str, LoRA | Tensor]:
-    """The global change of every layer; {} if there is no global model."""
-    found = {name: federation.method.delta(layer) for name, layer in state.layers.items()}
-    return {name: delta for name, delta in found.items() if delta is not None}
 
 
 def evaluate_change(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, concat, own, truncate
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast, checked
+from fedhl.method import Broadcast, Traffic, Update, check_alike, checked
+from fedhl.methods.one_adapter import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +60,7 @@ class FedExLoRA:
 
     def broadcast(self, state: Corrected, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.lora.rank)
-        check_alike("fedex_lora", rank, scale, state.lora)
-        return Broadcast(own(state.lora), base=state.base)
+        return Broadcast(whole("fedex_lora", state.lora, rank, scale), base=state.base)
 
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:
         old = state.lora

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast, checked
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import mean_factors, whole
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,10 @@ class FedIT:
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.rank)
-        check_alike("fedit", rank, scale, state)
-        return Broadcast(own(state))
+        return Broadcast(whole("fedit", state, rank, scale))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
-        A, B = torch.zeros_like(state.A), torch.zeros_like(state.B)
-        for update in checked(updates, state.shape):
-            lora = update.lora
-            check_alike("fedit", lora.rank, lora.scale, state)
-            A += update.weight * lora.A.to(A)
-            B += update.weight * lora.B.to(B)
-        return LoRA(A, B, state.scale)
+        return mean_factors("fedit", state, updates, "AB")
 
     def delta(self, state: LoRA) -> LoRA:
         return state

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast
-from fedhl.methods.ffa_lora import mean_factor
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import mean_factors, whole
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,10 @@ class FedSALoRA:
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.rank)
-        check_alike("fedsa_lora", rank, scale, state)
-        return Broadcast(own(state), keep=frozenset({"B"}))
+        return Broadcast(whole("fedsa_lora", state, rank, scale), keep=frozenset({"B"}))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
-        return mean_factor("fedsa_lora", state, updates, "A")
+        return mean_factors("fedsa_lora", state, updates, "A")
 
     def delta(self, state: LoRA) -> None:
         """None: without the clients' B there is no global change; B0 A would be nobody's model."""

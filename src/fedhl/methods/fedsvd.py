@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedhl.lora import LoRA, own, svd
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast
-from fedhl.methods.ffa_lora import mean_factor
-from fedhl.methods.rolora import Counted
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import Counted, mean_factors, whole
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,10 @@ class FedSVD:
 
     def broadcast(self, state: Counted, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.lora.rank)
-        check_alike("fedsvd", rank, scale, state.lora)
-        return Broadcast(own(state.lora), train=frozenset({"B"}))
+        return Broadcast(whole("fedsvd", state.lora, rank, scale), train=frozenset({"B"}))
 
     def aggregate(self, state: Counted, updates: Iterable[Update]) -> Counted:
-        lora = mean_factor("fedsvd", state.lora, updates, "B")
+        lora = mean_factors("fedsvd", state.lora, updates, "B")
         round = state.round + 1
         return Counted(orthonormal(lora) if round % self.period == 0 else lora, round)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
+from dataclasses import dataclass
+from typing import ClassVar
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast, checked
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import mean_factors, whole
 
 
 @dataclass(frozen=True)
@@ -36,29 +35,13 @@ class FFALoRA:
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.rank)
-        check_alike("ffa_lora", rank, scale, state)
-        return Broadcast(own(state), train=frozenset({"B"}))
+        return Broadcast(whole("ffa_lora", state, rank, scale), train=frozenset({"B"}))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
-        return mean_factor("ffa_lora", state, updates, "B")
+        return mean_factors("ffa_lora", state, updates, "B")
 
     def delta(self, state: LoRA) -> LoRA:
         return state
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         return Traffic(down=rank * m, up=rank * m)
-
-
-def mean_factor(
-    method: str, state: LoRA, updates: Iterable[Update], factor: Literal["A", "B"]
-) -> LoRA:
-    """`state` with one factor replaced by its mean over the clients; their other factor is not read.
-
-    Raises ValueError, naming `method`, for a rank or scale that is not the state's.
-    """
-    mean = torch.zeros_like(getattr(state, factor))
-    for update in checked(updates, state.shape):
-        check_alike(method, update.lora.rank, update.lora.scale, state)
-        mean += update.weight * getattr(update.lora, factor).to(mean)
-    return replace(state, **{factor: mean})

@@ -6,24 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, initial, own
+from fedhl.lora import LoRA, add_products, initial
 from fedhl.method import Broadcast, Traffic, Update, checked
-from fedhl.methods.full_rank import FullRank, send
+from fedhl.methods.full_rank import FullRank, begin, send
 from fedhl.seeds import derive
-
-
-def begin(lora: LoRA, seed: int) -> FullRank:
-    """`W = ΔW(lora)` in the base, and the adapter's A with `B = 0` to start from.
-
-    Raises ValueError if the adapter has more components than the layer has rank.
-    """
-    if lora.rank > min(lora.shape):
-        raise ValueError(f"the top rank must be <= {min(lora.shape)} here, got {lora.rank}")
-    lora = own(lora)
-    return FullRank(lora.delta(), LoRA(lora.A, torch.zeros_like(lora.B), 1.0), seed, 0)
 
 
 def restart(state: FullRank, W: Tensor) -> FullRank:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast, checked
+from fedhl.method import Broadcast, Traffic, Update, check_alike, checked
+from fedhl.methods.one_adapter import whole
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class FLoRANA:
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.rank)
-        check_alike("flora_na", rank, scale, state)
-        return Broadcast(own(state))
+        return Broadcast(whole("flora_na", state, rank, scale))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
         weights: list[float] = []

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, concat, svd
 from fedhl.method import Broadcast, Traffic, Update, checked
-from fedhl.methods.flora import begin, restart
-from fedhl.methods.full_rank import FullRank, send
+from fedhl.methods.flora import restart
+from fedhl.methods.full_rank import FullRank, begin, send
 
 
 def leading(mean: LoRA, threshold: float) -> LoRA:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,17 +28,27 @@ class FullRank:
         return self.W.shape[0], self.W.shape[1]
 
 
-def start(lora: LoRA, seed: int) -> FullRank:
-    """`W = ΔW(lora)`. Where that is zero its SVD would send `A = B = 0`, which never trains: the
-    initial adapter's own A serves, `A_r` being its first r rows.
+def begin(lora: LoRA, seed: int) -> FullRank:
+    """`W = ΔW(lora)`, and the adapter's own A with `B = 0` to send, `A_r` being its first r rows.
 
     Raises ValueError if the adapter has more components than the layer has rank.
     """
+    check_top(lora)
+    lora = own(lora)
+    return FullRank(lora.delta(), LoRA(lora.A, torch.zeros_like(lora.B), 1.0), seed, 0)
+
+
+def check_top(lora: LoRA) -> None:
+    """Raises ValueError if the adapter has more components than the layer has rank."""
     if lora.rank > min(lora.shape):
         raise ValueError(f"the top rank must be <= {min(lora.shape)} here, got {lora.rank}")
-    lora = own(lora)
-    sent = LoRA(lora.A, torch.zeros_like(lora.B), 1.0)
-    return move(FullRank(lora.delta(), sent, seed, -1))
+
+
+def start(lora: LoRA, seed: int) -> FullRank:
+    """`begin`, with the truncation of W to send. Where W is zero its SVD would send `A = B = 0`, which
+    never trains: the initial adapter's own A serves.
+    """
+    return move(replace(begin(lora, seed), round=-1))
 
 
 def move(state: FullRank, W: Tensor | None = None) -> FullRank:

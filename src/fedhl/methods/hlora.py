@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from fedhl.lora import LoRA, concat, own, prefix, trainable_truncation
 from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.methods.full_rank import check_top
 from fedhl.seeds import derive
 
 
@@ -50,8 +51,7 @@ class HLoRA:
     weighting: ClassVar[str] = "examples"
 
     def init(self, lora: LoRA, seed: int = 0) -> Bank:
-        if lora.rank > min(lora.shape):
-            raise ValueError(f"the top rank must be <= {min(lora.shape)} here, got {lora.rank}")
+        check_top(lora)
         lora = own(lora)
         if not lora.B.any():  # its SVD would be zero: the given A serves
             return Bank(LoRA(lora.A, lora.B, 1.0), seed, 0)

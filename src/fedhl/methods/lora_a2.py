@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedhl.lora import LoRA, own, prefix
 from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
-from fedhl.methods.rolora import Counted, trained
+from fedhl.methods.one_adapter import Counted
+from fedhl.methods.rolora import trained
 from fedhl.seeds import generator
 
 

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast, checked
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import mean_factors, whole
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,12 @@ class LoRAFAIR:
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.rank)
-        check_alike("lora_fair", rank, scale, state)
-        return Broadcast(own(state))
+        return Broadcast(whole("lora_fair", state, rank, scale))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
-        A, B, MA = (torch.zeros_like(x, dtype=torch.float64) for x in (state.A, state.B, state.B))
-        for update in checked(updates, state.shape):
-            lora = update.lora
-            check_alike("lora_fair", lora.rank, lora.scale, state)
-            A += update.weight * lora.A.to(A)
-            B += update.weight * lora.B.to(B)
+        exact = LoRA(state.A.double(), state.B.double(), state.scale)
+        mean = mean_factors("lora_fair", exact, updates, "AB")
+        A, B, MA = mean.A, mean.B, torch.zeros_like(mean.B)
         for update in updates:
             MA += update.weight * update.lora.B.to(B) @ (update.lora.A.to(A) @ A.T)
         gram = A @ A.T

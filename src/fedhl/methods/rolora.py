@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, check_broadcast
-from fedhl.methods.ffa_lora import mean_factor
-
-
-@dataclass(frozen=True, eq=False)
-class Counted:
-    """An adapter and the number of rounds done."""
-
-    lora: LoRA
-    round: int
+from fedhl.method import Broadcast, Traffic, Update
+from fedhl.methods.one_adapter import Counted, mean_factors, whole
 
 
 def trained(round: int) -> Literal["A", "B"]:
@@ -50,12 +42,11 @@ class RoLoRA:
 
     def broadcast(self, state: Counted, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.lora.rank)
-        check_alike("rolora", rank, scale, state.lora)
-        return Broadcast(own(state.lora), train=frozenset({trained(state.round)}))
+        lora = whole("rolora", state.lora, rank, scale)
+        return Broadcast(lora, train=frozenset({trained(state.round)}))
 
     def aggregate(self, state: Counted, updates: Iterable[Update]) -> Counted:
-        lora = mean_factor("rolora", state.lora, updates, trained(state.round))
+        lora = mean_factors("rolora", state.lora, updates, trained(state.round))
         return Counted(lora, state.round + 1)
 
     def delta(self, state: Counted) -> LoRA:

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, initial, own
-from fedhl.method import (
-    Broadcast,
-    Traffic,
-    Update,
-    check_alike,
-    check_broadcast,
-    checked,
-    with_past,
-)
+from fedhl.method import Broadcast, Traffic, Update, with_past
+from fedhl.methods.one_adapter import mean_factors, whole
 from fedhl.seeds import derive
 
 
@@ -68,26 +61,23 @@ class SDLoRA:
 
     def broadcast(self, state: Directions, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key
-        check_broadcast(rank, scale, state.lora.rank)
-        check_alike("sd_lora", rank, scale, state.lora)
+        lora = whole("sd_lora", state.lora, rank, scale)
         if not len(state.magnitudes):
-            return Broadcast(own(state.lora))
-        return Broadcast(own(state.lora), past=state.past, magnitudes=state.magnitudes.clone())
+            return Broadcast(lora)
+        return Broadcast(lora, past=state.past, magnitudes=state.magnitudes.clone())
 
     def aggregate(self, state: Directions, updates: Iterable[Update]) -> Directions:
-        A, B, alpha = (torch.zeros_like(x) for x in (state.lora.A, state.lora.B, state.magnitudes))
-        for update in checked(updates, state.lora.shape):
-            lora, theirs = update.lora, update.magnitudes
-            check_alike("sd_lora", lora.rank, lora.scale, state.lora)
+        lora = mean_factors("sd_lora", state.lora, updates, "AB")
+        alpha = torch.zeros_like(state.magnitudes)
+        for update in updates:
+            theirs = update.magnitudes
             theirs = alpha.new_zeros(0) if theirs is None else theirs.to(alpha)
             if theirs.shape != alpha.shape or not theirs.isfinite().all():
                 raise ValueError(
                     f"an update must have {len(alpha)} finite magnitudes, got {theirs.tolist()}"
                 )
-            A += update.weight * lora.A.to(A)
-            B += update.weight * lora.B.to(B)
             alpha += update.weight * theirs
-        return Directions(LoRA(A, B, state.lora.scale), state.past, alpha, state.seed)
+        return Directions(lora, state.past, alpha, state.seed)
 
     def delta(self, state: Directions) -> LoRA:
         return with_past(state.lora, state.past, state.magnitudes)
