@@ -57,8 +57,8 @@ check: .venv/installed ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/installed ## time the server step; writes benchmarks/results/server_step.json
-	$(BIN)/python benchmarks/server_step.py
+bench: .venv/installed ## time the server step; writes benchmarks/results/server.json
+	$(BIN)/fedhl bench server --json benchmarks/results/server.json
 
 docs: .venv/installed ## write the generated parts of docs/ anew
 	$(BIN)/python tests/test_method_docs.py --write

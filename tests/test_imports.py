@@ -17,7 +17,7 @@ import fedhl
 
 SOURCE = Path(fedhl.__file__).parent
 
-CORE = {"lora", "method", "methods", "weighting", "seeds"}
+CORE = {"lora", "method", "methods", "weighting", "seeds", "subspace"}
 ENGINES = {"server", "simulation", "flower", "run", "cli"}
 FRONT = {"run", "cli"}
 
@@ -26,9 +26,10 @@ ONLY: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
     "weighting": {"errors"},
-    "lora": {"seeds"},
+    "subspace": {"seeds"},
+    "lora": {"seeds", "subspace"},
     "method": {"lora", "seeds"},
-    "methods": {"lora", "method", "weighting", "seeds"},
+    "methods": {"lora", "method", "weighting", "seeds", "subspace"},
     "catalogue": {"lora", "method", "methods", "weighting"},
     "report": {"errors"},
 }
@@ -39,7 +40,7 @@ NEVER: dict[str, set[str]] = {
     "flower": {"simulation"} | FRONT,
     "run": {"cli"},
     "training": ENGINES,
-    "evaluation": ENGINES | CORE - {"lora", "seeds"},  # knows nothing of federation
+    "evaluation": ENGINES | CORE - {"lora", "seeds", "subspace"},  # knows nothing of federation
     "data": ENGINES,
     "locate": ENGINES,
     "model": ENGINES,

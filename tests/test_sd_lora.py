@@ -202,7 +202,8 @@ def test_diagnostics_see_magnitudes_and_directions() -> None:
     want = (SCALE * 0.25) ** 2 * float(reference.direction(A, B).square().sum())
     assert diagnostics.moved(update) == pytest.approx(want, rel=1e-9)
     new = METHOD.delta(METHOD.aggregate(state, [update]))
-    lost = diagnostics.aggregation_error(METHOD.delta(state), new, [update])
+    products = diagnostics.of_products([update])
+    lost = diagnostics.aggregation_error(METHOD.delta(state), new, [update], products)
     assert lost <= (4 * 12 * EPS * float(W.norm())) ** 2
 
 

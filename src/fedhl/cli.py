@@ -470,6 +470,55 @@ def report(run: RunFolder) -> None:
         stdout().print(f"report: {path}", markup=False)
 
 
+bench = typer.Typer(
+    no_args_is_help=True, help="Time fedhl on this machine, and check what is timed."
+)
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="server")
+def bench_server(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="layer: one 4096 x 4096 layer against its bare product, a full SVD and the literal "
+            "algorithm. accuracy: truncation against the optimum. growth: time against clients, ranks "
+            "and size. model: a round of SmolLM2-135M. disk: Llama-2-7B's q and v, from disk (25 GB there).",
+        ),
+    ] = "layer,accuracy,growth,model,disk",
+    repeats: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda; layer and growth only.")] = "cpu",
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN", help="Check accuracy on the layers of this run, too. Repeatable."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where `disk` keeps its files while it runs.")
+    ] = None,
+) -> None:
+    """Time a round of the server, with correctness checked in the same run.
+
+    Takes about ten minutes on two cores and 16 GB of memory; nothing else should run beside it.
+    """
+    with friendly():
+        from fedhl.bench import PARTS, save
+        from fedhl.bench import bench_server as measure
+
+        chosen = [part.strip() for part in parts.split(",")]
+        if unknown := [part for part in chosen if part not in PARTS]:
+            raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
+        result = measure(chosen, repeats, device, run or [], folder, print)
+        if json is not None:
+            save(result, json)
+            print(f"written to {json}")
+
+
 def main() -> None:
     """Entry point of the `fedhl` command."""
     app()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, dense, pad, squared_norm, svd
-from fedhl.method import Broadcast, Update
+from fedhl.lora import LoRA, add_products, dense, squared_norm, svd, working
+from fedhl.method import Broadcast, Update, directions
+from fedhl.subspace import energy
 
 
 def truncation_error(delta: Tensor, sent: Broadcast) -> float:
@@ -34,37 +35,53 @@ def moved(update: Update) -> float:
     return squared_norm([(1.0, update.whole), (-1.0, update.sent.whole)])
 
 
+def of_products(updates: Iterable[Update]) -> Tensor:
+    """`Σ p_i s_i B_i A_i`, shape (m, n), which the next two compare with."""
+    first = next(iter(updates)).lora
+    zero = working(first.B).new_zeros(first.shape)
+    return add_products(zero, ((u.weight, u.lora) for u in updates))
+
+
 def aggregation_error(
-    before: LoRA | Tensor, after: LoRA | Tensor, updates: Iterable[Update]
+    before: LoRA | Tensor, after: LoRA | Tensor, updates: Iterable[Update], products: Tensor
 ) -> float:
     """`||W_{t+1} - (W_t + Σ p_i (ΔW_i - ΔW(sent_i)))||_F²`: what aggregation lost or added."""
-    terms = (
-        (sign * u.weight, x) for u in updates for sign, x in ((1, u.whole), (-1, u.sent.whole))
-    )
-    expected = add_products(dense(before), terms)
-    return float((dense(after).to(expected) - expected).double().square().sum())
+    expected = add_products(dense(before), besides(updates))
+    return energy(dense(after) - expected - products.to(expected))
 
 
-def product_gap(updates: Iterable[Update]) -> float:
+def besides(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float, LoRA]]:
+    """The terms of `Σ p_i (ΔW_i - s_i B_i A_i - ΔW(sent_i))`: frozen directions, and what was sent,
+    taken together for those who were sent the same. No more than `most` components of these are held."""
+    held: dict[int, tuple[float, Broadcast]] = {}
+    for u in updates:
+        frozen = directions(u.sent.past, u.magnitudes)
+        if frozen is not None:
+            yield u.weight, frozen
+        weight, sent = held.get(id(u.sent), (0.0, u.sent))
+        held[id(sent)] = weight - u.weight, sent
+        if sum(sent.lora.rank for _, sent in held.values()) > most:
+            yield from ((w, sent.whole) for w, sent in held.values())
+            held.clear()
+    yield from ((w, sent.whole) for w, sent in held.values())
+
+
+def product_gap(updates: Iterable[Update], products: Tensor) -> float:
     """`||Σ p_i s_i B_i A_i - (Σ p_i s_i B_i)(Σ p_i A_i)||_F²`, sum of products against product of
     sums, factors zero-padded, each component in its place at the server. Updates are read one by one
     and not held.
     """
-    m, n = next(iter(updates)).lora.shape
-    mean = LoRA(torch.zeros(0, n).double(), torch.zeros(m, 0).double(), 1.0)  # on the CPU
-
-    def terms() -> Iterator[tuple[float, LoRA]]:
-        nonlocal mean
-        for u in updates:
-            lora = LoRA(u.lora.A.double().cpu(), u.lora.B.double().cpu(), u.lora.scale)
-            rows = u.components
-            mean = pad(mean, max(mean.rank, int(rows.max()) + 1))
-            mean.A[rows] += u.weight * lora.A
-            mean.B[:, rows] += u.weight * lora.scale * lora.B
-            yield u.weight, lora
-
-    of_products = add_products(torch.zeros(m, n, dtype=torch.float64), terms())
-    return float((of_products - mean.delta()).square().sum())
+    m, n = products.shape
+    A, B = products.new_zeros(0, n).double(), products.new_zeros(m, 0).double()
+    for u in updates:
+        rows, lora = u.components.to(A.device), u.lora
+        missing = int(rows.max()) + 1 - len(A)
+        if missing > 0:
+            A = torch.cat([A, A.new_zeros(missing, n)])
+            B = torch.cat([B, B.new_zeros(m, missing)], dim=1)
+        A[rows] += u.weight * lora.A.to(A)
+        B[:, rows] += u.weight * lora.scale * lora.B.to(B)
+    return energy(torch.addmm(products, B.to(products), A.to(products), alpha=-1))
 
 
 @dataclass(frozen=True, eq=False)

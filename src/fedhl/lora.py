@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedhl.seeds import generator
+from fedhl.subspace import check_rank, leading
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,7 @@ def own(lora: LoRA) -> LoRA:
 
 def initial(m: int, n: int, rank: int, scale: float, seed: int) -> LoRA:
     """A fresh adapter: `B = 0`, `A ~ U(-1/√n, 1/√n)` as PEFT draws it; its first r rows serve rank r."""
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank must be in 1..{min(m, n)} for a {m} x {n} layer, got {rank}")
+    check_rank(rank, m, n)
     A = (2 * torch.rand(rank, n, generator=generator(seed, "initial A")) - 1) / n**0.5
     return LoRA(A, torch.zeros(m, rank), scale)
 
@@ -103,7 +103,7 @@ def concat(terms: Iterable[tuple[float, LoRA]]) -> LoRA:
     return LoRA(A, B, 1.0)
 
 
-def add_products(W: Tensor, terms: Iterable[tuple[float, LoRA]], block: int = 256) -> Tensor:
+def add_products(W: Tensor, terms: Iterable[tuple[float, LoRA]], block: int = 512) -> Tensor:
     """`W + Σ w ΔW` over (weight, adapter) pairs, shape (m, n); `W` itself is not touched.
 
     Terms are consumed one by one and multiplied in blocks of inner size `block` or a little more:
@@ -149,37 +149,45 @@ def svd(delta: LoRA | Tensor) -> SVD:
 def truncate(delta: LoRA | Tensor, rank: int) -> LoRA:
     """`T_r(ΔW)`, the best rank-r approximation, as `B = U_r S_r`, `A = V_rᵀ`, scale 1.
 
-    Raises ValueError unless `rank` is in 1..min(m, n). A LoRA of rank <= `rank` keeps its rank.
+    Of a large matrix within the tolerance of `fedhl.subspace.leading`; of an adapter through its
+    factors, exactly. Raises ValueError unless `rank` is in 1..min(m, n). A LoRA of rank <= `rank`
+    keeps its rank.
     """
-    m, n = delta.shape
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank must be in 1..{min(m, n)} for a {m} x {n} layer, got {rank}")
+    if isinstance(delta, Tensor):
+        B, A, _ = leading(delta, rank)
+        return LoRA(A, B, 1.0)
+    check_rank(rank, *delta.shape)
     U, S, Vt = svd(delta)
-    # Copies in row-major order: a slice would keep all of Vᵀ in memory, and LAPACK's column-major
-    # order, lost in a checkpoint, would make a resumed run differ in the last bits.
+    # Copies in row-major order, as in `leading`.
     A = Vt[:rank].clone(memory_format=torch.contiguous_format)
     return LoRA(A, (U[:, :rank] * S[:rank]).contiguous(), 1.0)
 
 
 def trainable_truncation(W: LoRA | Tensor, rank: int, seed: int) -> LoRA:
-    """`T_rank(W)` in factors of which every component can learn; an adapter may have fewer than rank.
+    """`T_rank(W)` in factors of which every component can learn, shapes A (rank, n), B (m, rank), scale 1;
+    an adapter may have fewer components than `rank`. See `refill`.
+    """
+    return refill(truncate(W, rank), rank, seed)
+
+
+def refill(cut: LoRA, rank: int, seed: int) -> LoRA:
+    """`B = U S`, `A = Vᵀ` with as many components that can learn, A (rank, n), B (m, rank), scale 1.
 
     Where σ_j is numerically zero, `B` is zero and the row of `A` is replaced by a seeded random
     unit vector orthogonal to the other rows: with both factors zero neither would ever get a
-    gradient. The product is unchanged. Shapes: A (rank, n), B (m, rank), scale 1.
+    gradient. The product is unchanged, to the rounding that W itself has: the energy of what is
+    replaced is at most `(8 eps)²` of the whole, which for float32 is the floor of `leading`.
     """
-    full = truncate(W, rank)
-    sigma = full.B.norm(dim=0)
-    tolerance = max(W.shape) * torch.finfo(sigma.dtype).eps * sigma[0]
-    live = int((sigma > tolerance).sum())
+    m, n = cut.shape
+    energy = cut.B.double().square().sum(0)
+    beyond = energy.flip(0).cumsum(0).flip(0)  # Σ_{k>=j} σ_k²
+    live = int((beyond > (8 * torch.finfo(cut.B.dtype).eps) ** 2 * beyond[0]).sum())
     if live == rank:
-        return full
-    fresh = torch.randn(
-        rank - live, W.shape[1], generator=generator(seed, "refill"), dtype=torch.float64
-    )
-    basis, _ = torch.linalg.qr(torch.cat([full.A[:live], fresh.to(full.A)]).T)
-    A = torch.cat([full.A[:live], basis[:, live:].T])
-    B = torch.cat([full.B[:, :live], full.B.new_zeros(W.shape[0], rank - live)], dim=1)
+        return cut
+    fresh = torch.randn(rank - live, n, generator=generator(seed, "refill"), dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.cat([cut.A[:live], fresh.to(cut.A)]).T)
+    A = torch.cat([cut.A[:live], basis[:, live:].T])
+    B = torch.cat([cut.B[:, :live], cut.B.new_zeros(m, rank - live)], dim=1)
     return LoRA(A, B, 1.0)
 
 

@@ -108,10 +108,16 @@ class Update:
 
 def with_past(lora: LoRA, past: LoRA | None, magnitudes: Tensor | None) -> LoRA:
     """`ΔW(lora) + s Σ_k α_k D_k` as one adapter; `lora` itself if there are no frozen directions."""
+    frozen = directions(past, magnitudes)
+    return lora if frozen is None else concat([(1.0, frozen), (1.0, lora)])
+
+
+def directions(past: LoRA | None, magnitudes: Tensor | None) -> LoRA | None:
+    """`s Σ_k α_k D_k` as an adapter; None if there are no frozen directions."""
     if past is None or magnitudes is None or not len(magnitudes):
-        return lora
+        return None
     alpha = magnitudes.repeat_interleave(past.rank // len(magnitudes)).to(past.B)
-    return concat([(1.0, LoRA(past.A, past.B * alpha, past.scale)), (1.0, lora)])
+    return LoRA(past.A, past.B * alpha, past.scale)
 
 
 class Traffic(NamedTuple):
@@ -131,6 +137,9 @@ class Method(Protocol[State]):
     """The names of `LAWS` that it claims."""
     weighting: ClassVar[str]
     """The weighting of its paper, taken when a run names none."""
+    drawn: ClassVar[bool]
+    """False: all clients of one rank and scale are sent the same, whatever their key, and the server
+    may build it once for all of them. A method that does not say is asked for each."""
 
     def init(self, lora: LoRA, seed: int = 0) -> State:
         """The state before round 1, from the initial adapter at the server's top rank."""
@@ -173,6 +182,16 @@ class SelfPruning(Protocol):
 
 
 @runtime_checkable
+class Truncating(Protocol):
+    """What a method adds if it knows how much of the global change a client of some rank is not sent,
+    so that the server need not form the difference, a dense matrix for every rank."""
+
+    def lost(self, state: Any, rank: int) -> float:
+        """`||delta - base - ΔW(sent)||_F²`, in float64."""
+        ...
+
+
+@runtime_checkable
 class TaskSequence(Protocol[State]):
     """What a method adds if it begins something new when new labels arrive."""
 
@@ -198,6 +217,15 @@ def check_alike(method: str, rank: int, scale: float, state: LoRA) -> None:
         )
 
 
+def finite(lora: LoRA) -> bool:
+    """Whether every value of both factors is. One pass, in which a value that is not spoils the norm;
+    a norm may overflow for values that are, hence the second look."""
+    return all(
+        math.isfinite(float(torch.linalg.vector_norm(x))) or bool(x.isfinite().all())
+        for x in (lora.A, lora.B)
+    )
+
+
 def checked(updates: Iterable[Update], shape: tuple[int, int]) -> Iterator[Update]:
     """The updates one by one, each checked as it is read.
 
@@ -212,7 +240,7 @@ def checked(updates: Iterable[Update], shape: tuple[int, int]) -> Iterator[Updat
             raise ValueError(
                 f"update {k} is for a layer of shape {update.lora.shape}, expected {shape}"
             )
-        if not (update.lora.A.isfinite().all() and update.lora.B.isfinite().all()):
+        if not finite(update.lora):
             raise ValueError(f"update {k} has a non-finite value")
         if not (math.isfinite(update.lora.scale) and update.lora.scale > 0):
             raise ValueError(

@@ -312,7 +312,12 @@ def activate(
             raise ValueError(f"train must be a subset of {{'A', 'B'}}, got {sorted(factors)}")
     slot = _slot(rank)
     for module in slots.modules.values():
-        module.set_adapter(slot, inference_mode=True)  # which freezes all slots
+        if module.active_adapters != [slot]:
+            module.set_adapter(slot, inference_mode=True)
+    for pairs in slots.factors.values():
+        for pair in pairs.values():
+            for parameter in pair:
+                parameter.requires_grad_(False)
     parameters: list[nn.Parameter] = []
     for name, (A, B) in slots.factors[rank].items():
         parameters += [p for key, p in (("A", A), ("B", B)) if key in by_layer.get(name, ())]

@@ -7,7 +7,8 @@ take it and return the next one; nothing here knows about models, files or netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -18,13 +19,25 @@ from torch import Tensor
 from fedhl import diagnostics
 from fedhl.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.lora import LoRA, dense, squared_norm
-from fedhl.method import Broadcast, Method, TaskSequence, Update, with_past
+from fedhl.method import (
+    Broadcast,
+    Method,
+    TaskSequence,
+    Truncating,
+    Update,
+    finite,
+    flatten,
+    with_past,
+)
 from fedhl.participation import corrected
 from fedhl.seeds import derive, generator
+from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
 
 HUGE = torch.finfo(torch.float32).max ** 0.5
 """The largest update that is accepted: the square of a larger one would overflow."""
+SMALL = 2**21
+"""Up to this many numbers a matrix is too small for two threads to share its products well."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class ServerState:
     rounds, by id and name; only where clients live in the server's process, and never used here."""
 
     round: int
-    layers: dict[str, Any]
+    layers: Mapping[str, Any]
     head: dict[str, Tensor]
     clients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -96,10 +109,10 @@ class LayerUpdates:
     silence: float = 0.0
 
     def __iter__(self) -> Iterator[Update]:
+        send = sender(self.method, self.state, self.layer, self.seed)
         for reply, p in zip(self.replies, self.weights, strict=True):
-            sent = broadcast_layer(self.method, self.state, self.layer, reply.client, self.seed)
             magnitudes = reply.magnitudes.get(self.layer)
-            update = Update(sent, reply.adapter[self.layer], p, magnitudes)
+            update = Update(send(reply.client), reply.adapter[self.layer], p, magnitudes)
             yield corrected(update, self.silence, sends_products(self.method))
 
 
@@ -141,6 +154,22 @@ def broadcast_layer(
         raise ValueError(f"layer {layer!r}, client {client.id!r}: {error}") from error
 
 
+def sender(
+    method: Method[Any], state: ServerState, layer: str, seed: int
+) -> Callable[[Client], Broadcast]:
+    """`broadcast_layer` of one layer, which builds only once what many clients are sent."""
+    alone = replace(state, layers={layer: state.layers[layer]})  # if from disk, then once
+    built: dict[Any, Broadcast] = {}
+
+    def send(client: Client) -> Broadcast:
+        key = client.id if getattr(method, "drawn", True) else (client.rank, client.scale)
+        if key not in built:
+            built[key] = broadcast_layer(method, alone, layer, client, seed)
+        return built[key]
+
+    return send
+
+
 def broadcast(
     method: Method[Any], state: ServerState, client: Client, seed: int
 ) -> dict[str, Broadcast]:
@@ -148,19 +177,48 @@ def broadcast(
     return {name: broadcast_layer(method, state, name, client, seed) for name in state.layers}
 
 
-def refusal(
-    method: Method[Any], state: ServerState, reply: Reply, seed: int, stragglers: bool = False
-) -> str | None:
-    """Why this reply cannot be accepted, or None. The whole reply is read and checked.
+def refusals(
+    method: Method[Any],
+    state: ServerState,
+    replies: Sequence[Reply],
+    seed: int,
+    stragglers: bool = False,
+) -> list[str | None]:
+    """For each reply why it cannot be accepted, or None. Each is read and checked whole, one layer of
+    all of them at a time.
 
     `stragglers`: whether a client may return fewer layers than it was asked for.
     """
-    client = reply.client
+    reasons = [wrong_names(state, reply, asked_of(state, reply, stragglers)) for reply in replies]
+    for name in sorted(state.layers):
+        send = sender(method, state, name, seed)
+        for k, reply in enumerate(replies):
+            if reasons[k] is None and name in reply.adapter:
+                reason = wrong_layer(reply, name, send(reply.client))
+                reasons[k] = reason and f"layer {name!r}: {reason}"
+    return [
+        wrong_numbers(state, reply) if reason is None else reason
+        for reply, reason in zip(replies, reasons, strict=True)
+    ]
+
+
+def refusal(
+    method: Method[Any], state: ServerState, reply: Reply, seed: int, stragglers: bool = False
+) -> str | None:
+    """Why this reply cannot be accepted, or None."""
+    return refusals(method, state, [reply], seed, stragglers)[0]
+
+
+def asked_of(state: ServerState, reply: Reply, stragglers: bool) -> set[str]:
+    """The layers that this reply must have."""
+    asked = set(state.layers if reply.client.layers is None else reply.client.layers)
+    return asked & set(reply.adapter) if stragglers and reply.adapter else asked
+
+
+def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None:
+    """What is wrong with the round, layers or head parameters that a reply is of, or None."""
     if reply.round != state.round + 1:
         return f"it is for round {reply.round}, this is round {state.round + 1}"
-    asked = set(state.layers if client.layers is None else client.layers)
-    if stragglers and reply.adapter:
-        asked &= set(reply.adapter)
     for what, got, expected in (
         ("layer", set(reply.adapter), asked),
         ("head parameter", set(reply.head), set(state.head)),
@@ -170,32 +228,11 @@ def refusal(
             known = state.layers if what == "layer" else state.head
             surplus = "not one it trains" if name in known else "not one of this model"
             return f"{what} {name!r} is {'missing' if name in expected else surplus}"
-    for name in sorted(asked):
-        lora = reply.adapter[name]
-        if not isinstance(lora, LoRA):
-            return f"layer {name!r}: got a {type(lora).__name__}, expected a LoRA"
-        broadcast = broadcast_layer(method, state, name, client, seed)
-        sent = broadcast.lora
-        if (lora.A.shape, lora.B.shape) != (sent.A.shape, sent.B.shape):
-            return (
-                f"layer {name!r}: got A {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}, "
-                f"expected {tuple(sent.A.shape)} and {tuple(sent.B.shape)}"
-            )
-        if not abs(lora.scale - client.scale) <= 1e-6 * client.scale:  # also when it is NaN
-            return f"layer {name!r}: got scale {lora.scale:g}, expected {client.scale:g}"
-        if not (lora.A.isfinite().all() and lora.B.isfinite().all()):
-            return f"layer {name!r}: it has a non-finite value (did training diverge?)"
-        for factor in sorted({"A", "B"} - (broadcast.train - broadcast.keep)):
-            if not torch.equal(getattr(lora, factor).to(sent.A), getattr(sent, factor)):
-                return f"layer {name!r}: factor {factor} was not to be changed, but came back different"
-        size = client.scale * float(lora.A.double().norm() * lora.B.double().norm())
-        if size > HUGE:
-            return (
-                f"layer {name!r}: its update may be as large as {size:.0e}, expected at most "
-                f"{HUGE:.0e} (did training diverge?)"
-            )
-        if reason := wrong_magnitudes(broadcast, reply.magnitudes.get(name)):
-            return f"layer {name!r}: {reason}"
+    return None
+
+
+def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
+    """What is wrong with a reply's head, or with what it reports, or None."""
     for name, value in state.head.items():
         if reply.head[name].shape != value.shape:
             return (
@@ -207,6 +244,33 @@ def refusal(
     if not math.isfinite(reply.loss) or not 0 <= reply.bound < math.inf:
         return f"it reports a loss of {reply.loss} and a bound of {reply.bound} (did training diverge?)"
     return None
+
+
+def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
+    """What is wrong with a reply's adapter of this layer, or None."""
+    lora, sent, scale = reply.adapter[name], broadcast.lora, reply.client.scale
+    if not isinstance(lora, LoRA):
+        return f"got a {type(lora).__name__}, expected a LoRA"
+    if (lora.A.shape, lora.B.shape) != (sent.A.shape, sent.B.shape):
+        return (
+            f"got A {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}, "
+            f"expected {tuple(sent.A.shape)} and {tuple(sent.B.shape)}"
+        )
+    if not abs(lora.scale - scale) <= 1e-6 * scale:  # also when it is NaN
+        return f"got scale {lora.scale:g}, expected {scale:g}"
+    if not finite(lora):
+        return "it has a non-finite value (did training diverge?)"
+    for factor in sorted({"A", "B"} - (broadcast.train - broadcast.keep)):
+        if not torch.equal(getattr(lora, factor).to(sent.A), getattr(sent, factor)):
+            return f"factor {factor} was not to be changed, but came back different"
+    norm = torch.linalg.vector_norm
+    size = scale * float(norm(lora.A)) * float(norm(lora.B))
+    if size > HUGE:
+        return (
+            f"its update may be as large as {size:.0e}, expected at most "
+            f"{HUGE:.0e} (did training diverge?)"
+        )
+    return wrong_magnitudes(broadcast, reply.magnitudes.get(name))
 
 
 def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
@@ -229,6 +293,8 @@ def aggregate(
     silence: Mapping[str, float] | None = None,
     channel: AirComp | None = None,
     head_rows: Mapping[str, Sequence[int]] | None = None,
+    into: MutableMapping[str, Any] | None = None,
+    watch: bool = True,
 ) -> tuple[ServerState, Round]:
     """The next state from the replies that arrived, and what happened on the way.
 
@@ -240,15 +306,17 @@ def aggregate(
     `silence`: clients may return fewer layers than asked for, and this is the chance, by layer, that
     none returns it (see `fedhl.participation`). `channel`: the updates are summed over the air.
     `head_rows`: the only rows of these head parameters that this round trains; the others stay as they
-    are, to the bit, whatever was returned.
+    are, to the bit, whatever was returned. `into`: where the next layer states are put, each as soon as
+    it is known (see `fedhl.shelf`); a dict unless given. `watch`: whether to compute the diagnostics of
+    each layer, which cost about as much as the round.
     """
     start = perf_counter()
     accepted, refused = [], []
-    for reply in sorted(replies, key=lambda reply: reply.client.id):
+    replies = sorted(replies, key=lambda reply: reply.client.id)
+    reasons = refusals(method, state, replies, seed, stragglers=silence is not None)
+    for reply, reason in zip(replies, reasons, strict=True):
         if accepted and accepted[-1].client.id == reply.client.id:
             reason = "another reply of this client was accepted already"
-        else:
-            reason = refusal(method, state, reply, seed, stragglers=silence is not None)
         if reason is None:
             accepted.append(reply)
         else:
@@ -257,44 +325,55 @@ def aggregate(
         seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
         return replace(state, round=state.round + 1), Round([], refused, {}, seconds)
 
-    cohort = measure(method, state, accepted, seed)
+    cohort = measure(method, state, accepted, seed, getattr(weighting, "norms", True))
     p = weighting(cohort)
-    arrived = {
-        name: arrivals(method, state, name, accepted, p, seed, (silence or {}).get(name, 0.0))
-        for name in state.layers
-    }
-    noise = None if channel is None else loudness(channel, method, accepted, p.tolist(), arrived)
-    layers: dict[str, Any] = dict(state.layers)
-    squares = {"aggregation_error": 0.0, "product_gap": 0.0}
-    drift = torch.zeros(len(accepted), dtype=torch.float64)
-    watching = 0.0
-    for name, layer in state.layers.items():
-        updates = arrived[name]
-        if not sum(updates.weights):
-            continue  # nobody who counts returned it
+
+    def arrived(name: str, layer: Any) -> LayerUpdates:
+        alone = replace(state, layers={name: layer})  # which may have come from disk, once
+        unheard = (silence or {}).get(name, 0.0)
+        return arrivals(method, alone, name, accepted, p, seed, unheard)
+
+    noise = None
+    if channel is not None:
+        everything = (arrived(*item) for item in state.layers.items())
+        noise = loudness(channel, method, accepted, p.tolist(), everything)
+
+    def step(name: str, layer: Any) -> LayerStep:
+        began = perf_counter()
+        updates = arrived(name, layer)
+        if not sum(updates.weights):  # nobody who counts returned it
+            return LayerStep(layer)
         if noise is None:
-            layers[name] = method.aggregate(layer, updates)
+            following = method.aggregate(layer, updates)
         else:
             g = generator(seed, "channel", state.round, name)
             products = sends_products(method)
             # its weights were divided by the share of those who returned it, and so is the noise
             share = sum(float(p[k]) for k in updates.members)
-            layers[name] = method.aggregate(layer, received(updates, products, noise / share, g))
-        watch = perf_counter()
-        before, after = method.delta(layer), method.delta(layers[name])
-        if before is not None and after is not None:
-            squares["aggregation_error"] += diagnostics.aggregation_error(before, after, updates)
-        squares["product_gap"] += diagnostics.product_gap(updates)
-        moved = [diagnostics.moved(update) for update in updates]
-        drift[updates.members] += torch.tensor(moved, dtype=torch.float64)
-        watching += perf_counter() - watch
+            following = method.aggregate(layer, received(updates, products, noise / share, g))
+        done = LayerStep(following, perf_counter() - began)
+        return observed(done, method, layer, updates) if watch else done
+
+    layers: MutableMapping[str, Any] = {} if into is None else into
+    error_square = gap_square = spent = watched = 0.0
+    drift = torch.zeros(len(accepted), dtype=torch.float64)
+    began = perf_counter()
+    for name, done in side_by_side(step, state.layers):
+        layers[name] = done.following
+        error_square += done.aggregation_error
+        gap_square += done.product_gap
+        for k, square in done.moved.items():
+            drift[k] += square
+        spent, watched = spent + done.seconds, watched + done.watched
+    # layers may have been done side by side: the wall time, divided as their own seconds are
+    watching = (perf_counter() - began) * watched / (spent + watched) if watched else 0.0
     q = data_share(cohort)
     head = mean_head(accepted, q)
     for name, rows in (head_rows or {}).items():
         trained = head[name]
         head[name] = state.head[name].clone()
         head[name][rows] = trained[rows]
-    following = ServerState(state.round + 1, layers, head, state.clients)
+    result = ServerState(state.round + 1, layers, head, state.clients)
     seconds = {"aggregate": perf_counter() - start - watching, "diagnostics": watching}
 
     error = relative_error(cohort)
@@ -306,18 +385,72 @@ def aggregate(
             "examples": reply.client.examples,
             "weight": float(p[k]),
             "error": float(error[k]),
-            "drift": float(drift[k].sqrt()),
+            "drift": float(drift[k].sqrt()) if watch else None,
             "loss": reply.loss,
             "steps": reply.steps,
             "layers": len(reply.adapter),
         }
         for k, reply in enumerate(accepted)
     ]
-    numbers = {name: value**0.5 for name, value in squares.items()}
+    numbers = {"aggregation_error": error_square**0.5, "product_gap": gap_square**0.5}
+    numbers = numbers if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
     if noise is not None:
         numbers["channel_noise"] = noise
-    return following, Round(clients, refused, numbers, seconds)
+    return result, Round(clients, refused, numbers, seconds)
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One layer's next state and the seconds that it took; what `observed` adds: squared diagnostics,
+    how far each client moved, by its place among the accepted, and the seconds that this took."""
+
+    following: Any
+    seconds: float = 0.0
+    aggregation_error: float = 0.0
+    product_gap: float = 0.0
+    moved: Mapping[int, float] = field(default_factory=dict)
+    watched: float = 0.0
+
+
+def observed(done: LayerStep, method: Method[Any], layer: Any, updates: LayerUpdates) -> LayerStep:
+    """The step from state `layer` with its diagnostics."""
+    began = perf_counter()
+    before, after = method.delta(layer), method.delta(done.following)
+    products = diagnostics.of_products(updates)
+    return replace(
+        done,
+        aggregation_error=0.0
+        if before is None or after is None
+        else diagnostics.aggregation_error(before, after, updates, products),
+        product_gap=diagnostics.product_gap(updates, products),
+        moved={
+            k: diagnostics.moved(update) for k, update in zip(updates.members, updates, strict=True)
+        },
+        watched=perf_counter() - began,
+    )
+
+
+def side_by_side(
+    step: Callable[[str, Any], LayerStep], layers: Mapping[str, Any]
+) -> Iterator[tuple[str, LayerStep]]:
+    """`step` on every layer, in order. Small layers several at a time, each on one thread: their
+    products are too small to be shared out among threads. Large ones, and what is on disk or on an
+    accelerator, one by one."""
+    threads = torch.get_num_threads()
+    small = isinstance(layers, dict) and all(
+        tensor.device.type == "cpu" and tensor.numel() <= SMALL
+        for layer in layers.values()
+        for tensor in flatten(layer).values()
+    )
+    if threads == 1 or not small:
+        yield from ((name, step(name, layer)) for name, layer in layers.items())
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from zip(layers, pool.map(step, layers, layers.values()), strict=True)
+        finally:
+            torch.set_num_threads(threads)  # threads begun later take the number set last
 
 
 def arrivals(
@@ -343,43 +476,56 @@ def loudness(
     method: Method[Any],
     replies: Sequence[Reply],
     p: Sequence[float],
-    arrived: Mapping[str, LayerUpdates],
+    arrived: Iterable[LayerUpdates],
 ) -> float:
     """The standard deviation of the noise that this round's updates get over `channel`."""
     products = sends_products(method)
     signals: list[list[Signal]] = [[] for _ in replies]
-    for updates in arrived.values():
+    for updates in arrived:
         for k, update in zip(updates.members, updates, strict=True):
             signals[k].append(signal(update, products))
     return channel.deviation(p, signals)
 
 
-def measure(method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int) -> Cohort:
-    """What the weighting may ask: rows, truncation errors and energies, before aggregation; the
-    norms of the updates, and what the clients report."""
+def measure(
+    method: Method[Any],
+    state: ServerState,
+    replies: Sequence[Reply],
+    seed: int,
+    norms: bool = True,
+) -> Cohort:
+    """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the
+    clients report; and the norms of the updates, if asked for."""
     squares = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
     error = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
-    energy = torch.zeros(len(state.layers), dtype=torch.float64)
+    whole = torch.zeros(len(state.layers), dtype=torch.float64)
     for column, (name, layer) in enumerate(state.layers.items()):
         delta = method.delta(layer)
         W = None if delta is None else dense(delta)
-        if W is not None:
-            energy[column] = W.double().square().sum()
+        whole[column] = 0.0 if W is None else energy(W)
+        send = sender(method, replace(state, layers={name: layer}), name, seed)
+        known: dict[Any, float] = {}
         for row, reply in enumerate(replies):
-            sent = broadcast_layer(method, state, name, reply.client, seed)
-            if name in reply.adapter:
+            sent = send(reply.client)
+            if norms and name in reply.adapter:
                 lora = with_past(reply.adapter[name], sent.past, reply.magnitudes.get(name))
                 squares[row, column] = squared_norm([(1.0, lora)])
-            if W is not None and energy[column] > 0:
-                error[row, column] = diagnostics.truncation_error(W, sent)
+            if W is not None and whole[column] > 0:
+                key = id(sent)  # `send` holds on to it
+                if key not in known:
+                    known[key] = (
+                        method.lost(layer, reply.client.rank)
+                        if isinstance(method, Truncating)
+                        else diagnostics.truncation_error(W, sent)
+                    )
+                error[row, column] = known[key]
     # of the layers that a client returned, as if it had returned as many as the others
     returned = torch.tensor([len(reply.adapter) for reply in replies], dtype=torch.float64)
-    norms = (squares.sum(dim=1) * len(state.layers) / returned).sqrt()
     return Cohort(
         examples=[reply.client.examples for reply in replies],
         error=error,
-        energy=energy,
-        norms=norms,
+        energy=whole,
+        norms=(squares.sum(dim=1) * len(state.layers) / returned).sqrt() if norms else None,
         losses=[reply.loss for reply in replies],
         bounds=[reply.bound for reply in replies],
     )

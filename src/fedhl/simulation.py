@@ -27,7 +27,7 @@ from fedhl.participation import reached, silence
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, Round, ServerState
 from fedhl.tasks import begins, task_of
-from fedhl.training import learning_rate, train
+from fedhl.training import learning_rate, train, training_mode
 from fedhl.weighting import Weighting, moment_bounds
 
 BYTES = 4
@@ -143,20 +143,21 @@ def run_round(
     chance = config.participation.stragglers
     seconds = dict.fromkeys(("broadcast", "train", "compute"), 0.0)
     replies, kept = [], {}
-    for client in cohort:
-        start = perf_counter()
-        sent = server.broadcast(method, state, client, seed)
-        seconds["broadcast"] += perf_counter() - start
-        start = perf_counter()
-        layers = reached(
-            federation.layers_of(client), chance, derive(seed, "straggler", round, client.id)
-        )
-        own = state.clients.get(client.id, {})
-        local = train_client(federation, client, sent, state.head, round, on_step, layers, own)
-        seconds["train"] += perf_counter() - start
-        seconds["compute"] += local.seconds
-        replies.append(local.reply)
-        kept[client.id] = own | local.kept
+    with training_mode(federation.slots.model):
+        for client in cohort:
+            start = perf_counter()
+            sent = server.broadcast(method, state, client, seed)
+            seconds["broadcast"] += perf_counter() - start
+            start = perf_counter()
+            layers = reached(
+                federation.layers_of(client), chance, derive(seed, "straggler", round, client.id)
+            )
+            own = state.clients.get(client.id, {})
+            local = train_client(federation, client, sent, state.head, round, on_step, layers, own)
+            seconds["train"] += perf_counter() - start
+            seconds["compute"] += local.seconds
+            replies.append(local.reply)
+            kept[client.id] = own | local.kept
     following, outcome = server.aggregate(
         method,
         federation.weighting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,21 @@ def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
         held = held[size:]
 
 
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in training mode, afterwards in evaluation mode; nothing happens if it
+    is in training mode already, since going through all modules takes longer than copying an adapter.
+    """
+    if model.training:
+        yield
+        return
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def train(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -90,8 +105,7 @@ def train(
         optimizer = torch.optim.SGD(parameters, lr=1.0, weight_decay=config.weight_decay)
     order = batches(len(examples), config.batch_size, seed)
     losses, seconds = [], 0.0
-    model.train()
-    with seeded(derive(seed, "dropout"), device):
+    with training_mode(model), seeded(derive(seed, "dropout"), device):
         for step in range(steps):
             rows = [examples[k] for k in next(order)]
             parts = -(-len(rows) // config.accumulation)
@@ -119,7 +133,6 @@ def train(
             seconds += perf_counter() - start
             losses.append(total)
             on_step()
-    model.eval()
     return Trained(losses, seconds)
 
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ def reported(weighting: str, cohort: Cohort, field: str) -> Tensor:
 class Weighting(Protocol):
     """A frozen dataclass whose call gives the weights, shape (K,), non-negative, summing to 1.
 
+    One that does not ask for the norms of the updates, which cost the server a pass over all of them,
+    says so with `norms: ClassVar[bool] = False`.
     Raises ValueError if the cohort lacks a field that it needs.
     """
 
@@ -105,6 +107,8 @@ class Weighting(Protocol):
 class Uniform:
     """Every client counts the same: `p_i = 1/K`."""
 
+    norms: ClassVar[bool] = False
+
     def __call__(self, cohort: Cohort) -> Tensor:
         K = len(cohort.examples)
         return torch.full((K,), 1 / K, dtype=torch.float64)
@@ -113,6 +117,8 @@ class Uniform:
 @dataclass(frozen=True)
 class Examples:
     """FedAvg's weights: `p_i = q_i`, the share of training rows."""
+
+    norms: ClassVar[bool] = False
 
     def __call__(self, cohort: Cohort) -> Tensor:
         return data_share(cohort)
@@ -140,6 +146,8 @@ class Truncation:
     power: float = 2.0
     epsilon: float = 0.05
     share: float | None = None
+
+    norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.power >= 0:
@@ -181,6 +189,8 @@ class Balanced:
     lam: float = 1.0
     share: float | None = None
 
+    norms: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not 0 < self.lam < math.inf:
             raise ValueError(f"balanced: lam must be > 0 and finite, got {self.lam}")
@@ -215,6 +225,8 @@ class Norm:
     The update is the whole `ΔW_i`, so what the client was sent counts too.
     """
 
+    norms: ClassVar[bool] = True
+
     def __call__(self, cohort: Cohort) -> Tensor:
         return proportional(reported("norm", cohort, "norms"))
 
@@ -237,6 +249,8 @@ class Loss:
     """
 
     tilt: float = -1.0
+
+    norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.tilt):
@@ -269,6 +283,8 @@ class GeneralizationBound:
     """
 
     power: float = 1.0
+
+    norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.power):

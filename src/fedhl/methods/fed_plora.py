@@ -35,6 +35,7 @@ class FedPLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "uniform"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
         return start(lora, seed)
@@ -49,6 +50,10 @@ class FedPLoRA:
 
     def delta(self, state: FullRank) -> Tensor:
         return state.W
+
+    def lost(self, state: FullRank, rank: int) -> float:
+        del state, rank
+        return 0.0
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         return Traffic(down=m * n + rank * (m + n), up=rank * (m + n))

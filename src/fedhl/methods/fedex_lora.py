@@ -47,6 +47,7 @@ class FedExLoRA:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "uniform"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         k = self.residual_rank

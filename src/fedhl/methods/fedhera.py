@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, Traffic, Update, check_broadcast
-from fedhl.methods.full_rank import FullRank, move, send, start, unbiased
+from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,7 @@ class FedHera:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.download, int) and self.download >= 1):
@@ -67,6 +68,9 @@ class FedHera:
 
     def delta(self, state: Tailed) -> Tensor:
         return state.full.W
+
+    def lost(self, state: Tailed, rank: int) -> float:
+        return lost(state.full, self.download * rank)
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         return Traffic(down=min(self.download * rank, m, n) * (m + n), up=rank * (m + n))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedhl.lora import LoRA
 from fedhl.method import Broadcast, Traffic, Update
-from fedhl.methods.full_rank import FullRank, move, send, start, unbiased
+from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class FedHL:
     Before W has rank, the initial adapter's A serves (`A_r` = its first r rows, `B = 0`); later,
     components with σ_j = 0 get seeded random rows of A, so that no rank is ever dead.
 
+    `exact` takes a full SVD each round; otherwise layers beyond 512 go by `fedhl.subspace.leading`.
+
     Source: arXiv 2505.18494. Inferred: the split `U S, Vᵀ`, the first round, and scales that differ.
     Cost: one SVD and one product of inner size `Σ r_i + r_max` per layer.
     Client: nothing between rounds.
@@ -31,22 +33,28 @@ class FedHL:
     Limitation: components of W beyond the top rank are never sent, so never corrected.
     """
 
+    exact: bool = False
+
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "truncation"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
-        return start(lora, seed)
+        return start(lora, seed, self.exact)
 
     def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
         del key  # nothing is drawn
         return send(state, rank, scale)
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
-        return move(state, unbiased(state, updates))
+        return move(state, unbiased(state, updates), self.exact)
 
     def delta(self, state: FullRank) -> Tensor:
         return state.W
+
+    def lost(self, state: FullRank, rank: int) -> float:
+        return lost(state, rank)
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         return Traffic(down=rank * (m + n), up=rank * (m + n))

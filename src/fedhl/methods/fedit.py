@@ -26,6 +26,7 @@ class FedIT:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> LoRA:
         del seed  # nothing is drawn

@@ -29,6 +29,7 @@ class FedSALoRA:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset()  # all of them speak of a global change
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> LoRA:
         del seed  # nothing is drawn

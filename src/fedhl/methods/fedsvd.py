@@ -35,6 +35,7 @@ class FedSVD:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.period, int) and self.period >= 1):

@@ -12,6 +12,7 @@ from fedhl.lora import LoRA, add_products, initial
 from fedhl.method import Broadcast, Traffic, Update, checked
 from fedhl.methods.full_rank import FullRank, begin, send
 from fedhl.seeds import derive
+from fedhl.subspace import energy
 
 
 def restart(state: FullRank, W: Tensor) -> FullRank:
@@ -19,7 +20,8 @@ def restart(state: FullRank, W: Tensor) -> FullRank:
     round = state.round + 1
     m, n = state.shape
     fresh = initial(m, n, state.sent.rank, 1.0, derive(state.seed, "restart", round))
-    return FullRank(W, LoRA(fresh.A.to(W), fresh.B.to(W), 1.0), state.seed, round)
+    sent = LoRA(fresh.A.to(W), fresh.B.to(W), 1.0)
+    return FullRank(W, sent, energy(W), state.seed, round)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class FLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
         return begin(lora, seed)

@@ -39,6 +39,7 @@ class FLoRANA:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.sweeps, int) and self.sweeps >= 0):

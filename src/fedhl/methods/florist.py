@@ -50,6 +50,7 @@ class FLoRIST:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "gauge"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:

@@ -36,6 +36,7 @@ class FSLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "uniform"
+    drawn: ClassVar[bool] = True
 
     def init(self, lora: LoRA, seed: int = 0) -> LoRA:
         del seed  # what is drawn is drawn per client, from `key`

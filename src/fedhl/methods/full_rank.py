@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, own, prefix, trainable_truncation
+from fedhl.lora import LoRA, add_products, own, prefix, refill
 from fedhl.method import Broadcast, Update, check_broadcast, checked
 from fedhl.seeds import derive
+from fedhl.subspace import energy, leading
 
 
 @dataclass(frozen=True, eq=False)
 class FullRank:
     """`W (m, n)`: the global change; `sent`: its truncation to the top rank, scale 1, of which every
-    client's broadcast is a prefix; `seed` and `round` name the draw of dead components."""
+    client's broadcast is a prefix; `tail = ||W - ΔW(sent)||_F²`; `seed` and `round` name the draw of
+    dead components."""
 
     W: Tensor
     sent: LoRA
+    tail: float
     seed: int
     round: int
 
@@ -35,7 +38,8 @@ def begin(lora: LoRA, seed: int) -> FullRank:
     """
     check_top(lora)
     lora = own(lora)
-    return FullRank(lora.delta(), LoRA(lora.A, torch.zeros_like(lora.B), 1.0), seed, 0)
+    W = lora.delta()
+    return FullRank(W, unsent(lora), energy(W), seed, 0)
 
 
 def check_top(lora: LoRA) -> None:
@@ -44,28 +48,39 @@ def check_top(lora: LoRA) -> None:
         raise ValueError(f"the top rank must be <= {min(lora.shape)} here, got {lora.rank}")
 
 
-def start(lora: LoRA, seed: int) -> FullRank:
+def unsent(lora: LoRA) -> LoRA:
+    """The adapter's A with `B = 0`, scale 1."""
+    return LoRA(lora.A, torch.zeros_like(lora.B), 1.0)
+
+
+def start(lora: LoRA, seed: int, exact: bool = False) -> FullRank:
     """`begin`, with the truncation of W to send. Where W is zero its SVD would send `A = B = 0`, which
     never trains: the initial adapter's own A serves.
     """
-    return move(replace(begin(lora, seed), round=-1))
+    return move(replace(begin(lora, seed), round=-1), exact=exact)
 
 
-def move(state: FullRank, W: Tensor | None = None) -> FullRank:
-    """The state one round later, with W in its place and a new truncation, computed once."""
+def move(state: FullRank, W: Tensor | None = None, exact: bool = False) -> FullRank:
+    """The state one round later, with W in its place and a new truncation, computed once: from the
+    subspace of the last one, or by a full SVD if `exact`."""
     W = state.W if W is None else W
     round = state.round + 1
-    if not W.any():  # also when W has come back to zero: then the last B must not be sent again
-        sent = LoRA(state.sent.A, torch.zeros_like(state.sent.B), 1.0)
-        return FullRank(W, sent, state.seed, round)
-    sent = trainable_truncation(W, state.sent.rank, derive(state.seed, "refill", round))
-    return FullRank(W, sent, state.seed, round)
+    if not energy(W):  # also when W has come back to zero: then the last B must not be sent again
+        return FullRank(W, unsent(state.sent), 0.0, state.seed, round)
+    B, A, tail = leading(W, state.sent.rank, state.sent.A, exact)
+    sent = refill(LoRA(A, B, 1.0), len(A), derive(state.seed, "refill", round))
+    return FullRank(W, sent, tail, state.seed, round)
 
 
 def send(state: FullRank, rank: int, scale: float) -> Broadcast:
     """`B = U_r S_r / s`, `A = V_rᵀ`. Raises ValueError unless rank is in 1..top rank and s > 0."""
     check_broadcast(rank, scale, state.sent.rank)
     return Broadcast(prefix(state.sent, rank, scale))
+
+
+def lost(state: FullRank, rank: int) -> float:
+    """`||W - T_rank(W)||_F²`, from the singular values: `tail + Σ_{j>rank} σ_j²`."""
+    return state.tail + float(state.sent.B[:, rank:].double().square().sum())
 
 
 def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
@@ -76,15 +91,18 @@ def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
     Raises ValueError for an update that answers another state's broadcast, beside those of `checked`.
     """
     held = torch.zeros(state.sent.rank, dtype=torch.float64)  # Σ_{i: r_i >= j} p_i
+    served: dict[tuple[int, float], LoRA] = {}
 
     def terms() -> Iterator[tuple[float, LoRA]]:
         for update in checked(updates, state.shape):
             sent = update.sent.lora
-            served = prefix(state.sent, sent.rank, sent.scale)
-            if not (torch.equal(sent.A, served.A) and torch.equal(sent.B, served.B)):
+            key = sent.rank, sent.scale
+            if key not in served:
+                served[key] = prefix(state.sent, *key)
+            if not (torch.equal(sent.A, served[key].A) and torch.equal(sent.B, served[key].B)):
                 raise ValueError("an update answers a broadcast that is not of this state")
             held[: sent.rank] += update.weight
             yield update.weight, update.lora
+        yield -1.0, LoRA(state.sent.A, state.sent.B * held.to(state.W), 1.0)
 
-    W = add_products(state.W, terms())
-    return W.addmm_(state.sent.B * held.to(W), state.sent.A, alpha=-1)
+    return add_products(state.W, terms())

@@ -40,6 +40,7 @@ class HetLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"one client"})
     weighting: ClassVar[str] = "norm"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:

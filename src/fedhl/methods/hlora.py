@@ -49,6 +49,7 @@ class HLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"gauge", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> Bank:
         check_top(lora)

@@ -46,6 +46,7 @@ class LoRAA2:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= 1:

@@ -36,6 +36,7 @@ class LoRAFAIR:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam < math.inf:

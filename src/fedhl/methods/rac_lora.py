@@ -55,6 +55,7 @@ class RACLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.frozen not in ("A", "B"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedhl.lora import LoRA, add_products
 from fedhl.method import Broadcast, Traffic, Update, checked
-from fedhl.methods.full_rank import FullRank, move, send, start
+from fedhl.methods.full_rank import FullRank, lost, move, send, start
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class RaFLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
         return start(lora, seed)
@@ -64,6 +65,9 @@ class RaFLoRA:
 
     def delta(self, state: FullRank) -> Tensor:
         return state.W
+
+    def lost(self, state: FullRank, rank: int) -> float:
+        return lost(state, rank)
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         return Traffic(down=rank * (m + n), up=rank * (m + n))

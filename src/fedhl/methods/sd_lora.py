@@ -51,6 +51,7 @@ class SDLoRA:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "examples"
+    drawn: ClassVar[bool] = False
 
     def init(self, lora: LoRA, seed: int = 0) -> Directions:
         lora = own(lora)
