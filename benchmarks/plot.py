@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    growth = json.loads((HERE / "results/server.json").read_text("utf-8"))["growth"]
+    growth = json.loads((HERE / "results/server.json").read_text("utf-8"))["growth"]["rows"]
     by_clients = [row for row in growth if row["series"] == "clients"]
     by_side = [row for row in growth if row["series"] == "side"]
     by_side += [row for row in by_clients if row["clients"] == by_side[0]["clients"]]

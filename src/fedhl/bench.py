@@ -158,7 +158,8 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
                 "bare product": lambda B=B, A=A: B @ A,
                 "step": partial(step, FedHL(), state, updates),
             }
-            if clients == 10:
+            full = clients == 10 and name == "1/j"  # the time of a full SVD does not depend on W
+            if full:
                 works["step with a full SVD"] = partial(step, FedHL(exact=True), state, updates)
             taken = interleaved(works, repeats, device)
             after = step(FedHL(), state, updates)
@@ -174,15 +175,16 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
                 "truncation from nothing, s": cold,
                 "relative difference from float64": off,
             }
-            if clients == 10:
-                row["full SVD / step"] = taken["step with a full SVD"] / taken["step"]
-                if name == "1/j":
-                    theirs, spent = timed(partial(literal, state, updates), device)
-                    off = float((after.W - theirs).norm() / theirs.norm())
-                    # both truncations of W are optimal within the tolerance, not the same
-                    assert off < 2 * TOLERANCE**0.5, off
-                    row |= {"literal, s (once)": spent, "literal / step": spent / taken["step"]}
-                    row["relative difference from literal"] = off
+            if full:
+                theirs, spent = timed(partial(literal, state, updates), device)
+                off = float((after.W - theirs).norm() / theirs.norm())
+                # both truncations of W are optimal within the tolerance, not the same
+                assert off < 2 * TOLERANCE**0.5, off
+                row |= {
+                    "full SVD / step": taken["step with a full SVD"] / taken["step"],
+                    **{"literal, s (once)": spent, "literal / step": spent / taken["step"]},
+                    "relative difference from literal": off,
+                }
             rows.append(row)
             say(describe(row))
     return rows
@@ -332,9 +334,14 @@ def reply_to(state: ServerState, client: Client, seed: int) -> Reply:
     return Reply(client, state.round + 1, adapter, {}, 0.5, 1)
 
 
-def from_disk(say: Say, folder: Path) -> list[Row]:
+def from_disk(say: Say, folder: Path | None) -> list[Row]:
     """Two rounds of the q and v projections of a 7B model, 10 and then 100 clients: W and the adapters
-    on disk, and how much anonymous memory the server takes."""
+    on disk, in `folder` while it runs, and how much anonymous memory the server takes."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        return rounds_from_disk(say, Path(place))
+
+
+def rounds_from_disk(say: Say, folder: Path) -> list[Row]:
     names = [
         f"layers.{block}.{name}"
         for block in range(BLOCKS["llama2"])
@@ -437,37 +444,32 @@ def bench_server(
     device: str,
     runs: Sequence[Path],
     folder: Path | None,
+    file: Path | None,
     say: Say,
 ) -> dict[str, Any]:
-    """All figures of the server step, as data; see docs/performance.md. Raises AssertionError where a
-    result is not that of the float64 reference."""
-    result: dict[str, Any] = {
-        "machine": {
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "fedhl": __version__,
-            "commit": commit(),
-            "repeats": repeats,
-        }
+    """All figures of the server step, as data; see docs/performance.md. `file`: where they go as soon as
+    a part is done, beside the parts that are there already. Raises AssertionError where a result is not
+    that of the float64 reference."""
+    machine = {
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        **{"torch": torch.__version__, "fedhl": __version__, "commit": commit()},
+        "repeats": repeats,
     }
     works: dict[str, Callable[[], list[Row]]] = {
         "layer": lambda: one_layer(repeats, say, device),
         "accuracy": lambda: accuracy(say, runs),
         "growth": lambda: growth(repeats, say, device),
         "model": lambda: whole_model(repeats, say),
+        "disk": lambda: from_disk(say, folder),
     }
+    known = file is not None and file.is_file()
+    result: dict[str, Any] = json.loads(file.read_text("utf-8")) if file and known else {}
     for part in parts:
         say(f"# {part}")
-        if part == "disk":
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                result[part] = from_disk(say, Path(place))
-        else:
-            result[part] = works[part]()
+        result[part] = {"machine": machine, "rows": works[part]()}
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def save(result: Mapping[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

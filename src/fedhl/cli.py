@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -479,7 +480,8 @@ app.add_typer(bench, name="bench")
 @bench.command(name="server")
 def bench_server(
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here, too, part by part."),
     ] = None,
     parts: Annotated[
         str,
@@ -504,19 +506,16 @@ def bench_server(
 ) -> None:
     """Time a round of the server, with correctness checked in the same run.
 
-    Takes about ten minutes on two cores and 16 GB of memory; nothing else should run beside it.
+    Takes about a quarter of an hour on two cores and 16 GB of memory; nothing else should run beside it.
     """
     with friendly():
-        from fedhl.bench import PARTS, save
+        from fedhl.bench import PARTS
         from fedhl.bench import bench_server as measure
 
         chosen = [part.strip() for part in parts.split(",")]
         if unknown := [part for part in chosen if part not in PARTS]:
             raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
-        result = measure(chosen, repeats, device, run or [], folder, print)
-        if json is not None:
-            save(result, json)
-            print(f"written to {json}")
+        measure(chosen, repeats, device, run or [], folder, json, partial(print, flush=True))
 
 
 def main() -> None:
