@@ -111,6 +111,7 @@ def add_products(W: Tensor, terms: Iterable[tuple[float, LoRA]], block: int = 51
     """
     total = W.clone()
     held: list[tuple[float, LoRA]] = []
+    width = 0
 
     def flush() -> None:
         if held:
@@ -120,8 +121,10 @@ def add_products(W: Tensor, terms: Iterable[tuple[float, LoRA]], block: int = 51
 
     for w, lora in terms:
         held.append((w, lora))
-        if sum(x.rank for _, x in held) >= block:
+        width += lora.rank
+        if width >= block:
             flush()
+            width = 0
     flush()
     return total
 

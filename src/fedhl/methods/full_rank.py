@@ -91,16 +91,19 @@ def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
     Raises ValueError for an update that answers another state's broadcast, beside those of `checked`.
     """
     held = torch.zeros(state.sent.rank, dtype=torch.float64)  # Σ_{i: r_i >= j} p_i
-    served: dict[tuple[int, float], LoRA] = {}
+    known: dict[
+        tuple[int, float], Broadcast
+    ] = {}  # one for all of a rank, if the server built it so
 
     def terms() -> Iterator[tuple[float, LoRA]]:
         for update in checked(updates, state.shape):
             sent = update.sent.lora
             key = sent.rank, sent.scale
-            if key not in served:
-                served[key] = prefix(state.sent, *key)
-            if not (torch.equal(sent.A, served[key].A) and torch.equal(sent.B, served[key].B)):
-                raise ValueError("an update answers a broadcast that is not of this state")
+            if known.get(key) is not update.sent:
+                served = prefix(state.sent, *key)
+                if not (torch.equal(sent.A, served.A) and torch.equal(sent.B, served.B)):
+                    raise ValueError("an update answers a broadcast that is not of this state")
+                known[key] = update.sent
             held[: sent.rank] += update.weight
             yield update.weight, update.lora
         yield -1.0, LoRA(state.sent.A, state.sent.B * held.to(state.W), 1.0)
