@@ -38,14 +38,14 @@ def main() -> None:
                 color=colour,
                 label=work.removesuffix(", s"),
             )
-        axis.set(xlabel=label, ylim=(0, None), xlim=(0, None))
+        axis.set(xlabel=label, ylim=(0, None), xlim=(0, 1.2 * max(row[x] for row in rows)))
         axis.grid(alpha=0.3)
     for row in by_clients:
         axes[0].annotate(
-            f"{row['clients']} clients",
+            f"{row['clients']}" + (" clients" if row is by_clients[-1] else ""),
             (row["total rank"], row["step, s"]),
             textcoords="offset points",
-            xytext=(-4, 6),
+            xytext=(-5, 6),
             ha="right",
             fontsize=8,
         )
