@@ -24,7 +24,7 @@ from fedhl.folder import (
 from fedhl.prepare import SILENT, Prepared, Watcher, prepare
 from fedhl.report import write_report
 from fedhl.server import Round, ServerState
-from fedhl.simulation import evaluate_round, run_round
+from fedhl.simulation import IN_PROCESS, Engine, evaluate_round, run_round
 from fedhl.summary import check_same, hashes, mark, write_summary
 from fedhl.training import learning_rate
 
@@ -34,6 +34,19 @@ COLLAPSE = 0.25
 
 def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
     """Run from the first round into a new folder. Raises UserError if there is a run already."""
+    refuse_taken(folder)
+    begin(prepare(config, watcher), folder, watcher)
+
+
+def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
+    """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
+    config = load_run_config(folder)
+    with alone(folder):
+        go_on(prepare(config, watcher), folder, watcher)
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raises UserError unless a new run can have this folder."""
     if (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
@@ -45,32 +58,28 @@ def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
         raise UserError(
             f"{folder} exists already and is not a run; choose another folder with --out"
         )
-    prepared = prepare(config, watcher)
+
+
+def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
+    """All rounds, into a new run folder."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         if (folder / "config.yaml").exists():
             raise UserError(f"{folder} has been taken by another process in the meantime")
         with writing(folder):
-            write_atomically(folder / "config.yaml", dump_config(config))
+            write_atomically(folder / "config.yaml", dump_config(prepared.config))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
-        carry_on(prepared, None, folder, watcher)
+        carry_on(prepared, None, folder, watcher, engine=engine)
 
 
-def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
-    """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
-    config = load_run_config(folder)
-    with alone(folder):
-        go_on(prepare(config, watcher), folder, watcher)
-
-
-def go_on(prepared: Prepared, folder: Path, watcher: Watcher) -> None:
+def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
     """The rounds that are left after the newest good checkpoint."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not checkpoint.stored(folder / "state"):
         watcher.say("no checkpoint yet: starting from the first round")
-        carry_on(prepared, None, folder, watcher)
+        carry_on(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
     best, keep = manifest["best"], prepared.config.checkpoints.keep
@@ -78,7 +87,7 @@ def go_on(prepared: Prepared, folder: Path, watcher: Watcher) -> None:
         keep_metrics(folder, manifest["metrics"])
         checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
-    carry_on(prepared, state, folder, watcher, best)
+    carry_on(prepared, state, folder, watcher, best, engine)
 
 
 def carry_on(
@@ -87,6 +96,7 @@ def carry_on(
     folder: Path,
     watcher: Watcher,
     best: dict[str, Any] | None = None,
+    engine: Engine = IN_PROCESS,
 ) -> None:
     """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
     rounds = prepared.config.rounds
@@ -97,12 +107,12 @@ def carry_on(
     try:
         if state is None:
             state = prepared.initial_state()
-            best = finish_round(prepared, state, folder, Round([], [], {}, {}), best, watcher)
+            nothing = Round([], [], {}, {})
+            best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
         while state.round < rounds:
-            following, outcome = run_round(
-                prepared.federation, state, steps(prepared, state, watcher)
-            )
-            best = finish_round(prepared, following, folder, outcome, best, watcher)
+            on_step = steps(prepared, state, watcher)
+            following, outcome = run_round(prepared.federation, state, on_step, engine)
+            best = finish_round(prepared, following, folder, outcome, best, watcher, engine)
             state = following
     except KeyboardInterrupt:
         with writing(folder):
@@ -120,6 +130,7 @@ def finish_round(
     outcome: Round,
     best: dict[str, Any] | None,
     watcher: Watcher,
+    engine: Engine = IN_PROCESS,
 ) -> dict[str, Any] | None:
     """Evaluate, then write checkpoint, metrics and summary; returns the best round so far."""
     config, round = prepared.config, state.round
@@ -128,7 +139,8 @@ def finish_round(
     evaluation = None
     if round % config.evaluation.every == 0 or round % config.period == 0:  # the end of a task
         watcher.step(f"round {round}: evaluating", 0, 1)
-        evaluation = evaluate_round(prepared.federation, state, every_rank=round == config.rounds)
+        last = round == config.rounds
+        evaluation = evaluate_round(prepared.federation, state, every_rank=last, engine=engine)
         best = better(best, evaluation, round)
     seconds["evaluate"] = perf_counter() - began
     began = perf_counter()
@@ -189,7 +201,7 @@ def steps(prepared: Prepared, state: ServerState, watcher: Watcher) -> Callable[
     federation = prepared.federation.in_round(round)
     size = config.participation.size(len(federation.clients))
     cohort = server.sample(federation.clients, size, config.seed, round)
-    total = sum(config.training.steps_for(len(federation.rows[c.id])) for c in cohort)
+    total = sum(config.training.steps_for(client.examples) for client in cohort)
     done = 0
 
     def step() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,16 +123,95 @@ def initial_state(
     return server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
 
 
+class Returned(NamedTuple):
+    """What came back from a cohort: replies; what each client keeps for itself, by id; those that sent
+    none, each with its `id` and the `reason`; bytes down and up, by id; and seconds per phase."""
+
+    replies: list[Reply]
+    kept: dict[str, dict[str, Tensor]]
+    missing: list[dict[str, Any]]
+    traffic: dict[str, tuple[int, int]]
+    seconds: dict[str, float]
+
+
+class Engine(Protocol):
+    """Where the clients of a federation are: in this process, or somewhere else."""
+
+    def present(self, federation: Federation) -> Federation:
+        """The federation with the clients that can be reached now."""
+        ...
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        """Send each client what the state broadcasts, let it train, and gather the replies."""
+        ...
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        """The metrics of each client on its own held-out rows, by id; {} if there are none."""
+        ...
+
+
+class InProcess:
+    """All clients in this process, one after the other, on one model."""
+
+    def present(self, federation: Federation) -> Federation:
+        return federation
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        method, seed, round = federation.method, federation.config.seed, state.round + 1
+        seconds = dict.fromkeys(("broadcast", "train", "compute"), 0.0)
+        replies, kept = [], {}
+        with training_mode(federation.slots.model):
+            for client in cohort:
+                start = perf_counter()
+                sent = server.broadcast(method, state, client, seed)
+                seconds["broadcast"] += perf_counter() - start
+                start = perf_counter()
+                own = state.clients.get(client.id, {})
+                local = train_client(federation, client, sent, state.head, round, on_step, own=own)
+                seconds["train"] += perf_counter() - start
+                seconds["compute"] += local.seconds
+                replies.append(local.reply)
+                kept[client.id] = own | local.kept
+        returned = {reply.client.id: reply.adapter for reply in replies}
+        traffic = bytes_per_client(federation, cohort, returned)
+        return Returned(replies, kept, [], traffic, seconds)
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        return {
+            client.id: evaluate_client(federation, state, client, federation.own[client.id])
+            for client in federation.clients
+            if federation.own
+        }
+
+
+IN_PROCESS = InProcess()
+
+
 def run_round(
-    federation: Federation, state: ServerState, on_step: Callable[[], None] = lambda: None
+    federation: Federation,
+    state: ServerState,
+    on_step: Callable[[], None] = lambda: None,
+    engine: Engine = IN_PROCESS,
 ) -> tuple[ServerState, Round]:
-    """One round: sample a cohort, send, train each client in turn, aggregate.
+    """One round: sample a cohort, send, let each client train, aggregate.
 
     Returns the next state and what happened, with bytes per client and seconds per phase.
     """
     config, method, seed = federation.config, federation.method, federation.config.seed
     round = state.round + 1
-    federation = federation.in_round(round)
+    federation = engine.present(federation).in_round(round)
     labels = federation.labels_of(round)
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)
@@ -141,42 +220,25 @@ def run_round(
         as_now(client, state) for client in server.sample(federation.clients, size, seed, round)
     ]
     chance = config.participation.stragglers
-    seconds = dict.fromkeys(("broadcast", "train", "compute"), 0.0)
-    replies, kept = [], {}
-    with training_mode(federation.slots.model):
-        for client in cohort:
-            start = perf_counter()
-            sent = server.broadcast(method, state, client, seed)
-            seconds["broadcast"] += perf_counter() - start
-            start = perf_counter()
-            layers = reached(
-                federation.layers_of(client), chance, derive(seed, "straggler", round, client.id)
-            )
-            own = state.clients.get(client.id, {})
-            local = train_client(federation, client, sent, state.head, round, on_step, layers, own)
-            seconds["train"] += perf_counter() - start
-            seconds["compute"] += local.seconds
-            replies.append(local.reply)
-            kept[client.id] = own | local.kept
+    returned = engine.train(federation, state, cohort, on_step)
     following, outcome = server.aggregate(
         method,
         federation.weighting,
         state,
-        replies,
+        returned.replies,
         seed,
         silence=silence([federation.layers_of(c) for c in cohort], chance) if chance else None,
         channel=federation.channel,
         head_rows=None if labels is None else peft.label_rows(federation.slots, labels),
     )
-    traffic = bytes_per_client(federation, cohort, {r.client.id: r.adapter for r in replies})
-    for record in (*outcome.clients, *outcome.refused):
-        record["bytes_down"], record["bytes_up"] = traffic[record["id"]]
+    refused = [*outcome.refused, *returned.missing]
+    for record in (*outcome.clients, *refused):
+        record["bytes_down"], record["bytes_up"] = returned.traffic[record["id"]]
     # a client whose training diverged begins again from what it had
-    for id in (record["id"] for record in outcome.refused):
-        kept[id] = state.clients.get(id, {})
-    clients = state.clients | kept
-    following = replace(following, clients={id: own for id, own in clients.items() if own})
-    return following, replace(outcome, seconds=seconds | outcome.seconds)
+    kept = returned.kept | {r["id"]: state.clients.get(r["id"], {}) for r in refused}
+    clients = {id: own for id, own in (state.clients | kept).items() if own}
+    seconds = returned.seconds | outcome.seconds
+    return replace(following, clients=clients), replace(outcome, refused=refused, seconds=seconds)
 
 
 def as_now(client: Client, state: ServerState) -> Client:
@@ -204,12 +266,15 @@ def train_client(
     layers: Sequence[str] | None = None,
     own: Mapping[str, Tensor] | None = None,
 ) -> Local:
-    """What one client does in a round. `layers`: those it trains (None: all); `own`: what it has
-    kept from earlier rounds.
+    """What one client does in a round. `layers`: those it trains (None: those it reaches); `own`: what
+    it has kept from earlier rounds.
     """
     config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
     period = config.period
-    layers = federation.layers_of(client) if layers is None else layers
+    if layers is None:
+        chance = config.participation.stragglers
+        late = derive(config.seed, "straggler", round, client.id)
+        layers = reached(federation.layers_of(client), chance, late)
     rows, own = federation.rows[client.id], own or {}
     steps = config.training.steps_for(len(rows))
     before = start_of(sent, own)
@@ -403,14 +468,13 @@ def evaluate_client(
         return measure(federation, rows)
 
 
-def evaluate_clients(federation: Federation, state: ServerState) -> dict[str, Any] | None:
+def evaluate_clients(
+    federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
+) -> dict[str, Any] | None:
     """Each client's metrics on its own held-out rows, their mean, and the worst; None without such rows."""
-    if not federation.own:
+    by_client = engine.evaluate(federation, state)
+    if not by_client:
         return None
-    by_client = {
-        client.id: evaluate_client(federation, state, client, federation.own[client.id])
-        for client in federation.clients
-    }
     names = [name for name in ("loss", "accuracy") if name in next(iter(by_client.values()))]
     mean = {
         name: sum(metrics[name] for metrics in by_client.values()) / len(by_client)
@@ -442,7 +506,9 @@ def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any]
     return {"current": len(tasks), "accuracy": accuracy}
 
 
-def evaluate_round(federation: Federation, state: ServerState, every_rank: bool) -> dict[str, Any]:
+def evaluate_round(
+    federation: Federation, state: ServerState, every_rank: bool, engine: Engine = IN_PROCESS
+) -> dict[str, Any]:
     """The full update, its truncation to the top rank, the clients' own rows; and every deployed
     rank, if asked for; with tasks, each task so far."""
     top = federation.top_rank
@@ -463,7 +529,7 @@ def evaluate_round(federation: Federation, state: ServerState, every_rank: bool)
             }
             if every_rank and truncated
             else {},
-            "clients": evaluate_clients(federation, state),
+            "clients": evaluate_clients(federation, state, engine),
         }
         | evaluate_validation(federation, state)
         | ({"tasks": evaluate_tasks(federation, state)} if federation.tasks else {})
