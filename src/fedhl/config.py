@@ -434,6 +434,17 @@ class CheckpointConfig(Strict):
     """How many of the last checkpoints stay on disk, beside the best."""
 
 
+class FederationConfig(Strict):
+    """Clients on other machines (`fedhl serve`): whom the server waits for, and how long."""
+
+    clients: PositiveInt | None = None
+    """The first round begins when so many clients have reported; null: all that the partition makes."""
+    minimum: PositiveInt = 1
+    """Later rounds begin with at least so many clients there."""
+    deadline: PositiveFloat = 3600.0
+    """Seconds that a round waits for its clients before it goes on without those that are missing."""
+
+
 class Config(Strict):
     """Everything that decides a run. `fedhl check CONFIG` shows what it amounts to."""
 
@@ -464,6 +475,7 @@ class Config(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    federation: FederationConfig = FederationConfig()
 
     @model_validator(mode="after")
     def task_rounds(self) -> Config:

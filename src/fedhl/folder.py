@@ -114,10 +114,15 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under another name, flush it, and rename it into place."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_atomically`, of bytes."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

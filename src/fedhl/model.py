@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -84,13 +85,7 @@ def load_model(
     if four_bit:
         _require_four_bit(target)
     path = locate(source)
-    if path is not None and path.is_file():
-        folder, digest = _from_gguf(path)
-    elif path is not None:
-        folder, digest = str(path.resolve()), _hash_folder(path)
-    else:
-        folder, digest = source, None
-
+    folder, digest = _find(source)
     tokenizer = _load_tokenizer(folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
     if labels is not None:
@@ -127,6 +122,22 @@ def load_model(
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
     return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache)
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone. Raises UserError as `load_model` does."""
+    return _load_tokenizer(_find(source)[0], source, revision)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sha256 of what decides the tokens of a text: vocabulary, special tokens, chat template, and
+    the rules of a fast tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    rules = {key: rules[key] for key in rules if key not in ("truncation", "padding")}  # set by use
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    known = [tokenizer.get_vocab(), special, str(tokenizer.chat_template), rules]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -312,6 +323,14 @@ def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+def _find(source: str) -> tuple[str, str | None]:
+    """Where to load `source` from, and the hash of its files; None for a hub id."""
+    path = locate(source)
+    if path is None:
+        return source, None
+    return _from_gguf(path) if path.is_file() else (str(path.resolve()), _hash_folder(path))
 
 
 def _hash_folder(folder: Path) -> str:

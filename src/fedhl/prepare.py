@@ -47,6 +47,12 @@ class Prepared:
     def initial_state(self) -> ServerState:
         return initial_state(self.federation, self.start, self.start_head)
 
+    def joined_by(self, clients: Sequence[Client]) -> Prepared:
+        """With those of `clients` that are new among the federation's, and all as they are now."""
+        known = {client.id: client for client in (*self.federation.clients, *clients)}
+        everyone = [known[id] for id in sorted(known)]
+        return replace(self, federation=replace(self.federation, clients=everyone))
+
 
 def pick_device(config: Config) -> str:
     """The device asked for; `auto` is cuda, else mps, else cpu."""
@@ -110,13 +116,7 @@ def load_federation(
 
 def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
     """The rows and the ranks of the clients. Raises UserError for all that shows without the model."""
-    method = config.method.build()
-    state = method.init(initial(2, 2, 1, 1.0, seed=0))
-    if method.delta(state) is None and not config.evaluation.client_fraction:
-        raise UserError(
-            f"method {config.method.name!r} has no global model, so only the clients can evaluate: set "
-            "evaluation.client_fraction, e.g. to 0.2"
-        )
+    refuse_unseen(config)
     data = shards.read(config)
     clients = list(data.clients)
     ranks = assign_ranks(config.lora, clients, config.seed)
@@ -131,10 +131,48 @@ def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
     return data, ranks
 
 
+def refuse_unseen(config: Config) -> None:
+    """Raises UserError if nobody could evaluate what this method makes."""
+    method = config.method.build()
+    state = method.init(initial(2, 2, 1, 1.0, seed=0))
+    if method.delta(state) is None and not config.evaluation.client_fraction:
+        raise UserError(
+            f"method {config.method.name!r} has no global model, so only the clients can evaluate: set "
+            "evaluation.client_fraction, e.g. to 0.2"
+        )
+
+
 def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
     """Read the data, load the model, attach the adapters. Raises UserError before any training."""
     data, ranks = examine(config)
     watcher.say(f"{len(data.rows):,} rows for {len(ranks)} clients; loading {config.model.source}")
+    return assemble(config, data, ranks, watcher)
+
+
+def prepare_server(
+    config: Config, clients: Mapping[str, int], labels: Sequence[str] | None, watcher: Watcher
+) -> Prepared:
+    """The server's part alone, where the clients (id: rank) have the data and the labels are theirs.
+
+    Raises UserError before any training.
+    """
+    refuse_unseen(config)
+    if config.data.validation is not None:
+        raise UserError(
+            "data.validation: rows to choose settings by are a part of data.source, which the server "
+            "does not have where clients bring their own data; leave it out"
+        )
+    for name in config.participation.layers:
+        if name not in clients:
+            raise UserError(f"participation.layers: {unknown(name, sorted(clients), 'client')}")
+    watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
+    return assemble(config, shards.of_server(config, labels), clients, watcher)
+
+
+def assemble(
+    config: Config, data: shards.Shards, ranks: Mapping[str, int], watcher: Watcher
+) -> Prepared:
+    """The model and the adapters for these rows and clients."""
     loaded, federation = load_federation(config, data.labels, ranks)
     if data.tasks and data.labels:
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
@@ -148,7 +186,9 @@ def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
         )
     federation = replace(
         federation,
-        clients=[replace(c, examples=len(tokenised.train[c.id])) for c in federation.clients],
+        clients=[
+            replace(c, examples=len(tokenised.train.get(c.id, ()))) for c in federation.clients
+        ],
         rows=tokenised.train,
         own=tokenised.client_held_out,
         held_out=tokenised.held_out,

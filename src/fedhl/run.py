@@ -24,7 +24,7 @@ from fedhl.folder import (
 from fedhl.prepare import SILENT, Prepared, Watcher, prepare
 from fedhl.report import write_report
 from fedhl.server import Round, ServerState
-from fedhl.simulation import IN_PROCESS, Engine, evaluate_round, run_round
+from fedhl.simulation import IN_PROCESS, Engine, Federation, evaluate_round, run_round
 from fedhl.summary import check_same, hashes, mark, write_summary
 from fedhl.training import learning_rate
 
@@ -110,8 +110,10 @@ def carry_on(
             nothing = Round([], [], {}, {})
             best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
         while state.round < rounds:
-            on_step = steps(prepared, state, watcher)
-            following, outcome = run_round(prepared.federation, state, on_step, engine)
+            here = engine.present(prepared.federation)
+            prepared = prepared.joined_by(here.clients)
+            on_step = steps(here, state, watcher)
+            following, outcome = run_round(here, state, on_step, engine)
             best = finish_round(prepared, following, folder, outcome, best, watcher, engine)
             state = following
     except KeyboardInterrupt:
@@ -195,10 +197,10 @@ def finish_round(
     return best
 
 
-def steps(prepared: Prepared, state: ServerState, watcher: Watcher) -> Callable[[], None]:
+def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Callable[[], None]:
     """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
-    round, config = state.round + 1, prepared.config
-    federation = prepared.federation.in_round(round)
+    round, config = state.round + 1, federation.config
+    federation = federation.in_round(round)
     size = config.participation.size(len(federation.clients))
     cohort = server.sample(federation.clients, size, config.seed, round)
     total = sum(config.training.steps_for(client.examples) for client in cohort)

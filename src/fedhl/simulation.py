@@ -211,7 +211,7 @@ def run_round(
     """
     config, method, seed = federation.config, federation.method, federation.config.seed
     round = state.round + 1
-    federation = engine.present(federation).in_round(round)
+    federation = federation.in_round(round)
     labels = federation.labels_of(round)
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)

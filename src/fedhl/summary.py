@@ -101,11 +101,13 @@ def store(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
-    """How many training rows of each label a client has; None for language models."""
+    """How many training rows of each label a client has; None for language models, and where only the
+    client knows."""
     names = prepared.data.labels
-    if names is None:
+    rows = prepared.tokenised.train.get(client)
+    if names is None or rows is None:
         return None
-    counts = Counter(example.labels for example in prepared.tokenised.train[client])
+    counts = Counter(example.labels for example in rows)
     return {name: counts[k] for k, name in enumerate(names) if counts[k]}
 
 

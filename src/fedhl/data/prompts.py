@@ -51,9 +51,9 @@ def label_ids(
     Raises UserError for a label that is not in `known`, is empty or is no class, and for data
     with a single label.
     """
-    names = [_label_name(value, row) for row, value in enumerate(values)]
+    names = label_names(values)
     if known is None:
-        known = _sorted_labels(set(names))
+        known = sorted_labels(set(names))
         if len(known) < 2:
             raise UserError(f"all {len(names)} rows have the same label {known}; need two or more.")
     index = {name: i for i, name in enumerate(known)}
@@ -64,6 +64,11 @@ def label_ids(
                 f"known labels: {', '.join(known)}."
             )
     return [index[name] for name in names], list(known)
+
+
+def label_names(values: Sequence[Any]) -> list[str]:
+    """The name of each label value. Raises UserError for one that is empty or no class."""
+    return [_label_name(value, row) for row, value in enumerate(values)]
 
 
 def encode_classification(
@@ -319,7 +324,7 @@ def _label_name(value: Any, row: int) -> str:
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
-def _sorted_labels(names: set[str]) -> list[str]:
+def sorted_labels(names: set[str]) -> list[str]:
     try:
         return sorted(names, key=lambda name: (int(name), name))
     except ValueError:

@@ -25,6 +25,8 @@ from fedhl.data.prompts import (
     encode_classification,
     encode_completion,
     label_ids,
+    label_names,
+    sorted_labels,
 )
 from fedhl.errors import UserError
 from fedhl.seeds import derive
@@ -106,6 +108,39 @@ def read(config: Config) -> Shards:
             clients[name], client_held_out[name] = kept, held
     shards = Shards(rows, clients, client_held_out, held_out, validation, labels, hash)
     return with_tasks(config, shards) if config.tasks else shards
+
+
+def brought(config: Config, client: str, source: str) -> Shards:
+    """The rows of a client that has data of its own: all of `source` that `data.where` wants, less those
+    it keeps to evaluate on. `labels` are those of its own rows. Raises UserError as `read` does."""
+    data = config.data.model_copy(update={"source": source, "split": None})
+    config = config.model_copy(update={"data": data})
+    rows = chosen(config, load_rows(source))
+    check_fields(config, rows)
+    part, held = np.arange(len(rows)), {}
+    if config.evaluation.client_fraction:
+        part, held[client] = keep_back(config, client, part)
+    labels = None
+    if isinstance(config.task, ClassificationTask):
+        names = label_names([rows[k][config.task.label] for k in part])
+        labels = sorted_labels(set(names))
+    return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
+
+
+def of_server(config: Config, labels: Sequence[str] | None) -> Shards:
+    """What the server of clients with data of their own has: held-out rows, if `data.held_out` names a
+    source. Raises UserError if they were to be a part of `data.source`."""
+    rule, nobody = config.data.held_out, np.arange(0)
+    names = None if labels is None else list(labels)
+    if rule is None:
+        return Shards([], {}, {}, [], nobody, names, "clients' own")
+    if rule.source is None:
+        raise UserError(
+            "data.held_out: where clients bring their own data, the server's held-out rows need a source "
+            "of their own: set data.held_out.source, or held_out: null"
+        )
+    held = load_rows(rule.source, split=rule.split, limit=rule.count)
+    return Shards([], {}, {}, held, nobody, names, f"clients' own {fingerprint(rule.source)}")
 
 
 def with_tasks(config: Config, shards: Shards) -> Shards:
@@ -264,7 +299,9 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
     wanted = [*shards.clients.values(), *shards.client_held_out.values(), shards.validation]
     used = np.sort(np.concatenate(wanted))
     source = config.data.source
-    encoded = encode(config, [shards.rows[k] for k in used], source, tokenizer, shards.labels)
+    encoded = Encoded([], [], 0)
+    if len(used):
+        encoded = encode(config, [shards.rows[k] for k in used], source, tokenizer, shards.labels)
     by_row = {int(used[j]): ex for j, ex in zip(encoded.rows, encoded.examples, strict=True)}
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)

@@ -1,0 +1,66 @@
+"""Flower's ClientApp: gives each message to `fedhl.node`, and its answer back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedhl import node
+from fedhl.config import Config
+from fedhl.errors import UserError
+from fedhl.flower.records import pack, unpack
+from fedhl.node import Node
+from fedhl.wire import Malformed
+
+app = ClientApp()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Who this is, with how many rows, at which rank."""
+
+    def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
+        return pack(node.introduce(config, here))
+
+    return reply(message, context, answer)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training."""
+
+    def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
+        return pack(*node.train(config, here, header, payload or b"", simulated(context)))
+
+    return reply(message, context, answer)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The metrics of what this client would start from, on its own held-out rows."""
+
+    def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
+        metrics = node.evaluate(config, here, header, payload or b"", simulated(context))
+        return pack({"metrics": metrics})
+
+    return reply(message, context, answer)
+
+
+def simulated(context: Context) -> bool:
+    """Whether this is one of many nodes that Flower simulates, in processes that serve them all."""
+    return "client" not in context.node_config
+
+
+def reply(message: Message, context: Context, answer: Callable[..., Any]) -> Message:
+    """The answer, or the reason why there is none, for the server to log."""
+    try:
+        header, payload = unpack(message.content)
+        config = Config.model_validate_json(header["config"])
+        here = node.node_of(context.node_config, config)
+        content = answer(config, here, header, payload)
+    except (UserError, Malformed) as error:
+        content = pack({"error": str(error)})
+    return Message(content, reply_to=message)

@@ -1,0 +1,489 @@
+"""Flower's ServerApp: a Strategy that finds the clients, sends, gathers, and leaves the rest to fedhl.
+
+`Strategy.start` of Flower neither checkpoints nor resumes, so this one runs the loop of `fedhl.run`, with
+itself as the engine. Each reply is on disk before the next is read: a server that is killed in the middle
+of a round goes on with the replies that had arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic, perf_counter, sleep
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedhl import server, wire
+from fedhl.config import Config
+from fedhl.data.prompts import sorted_labels
+from fedhl.errors import UserError
+from fedhl.evaluation import Metrics
+from fedhl.flower.records import EVALUATE, HELLO, TRAIN, pack, unpack
+from fedhl.folder import alone, load_run_config, read_summary, write_atomically, write_bytes
+from fedhl.method import Broadcast
+from fedhl.model import tokenizer_hash
+from fedhl.prepare import Prepared, Watcher, prepare, prepare_server
+from fedhl.run import begin, go_on, refuse_taken
+from fedhl.server import Client, Reply, ServerState
+from fedhl.simulation import Federation, Returned, as_now
+from fedhl.wire import Malformed
+
+POLL = 0.5
+"""Seconds between two looks at what has arrived."""
+PATIENCE = 30.0
+"""Seconds between two notices that clients are still waited for."""
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Start the run that the run config describes, or go on with it."""
+    config = Config.model_validate_json(str(context.run_config["config"]))
+    watcher = Watcher(say=partial(print, flush=True))
+    Rounds(config, Path(str(context.run_config["folder"])), watcher).start(grid)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a node has said about itself."""
+
+    client: str
+    rank: int
+    examples: int
+    labels: tuple[str, ...] | None
+    own: bool
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One round under way: who was asked, where replies go, who will send none and why, bytes."""
+
+    federation: Federation
+    state: ServerState
+    cohort: Sequence[Client]
+    folder: Path
+    missing: dict[str, str] = field(default_factory=dict)
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    payloads: dict[Any, bytes] = field(default_factory=dict)
+
+    @property
+    def round(self) -> int:
+        return self.state.round + 1
+
+    def file(self, client: Client) -> Path:
+        return self.folder / (quote(client.id, safe="") + ".safetensors")
+
+    def came(self, client: Client, bytes: int) -> None:
+        """Take down how much this client has sent."""
+        self.traffic[client.id] = (self.traffic[client.id][0], bytes)
+
+    def keep(self, client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+        """Put a reply on disk, with the rank that its client goes on with. Raises Malformed."""
+        if payload is None:
+            raise Malformed("its reply has no payload")
+        rank = header.get("next_rank", client.rank)
+        if type(rank) is not int or not 1 <= rank <= client.rank:
+            raise Malformed(f"its next rank is {rank!r:.80}, expected 1 to {client.rank}")
+        self.came(client, len(payload))
+        write_atomically(self.file(client).with_suffix(".json"), json.dumps({"rank": rank}))
+        write_bytes(self.file(client), payload)
+
+    def read(self, client: Client, run: wire.Run) -> tuple[Reply, dict[str, Tensor]]:
+        """The reply of a client, and the rank that it goes on with if it has given some up. Raises
+        Malformed, with the reason."""
+        federation, state, seed = self.federation, self.state, self.federation.config.seed
+
+        def sent(layer: str) -> Broadcast:
+            return server.broadcast_layer(federation.method, state, layer, client, seed)
+
+        file = self.file(client)
+        reply = wire.read_reply(file, run, client, list(state.layers), sent, state.head)
+        rank = json.loads(file.with_suffix(".json").read_text())["rank"]
+        return reply, {"rank": torch.tensor(rank)} if rank < client.rank else {}
+
+
+class Rounds(Strategy):
+    """A federation over Flower's grid: `start` is `fedhl run`, with the clients at the other end."""
+
+    def __init__(self, config: Config, folder: Path, watcher: Watcher) -> None:
+        if config.tasks is not None:
+            raise UserError(
+                "tasks: labels that arrive over time are for runs in one process (fedhl run); leave tasks "
+                "out for clients on other machines"
+            )
+        self.config, self.folder, self.watcher = config, folder, watcher
+        self.members: dict[int, Member] = {}
+        self.asked: dict[str, int] = {}  # message: node that has not introduced itself yet
+        self.told: set[int] = set()  # nodes that were asked to
+        self.prepared: Prepared | None = None
+
+    def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
+        """Wait for the clients, then all rounds that are left. What comes of it is in the run's folder;
+        Flower's own result stays empty."""
+        self.grid = grid
+        resumed = (self.folder / "config.yaml").exists()
+        if not resumed:
+            refuse_taken(self.folder)
+        elif load_run_config(self.folder) != with_weighting(self.config):
+            raise UserError(f"{self.folder} holds a run of another config; choose another folder")
+        self.wait(self.wanted(), "the first round")
+        self.prepared = prepared = self.prepare(resumed)
+        if resumed:
+            with alone(self.folder):
+                go_on(prepared, self.folder, self.watcher, self)
+        else:
+            begin(prepared, self.folder, self.watcher, self)
+        shutil.rmtree(self.folder / "incoming", ignore_errors=True)
+        return Result()
+
+    def prepare(self, resumed: bool) -> Prepared:
+        """The server's model and rows, for the members that there are."""
+        members = {member.client: member for member in self.members.values()}
+        if not self.own_data:
+            return prepare(self.config, self.watcher)
+        ranks = {id: member.rank for id, member in members.items()}
+        labels = {name for member in members.values() for name in member.labels or ()}
+        if resumed:
+            summary = read_summary(self.folder)
+            ranks |= {client["id"]: client["rank"] for client in summary["clients"]}
+            labels = set(summary["labels"] or ())
+        known = sorted_labels(labels) if labels else None
+        return prepare_server(self.config, ranks, known, self.watcher)
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the clients bring their own rows."""
+        return any(member.own for member in self.members.values())
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from all others, for as long as its folder is there."""
+        file = self.folder / "federation.json"
+        if not file.exists():
+            write_atomically(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
+        return json.loads(file.read_text())["run"]
+
+    # --- who is there ---------------------------------------------------------------------------
+
+    def wanted(self) -> int:
+        """How many clients the first round waits for."""
+        number = self.config.federation.clients or getattr(self.config.partition, "clients", None)
+        if number is None:
+            raise UserError("federation.clients: say how many clients the first round waits for")
+        return number
+
+    def wait(self, number: int, what: str) -> None:
+        """Until so many clients are there."""
+        told = monotonic() - PATIENCE
+        while len(self.look()) < number:
+            if monotonic() - told > PATIENCE:
+                there = ", ".join(sorted(m.client for m in self.members.values())) or "none"
+                self.watcher.say(f"waiting for {number} clients before {what}; there: {there}")
+                told = monotonic()
+            sleep(POLL)
+
+    def look(self) -> dict[str, int]:
+        """The nodes that are there by client id; newcomers are asked who they are."""
+        nodes = set(self.grid.get_node_ids())
+        for node in self.told - nodes:  # one that comes back may have changed
+            self.told.discard(node)
+            if gone := self.members.pop(node, None):
+                self.watcher.say(f"client {gone.client!r} has left")
+        for node in sorted(nodes - self.told):
+            hello = {"protocol": wire.PROTOCOL, "config": self.config.model_dump_json()}
+            self.asked |= dict.fromkeys(self.push(Message(pack(hello), node, HELLO)), node)
+            self.told.add(node)
+        for message in self.pull(self.asked):
+            node = self.asked.pop(message.metadata.reply_to_message_id)
+            try:
+                member = self.welcome(answer(message)[0])
+            except Malformed as error:
+                self.watcher.say(f"warning: a node was refused: {error}")
+            else:
+                self.members[node] = member
+                self.watcher.say(
+                    f"client {member.client!r} is here: rank {member.rank}, {member.examples} rows"
+                )
+        return {member.client: node for node, member in sorted(self.members.items())}
+
+    def welcome(self, header: Mapping[str, Any]) -> Member:
+        """The member that this introduction is of. Raises Malformed, with the reason."""
+        member = introduction(header)
+        others = self.members.values()
+        if any(member.client == other.client for other in others):
+            raise Malformed(f"another node is client {member.client!r} already")
+        if any(member.own != other.own for other in others):
+            raise Malformed(
+                f"client {member.client!r} has {'its own data' if member.own else 'no data of its own'}, "
+                "the others not so"
+            )
+        if any(member.tokenizer != other.tokenizer for other in others):
+            raise Malformed(f"client {member.client!r} has another tokenizer than the others")
+        if self.prepared is None:
+            return member
+        labels, top = self.prepared.data.labels, self.prepared.federation.top_rank
+        if surplus := sorted(set(member.labels or ()) - set(labels or ())):
+            raise Malformed(
+                f"client {member.client!r} has label {surplus[0]!r}, unknown when the run began"
+            )
+        if member.rank > top:
+            raise Malformed(
+                f"client {member.client!r} has rank {member.rank}, expected at most {top}, the largest "
+                "when the run began"
+            )
+        return member
+
+    def present(self, federation: Federation) -> Federation:
+        self.wait(self.config.federation.minimum, "the next round")
+        known = {client.id: client for client in federation.clients}
+        clients = []
+        for member in self.members.values():
+            scale = self.config.lora.scale_of(member.rank)
+            client = known.get(member.client) or Client(member.client, member.rank, scale, 0)
+            clients.append(replace(client, examples=member.examples))
+        return replace(federation, clients=sorted(clients, key=lambda client: client.id))
+
+    # --- a round --------------------------------------------------------------------------------
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        start = perf_counter()
+        incoming = self.folder / "incoming"
+        shutil.rmtree(
+            incoming / f"round-{state.round:06d}", ignore_errors=True
+        )  # is in the state now
+        folder = incoming / f"round-{state.round + 1:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.turn = turn = Turn(federation, state, cohort, folder)
+        # beside asking, the first of Flower's hooks has nothing to decide
+        asked = self.configure_train(turn.round, ArrayRecord(), ConfigRecord(), self.grid)
+        self.exchange(asked, cohort, partial(self.aggregate_train, turn.round))
+        replies, kept = [], {}
+        for client in cohort:
+            if client.id not in turn.missing:
+                try:
+                    reply, own = turn.read(client, self.run)
+                except Malformed as error:
+                    turn.missing[client.id] = str(error)
+                else:
+                    replies.append(reply)
+                    kept[client.id] = state.clients.get(client.id, {}) | own
+        missing = [{"id": id, "reason": reason} for id, reason in sorted(turn.missing.items())]
+        seconds = {"broadcast": 0.0, "train": perf_counter() - start}
+        return Returned(replies, kept, missing, turn.traffic, seconds)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What each client of the cohort is sent, but for those whose reply was there before a restart."""
+        turn = self.turn
+        for client in turn.cohort:
+            payload = self.encoded(turn, client)
+            turn.traffic[client.id] = (len(payload), 0)
+            if turn.file(client).exists():
+                turn.came(client, turn.file(client).stat().st_size)
+            else:
+                yield from self.message(TRAIN, client, payload)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Put what has arrived on disk. The sum is `fedhl.server.aggregate`'s, at the end of the round."""
+        for message in replies:
+            client = self.sent.pop(message.metadata.reply_to_message_id)
+            try:
+                header, payload = answer(message)
+                self.turn.keep(client, header, payload)
+            except Malformed as error:
+                self.turn.missing[client.id] = str(error)
+        return None, None
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        if not self.config.evaluation.client_fraction:
+            return {}
+        there = self.look()
+        cohort = [as_now(c, state) for c in federation.clients if c.id in there]
+        self.turn = Turn(federation, state, cohort, self.folder)
+        asked = self.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), self.grid)
+        self.exchange(asked, cohort, partial(self.aggregate_evaluate, state.round))
+        for id, reason in sorted(self.turn.missing.items()):
+            self.watcher.say(f"warning: client {id!r} has not evaluated: {reason}")
+        return {id: self.turn.metrics[id] for id in sorted(self.turn.metrics)}
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What each client would be sent in the next round, to evaluate it on its own rows."""
+        for client in self.turn.cohort:
+            yield from self.message(EVALUATE, client, self.encoded(self.turn, client))
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Take down each client's metrics."""
+        for message in replies:
+            client = self.sent.pop(message.metadata.reply_to_message_id)
+            try:
+                self.turn.metrics[client.id] = metrics_of(answer(message)[0])
+            except Malformed as error:
+                self.turn.missing[client.id] = str(error)
+        return None
+
+    def summary(self) -> None:
+        """What Flower logs about a strategy."""
+        self.watcher.say(f"fedhl: {self.config.method.name}, {self.config.rounds} rounds")
+
+    # --- messages -------------------------------------------------------------------------------
+
+    @property
+    def run(self) -> wire.Run:
+        """What both ends of a message must agree on."""
+        assert self.prepared is not None
+        loaded = self.prepared.loaded
+        return wire.Run(self.run_id, loaded.hash, tokenizer_hash(loaded.tokenizer))
+
+    def encoded(self, turn: Turn, client: Client) -> bytes:
+        """What a client is sent, encoded once for all clients that are sent the same."""
+        method, seed = turn.federation.method, self.config.seed
+        drawn = getattr(method, "drawn", True)
+        key = client.id if drawn else (client.rank, client.scale)
+        if key not in turn.payloads:
+            sent = server.broadcast(method, turn.state, client, seed)
+            payload = wire.encode_broadcast({}, sent, turn.state.head, client.payload)
+            if drawn:
+                return payload
+            turn.payloads[key] = payload
+        return turn.payloads[key]
+
+    def message(self, kind: str, client: Client, payload: bytes) -> Iterator[Message]:
+        """The message to this client's node; none, and it is missing, if the node has left."""
+        node = self.look().get(client.id)
+        if node is None:
+            self.turn.missing[client.id] = "its node has left"
+            return
+        assert self.prepared is not None
+        header = {
+            "protocol": wire.PROTOCOL,
+            "config": self.config.model_dump_json(),
+            "labels": self.prepared.data.labels,
+            "run": self.run_id,
+            "round": self.turn.state.round + (kind == TRAIN),
+            "client": client.id,
+            "rank": client.rank,
+        }
+        deadline = self.config.federation.deadline
+        yield Message(
+            pack(header, payload), node, kind, ttl=deadline, group_id=str(self.turn.round)
+        )
+
+    def exchange(
+        self,
+        messages: Iterable[Message],
+        cohort: Sequence[Client],
+        arrived: Callable[[Sequence[Message]], object],
+    ) -> None:
+        """Send these and hand over the replies as they come, until all are there, their nodes have left,
+        or the deadline has passed."""
+        end = monotonic() + self.config.federation.deadline
+        nodes = {node: id for id, node in self.look().items()}
+        by_id = {client.id: client for client in cohort}
+        self.sent: dict[str, Client] = {}
+        for message in messages:
+            client = by_id[nodes[message.metadata.dst_node_id]]
+            self.sent |= dict.fromkeys(self.push(message), client)
+        while self.sent:
+            arrived(self.pull(self.sent))
+            there = self.look()
+            late = monotonic() > end
+            for id, client in list(self.sent.items()):
+                if late or client.id not in there:
+                    seconds = f"{self.config.federation.deadline:g} seconds (federation.deadline)"
+                    reason = f"no reply within {seconds}" if late else "its node has left"
+                    self.turn.missing[client.id] = reason
+                    del self.sent[id]
+            if self.sent:
+                sleep(POLL)
+
+    def push(self, message: Message) -> list[str]:
+        """Send one message; its id."""
+        return [id for id in self.grid.push_messages([message]) if id]
+
+    def pull(self, messages: Iterable[str]) -> list[Message]:
+        """The replies to these messages that have come."""
+        asked = list(messages)
+        return list(self.grid.pull_messages(asked)) if asked else []
+
+
+def answer(message: Message) -> tuple[dict[str, Any], bytes | None]:
+    """The header and payload of a reply. Raises Malformed, with the reason, if it is none."""
+    if message.has_error():
+        reason = (message.error.reason or "unknown").strip().splitlines()[-1]
+        raise Malformed(f"its node reports an error ({message.error.code}): {reason:.300}")
+    header, payload = unpack(message.content)
+    if "error" in header:
+        raise Malformed(f"it says: {header['error']!s:.500}")
+    return header, payload
+
+
+def introduction(header: Mapping[str, Any]) -> Member:
+    """What a node says of itself, checked. Raises Malformed."""
+    if header.get("protocol") != wire.PROTOCOL:
+        raise Malformed(
+            f"it has protocol version {header.get('protocol')!r:.80}, this is version {wire.PROTOCOL}; "
+            "install the same fedhl on both sides"
+        )
+    kinds = {"client": str, "rank": int, "examples": int, "own": bool, "tokenizer": str}
+    for name, kind in kinds.items():
+        if type(header.get(name)) is not kind:
+            raise Malformed(f"its {name} is {header.get(name)!r:.80}, expected {kind.__name__}")
+    labels = header.get("labels")
+    if labels is not None and not (
+        isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    ):
+        raise Malformed("its labels are not a list of texts")
+    if header["rank"] < 1 or header["examples"] < 1:
+        raise Malformed(f"it has rank {header['rank']} and {header['examples']} rows")
+    return Member(
+        **{name: header[name] for name in kinds}, labels=None if labels is None else tuple(labels)
+    )
+
+
+def metrics_of(header: Mapping[str, Any]) -> Metrics:
+    """A client's metrics. Raises Malformed unless they are finite numbers."""
+    metrics = header.get("metrics")
+    names = {"loss", "examples", "accuracy"}
+    if not isinstance(metrics, dict) or not {"loss", "examples"} <= set(metrics) <= names:
+        raise Malformed(f"its metrics are {metrics!r:.200}")
+    for name, value in metrics.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise Malformed(f"its {name} is {value!r:.80}, expected a finite number")
+    return metrics
+
+
+def with_weighting(config: Config) -> Config:
+    """The config as a run folder has it."""
+    return config.model_copy(update={"weighting": config.weighting_used})

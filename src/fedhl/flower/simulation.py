@@ -1,0 +1,37 @@
+"""Clients simulated by Flower on Ray: a few processes that each load the model once and serve them all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedhl.config import Config
+from fedhl.flower.client import app as client_app
+from fedhl.flower.server import Rounds
+from fedhl.node import partition
+from fedhl.prepare import Watcher
+
+
+def simulate(config: Config, folder: Path, watcher: Watcher, processes: int) -> None:
+    """The run in `folder`, from the start or from where it stopped, in so many processes for clients."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from flwr.simulation import run_simulation
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        Rounds(config, folder, watcher).start(grid)
+
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=len(partition(config)[1]),
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": processes, "logging_level": "error", "log_to_driver": False},
+        },
+    )

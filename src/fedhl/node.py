@@ -1,0 +1,265 @@
+"""A client on its own machine: what it says of itself, trains, evaluates and remembers.
+
+Knows nothing of networks: a header and a payload come in, a header and a payload go out. Only the
+config is the server's; where the rows and the model are is for the machine's owner to say.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedhl import wire
+from fedhl.config import Config, assign_ranks, unknown
+from fedhl.data import shards
+from fedhl.errors import UserError
+from fedhl.evaluation import Metrics
+from fedhl.model import Loaded, load_tokenizer, tokenizer_hash
+from fedhl.prepare import examine, load_federation
+from fedhl.server import Client
+from fedhl.simulation import Federation, deployed, measure, train_client
+
+SHARED = "partition"
+"""The value of `Node.data` that stands for this client's part of the config's `data.source`."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the owner of a machine says about it: the client's id; `data`, a file of its own rows, or
+    `partition` for its part of the config's data; the model's place here, if not as in the config; the
+    rank, likewise; the folder for what it keeps between rounds."""
+
+    client: str
+    data: str
+    model: str | None = None
+    rank: int | None = None
+    state: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        cache = Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
+        return (self.state or cache / "clients").expanduser()
+
+
+def node_of(settings: Mapping[str, Any], config: Config) -> Node:
+    """The node that `--node-config` describes; of a simulated one the client is the so-manieth of the
+    config's partition. Raises UserError, naming the key."""
+    known = ["client", "data", "model", "rank", "state"]
+    numbered = {"partition-id", "num-partitions"}
+    for key in settings:
+        if key not in known and key not in numbered:
+            raise UserError(f"node config: {unknown(key, known, 'key')}")
+    given = {key: settings[key] for key in known if key in settings}
+    if not given and "partition-id" in settings:
+        clients, k = sorted(partition(config)[1]), int(settings["partition-id"])
+        if k >= len(clients):
+            raise UserError(f"there are {len(clients)} clients, but this is node {k} (from 0)")
+        return Node(clients[k], SHARED)
+    for key, example in (("client", "hospital-a"), ("data", "/srv/rows.jsonl")):
+        if not isinstance(given.get(key), str) or not given[key]:
+            raise UserError(
+                f"node config: {key} must be text, got {given.get(key)!r}; start the node with, e.g., "
+                f"--node-config '{key}=\"{example}\"'"
+                + (f" ({SHARED!r}: its part of the config's data.source)" * (key == "data"))
+            )
+    rank = given.get("rank")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise UserError(f"node config: rank must be a whole number of at least 1, got {rank!r}")
+    if "state" in given:
+        given["state"] = Path(given["state"])
+    return Node(**given)
+
+
+def introduce(config: Config, node: Node) -> dict[str, Any]:
+    """What a node tells the server of itself. Raises UserError if it cannot take part."""
+    data, rank = rows_of(config, node)
+    source = node.model or config.model.source
+    tokenizer = load_tokenizer(source, config.model.revision)
+    tokenised = shards.tokenise(own_config(config, node), data, tokenizer)
+    return {
+        "protocol": wire.PROTOCOL,
+        "client": node.client,
+        "rank": rank,
+        "examples": len(tokenised.train[node.client]),
+        "labels": data.labels,
+        "own": node.data != SHARED,
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+
+
+def train(
+    config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
+) -> tuple[dict[str, Any], bytes]:
+    """What a client does in a round: from what the server sent to what it returns, with the rank that
+    it goes on with.
+
+    `together`: this process serves all clients of the config, on one model.
+    """
+    here = participant(config.model_dump_json(), node, tuple(header["labels"] or ()), together)
+    client = here.client(header["rank"])
+    _, sent, head = wire.decode_broadcast(payload)
+    memory = Memory(node, header["run"])
+    own = memory.before(header["round"])
+    local = train_client(here.federation, client, sent, head, header["round"], own=own)
+    rank = int(local.kept.pop("rank", client.rank))
+    if kept := own | local.kept:
+        memory.keep(header["round"], kept)
+    run = wire.Run(header["run"], here.loaded.hash, here.tokenizer)
+    return {"next_rank": rank}, wire.encode_reply(run, local.reply, sent)
+
+
+def evaluate(
+    config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
+) -> Metrics | None:
+    """The metrics of what a client would start from, on its own held-out rows; None without any."""
+    here = participant(config.model_dump_json(), node, tuple(header["labels"] or ()), together)
+    rows = here.federation.own.get(node.client)
+    if not rows:
+        return None
+    client = here.client(header["rank"])
+    _, sent, head = wire.decode_broadcast(payload)
+    own = Memory(node, header["run"]).before(header["round"] + 1)
+    slot = here.federation.slot_of(client)
+    with deployed(here.federation, slot, sent, head, own):
+        return measure(here.federation, rows)
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A client with its model and rows; `tokenizer` is the hash of what tokenised them."""
+
+    federation: Federation
+    loaded: Loaded
+    tokenizer: str
+    id: str
+
+    def client(self, rank: int) -> Client:
+        """The client, at the rank that the server gives it. Raises UserError if that is not its own, or
+        one that it has come down to."""
+        own = next(c for c in self.federation.clients if c.id == self.id)
+        if not 1 <= rank <= own.rank:
+            raise UserError(f"client {self.id!r} has rank {own.rank}, but was sent rank {rank}")
+        return replace(own, rank=rank)
+
+
+@lru_cache(maxsize=1)
+def base(
+    config: str, model: str | None, labels: tuple[str, ...], ranks: tuple[tuple[str, int], ...]
+) -> tuple[Loaded, Federation]:
+    """The model with slots for these clients, which a process that lives on loads once."""
+    settings = Config.model_validate_json(config)
+    if model is not None:
+        place = settings.model.model_copy(update={"source": model})
+        settings = settings.model_copy(update={"model": place})
+    return load_federation(settings, list(labels) or None, dict(ranks))
+
+
+@lru_cache(maxsize=256)
+def participant(
+    config: str, node: Node, labels: tuple[str, ...], together: bool = False
+) -> Participant:
+    """The model and this client's rows. `together`: with slots for the ranks of all clients."""
+    settings = Config.model_validate_json(config)
+    data, rank = rows_of(settings, node)
+    ranks = partition(settings)[1] if together else {node.client: rank}
+    loaded, federation = base(config, node.model, labels, tuple(sorted(ranks.items())))
+    data = replace(data, labels=list(labels) or None)
+    own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer)
+    clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
+    federation = replace(
+        federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings
+    )
+    return Participant(federation, loaded, tokenizer_hash(loaded.tokenizer), node.client)
+
+
+def partition(config: Config) -> tuple[shards.Shards, dict[str, int]]:
+    """The config's rows and clients, read once by a process that lives on."""
+    return _partition(config.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
+    return examine(Config.model_validate_json(config))
+
+
+def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
+    """The rows of one client alone, and its rank. Raises UserError if it is not one of the config's."""
+    if node.data != SHARED:
+        data = shards.brought(config, node.client, node.data)
+        return data, node.rank or rank_of(config, node.client)
+    everyone, ranks = partition(config)
+    if node.client not in ranks:
+        raise UserError(f"node config: {unknown(node.client, sorted(ranks), 'client')}")
+    if node.rank not in (None, ranks[node.client]):
+        raise UserError(
+            f"node config: client {node.client!r} has rank {ranks[node.client]} in the config, got "
+            f"{node.rank}; leave the node's rank out, or change lora.ranks"
+        )
+    held: dict[str, Any] = everyone.client_held_out
+    alone = replace(
+        everyone,
+        clients={node.client: everyone.clients[node.client]},
+        client_held_out={node.client: held[node.client]} if held else {},
+        held_out=[],
+        validation=everyone.validation[:0],
+    )
+    return alone, ranks[node.client]
+
+
+def rank_of(config: Config, client: str) -> int:
+    """The rank of a client with its own data, where the config knows it without knowing the others."""
+    rule = config.lora.ranks
+    if isinstance(rule, list) or (isinstance(rule, dict) and "shares" in rule):
+        raise UserError(
+            f"node config: lora.ranks is a rule for all clients together; give client {client!r} a rank "
+            "of its own, e.g. --node-config 'rank=8'"
+        )
+    if isinstance(rule, dict):
+        rule = {**rule, "clients": {k: v for k, v in rule["clients"].items() if k == client}}
+    lora = config.lora.model_copy(update={"ranks": rule})
+    return assign_ranks(lora, [client], config.seed)[client]
+
+
+def own_config(config: Config, node: Node) -> Config:
+    """The config with this machine's data, for messages that name where a row comes from."""
+    if node.data == SHARED:
+        return config
+    data = config.data.model_copy(update={"source": node.data, "split": None})
+    return config.model_copy(update={"data": data})
+
+
+class Memory:
+    """What a client keeps for itself between the rounds of one run: a file for each of the last two.
+
+    A server that has lost a round to a crash asks for it again, and the client must begin it from what it
+    had before, not from what it made of it the first time.
+    """
+
+    def __init__(self, node: Node, run: str) -> None:
+        self.folder = node.folder / quote(run, safe="") / quote(node.client, safe="")
+
+    def files(self) -> dict[int, Path]:
+        found = self.folder.glob("round-*.safetensors")
+        return {int(file.stem.removeprefix("round-")): file for file in sorted(found)}
+
+    def before(self, round: int) -> dict[str, Tensor]:
+        """What was kept after the last round before this one; {} if nothing."""
+        earlier = [file for number, file in self.files().items() if number < round]
+        return load_file(earlier[-1]) if earlier else {}
+
+    def keep(self, round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these, written whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"round-{round:06d}.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+        for old in [file for number, file in self.files().items() if number <= round][:-2]:
+            old.unlink()
