@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,15 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/NAME.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and nothing else.")]
+Ray = Annotated[
+    int | None,
+    typer.Option(
+        "--ray",
+        metavar="N",
+        min=1,
+        help="Train the clients in N processes, by Flower on Ray (unless given, in this one).",
+    ),
+]
 Round = Annotated[
     str,
     typer.Option("--round", help="Which checkpoint: best, last, or the number of a kept round."),
@@ -182,6 +192,7 @@ def run(
         Path | None,
         typer.Option("--out", metavar="DIR", help="The run folder (runs/NAME unless given)."),
     ] = None,
+    ray: Ray = None,
     quiet: Quiet = False,
 ) -> None:
     """Train as a config says, into a new run folder.
@@ -195,19 +206,68 @@ def run(
         settings = load_config(config, set or ())
     folder = out or Path("runs") / settings.name
     with friendly(folder), watching(quiet) as watcher:
-        from fedhl.run import start_run
+        from fedhl.run import refuse_taken, start_run
 
-        start_run(settings, folder, watcher)
+        if ray is None:
+            start_run(settings, folder, watcher)
+        else:
+            refuse_taken(folder)
+            flower("simulation").simulate(settings, folder, watcher, ray)
     finished(folder, quiet)
 
 
 @app.command()
-def resume(run: RunFolder, quiet: Quiet = False) -> None:
+def serve(
+    config: ConfigFile,
+    superlink: Annotated[
+        str,
+        typer.Argument(metavar="SUPERLINK", help="Its name in Flower's $FLWR_HOME/config.toml."),
+    ],
+    set: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The run folder on the SuperLink's machine (runs/NAME here unless given).",
+        ),
+    ] = None,
+) -> None:
+    """Train with clients on other machines, through a Flower SuperLink.
+
+    The SuperLink is up, and each client's machine runs `flower-supernode --node-config 'client="ID"
+    data="rows.jsonl"'`; docs/deployment.md says how, with TLS and keys. The same command goes on with
+    a run that was stopped.
+    """
+    with friendly():
+        from fedhl.config import load_config
+
+        settings = load_config(config, set or ())
+        folder = out or Path("runs") / settings.name
+        flower("submit").submit(settings, folder, superlink)
+
+
+def flower(module: str) -> Any:
+    """A part of fedhl that needs Flower. Raises UserError if it is not installed."""
+    try:
+        return import_module(f"fedhl.flower.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("flwr", "ray"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'fedhl[flower]'") from None
+
+
+@app.command()
+def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
     """Go on with a run that was stopped, to the same result as if it had never been."""
     with friendly(run), watching(quiet) as watcher:
+        from fedhl.folder import load_run_config
         from fedhl.run import resume_run
 
-        resume_run(run, watcher)
+        if ray is None:
+            resume_run(run, watcher)
+        else:
+            flower("simulation").simulate(load_run_config(run), run, watcher, ray)
     finished(run, quiet)
 
 

@@ -110,7 +110,7 @@ def carry_on(
             nothing = Round([], [], {}, {})
             best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
         while state.round < rounds:
-            here = engine.present(prepared.federation)
+            here = engine.present(prepared.federation, state.round + 1)
             prepared = prepared.joined_by(here.clients)
             on_step = steps(here, state, watcher)
             following, outcome = run_round(here, state, on_step, engine)

@@ -137,8 +137,8 @@ class Returned(NamedTuple):
 class Engine(Protocol):
     """Where the clients of a federation are: in this process, or somewhere else."""
 
-    def present(self, federation: Federation) -> Federation:
-        """The federation with the clients that can be reached now."""
+    def present(self, federation: Federation, round: int) -> Federation:
+        """The federation with the clients that can be reached in this round."""
         ...
 
     def train(
@@ -159,7 +159,7 @@ class Engine(Protocol):
 class InProcess:
     """All clients in this process, one after the other, on one model."""
 
-    def present(self, federation: Federation) -> Federation:
+    def present(self, federation: Federation, round: int) -> Federation:
         return federation
 
     def train(
@@ -170,7 +170,7 @@ class InProcess:
         on_step: Callable[[], None],
     ) -> Returned:
         method, seed, round = federation.method, federation.config.seed, state.round + 1
-        seconds = dict.fromkeys(("broadcast", "train", "compute"), 0.0)
+        seconds = {"broadcast": 0.0, "train": 0.0, "compute": 0.0}
         replies, kept = [], {}
         with training_mode(federation.slots.model):
             for client in cohort:

@@ -157,7 +157,7 @@ class Rounds(Strategy):
         if not self.own_data:
             return prepare(self.config, self.watcher)
         ranks = {id: member.rank for id, member in members.items()}
-        labels = {name for member in members.values() for name in member.labels or ()}
+        labels: set[str] = {name for one in members.values() for name in one.labels or ()}
         if resumed:
             summary = read_summary(self.folder)
             ranks |= {client["id"]: client["rank"] for client in summary["clients"]}
@@ -248,15 +248,28 @@ class Rounds(Strategy):
             )
         return member
 
-    def present(self, federation: Federation) -> Federation:
-        self.wait(self.config.federation.minimum, "the next round")
+    def present(self, federation: Federation, round: int) -> Federation:
+        """Those who are there now, or were when this round began, before a restart: whose reply had
+        arrived then is not asked again."""
+        file = self.incoming(round) / "clients.json"
+        if not file.exists():
+            self.wait(self.config.federation.minimum, f"round {round}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            there = sorted(self.members.values(), key=lambda member: member.client)
+            found = [[member.client, member.rank, member.examples] for member in there]
+            write_atomically(file, json.dumps(found) + "\n")
         known = {client.id: client for client in federation.clients}
         clients = []
-        for member in self.members.values():
-            scale = self.config.lora.scale_of(member.rank)
-            client = known.get(member.client) or Client(member.client, member.rank, scale, 0)
-            clients.append(replace(client, examples=member.examples))
-        return replace(federation, clients=sorted(clients, key=lambda client: client.id))
+        for id, rank, examples in json.loads(file.read_text("utf-8")):
+            new = Client(
+                id, rank, self.config.lora.scale_of(rank), 0, payload=self.config.wire.payload
+            )
+            clients.append(replace(known.get(id, new), examples=examples))
+        return replace(federation, clients=clients)
+
+    def incoming(self, round: int) -> Path:
+        """Where the replies of a round are until they are in the state."""
+        return self.folder / "incoming" / f"round-{round:06d}"
 
     # --- a round --------------------------------------------------------------------------------
 
