@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -37,7 +37,7 @@ class Loopback:
 
     def __init__(self, folder: Path, cwd: Path, secure: bool = True) -> None:
         self.folder, self.cwd, self.secure = folder, cwd, secure
-        self.port = free_port()
+        self.port = self.nodes_port = free_port()  # nodes may come through a proxy
         self.processes: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
         home = folder / "flwr"
@@ -146,7 +146,7 @@ class Loopback:
             name,
             "flower-supernode",
             *trust,
-            *("--superlink", f"{ADDRESS}:{self.port}", "--port", str(free_port())),
+            *("--superlink", f"{ADDRESS}:{self.nodes_port}", "--port", str(free_port())),
             *("--node-config", config),
             *arguments,
         )

@@ -173,7 +173,7 @@ class Rounds(Strategy):
     @property
     def run_id(self) -> str:
         """What tells this run from all others, for as long as its folder is there."""
-        file = self.folder / "federation.json"
+        file = self.folder / "run-id"
         if not file.exists():
             write_atomically(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
         return json.loads(file.read_text())["run"]
