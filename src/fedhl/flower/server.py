@@ -334,8 +334,8 @@ class Rounds(Strategy):
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
         if not self.config.evaluation.client_fraction:
             return {}
-        there = self.look()
-        cohort = [as_now(c, state) for c in federation.clients if c.id in there]
+        here = self.look()
+        cohort = [as_now(c, state) for c in federation.clients if c.id in here]
         self.turn = Turn(federation, state, cohort, self.folder)
         asked = self.configure_evaluate(state.round, ArrayRecord(), ConfigRecord(), self.grid)
         self.exchange(asked, cohort, partial(self.aggregate_evaluate, state.round))
@@ -390,7 +390,7 @@ class Rounds(Strategy):
 
     def message(self, kind: str, client: Client, payload: bytes) -> Iterator[Message]:
         """The message to this client's node; none, and it is missing, if the node has left."""
-        node = self.look().get(client.id)
+        node = self.there.get(client.id)
         if node is None:
             self.turn.missing[client.id] = "its node has left"
             return
@@ -418,7 +418,8 @@ class Rounds(Strategy):
         """Send these and hand over the replies as they come, until all are there, their nodes have left,
         or the deadline has passed."""
         end = monotonic() + self.config.federation.deadline
-        nodes = {node: id for id, node in self.look().items()}
+        self.there = self.look()
+        nodes = {node: id for id, node in self.there.items()}
         by_id = {client.id: client for client in cohort}
         self.sent: dict[str, Client] = {}
         for message in messages:
@@ -426,10 +427,10 @@ class Rounds(Strategy):
             self.sent |= dict.fromkeys(self.push(message), client)
         while self.sent:
             arrived(self.pull(self.sent))
-            there = self.look()
+            self.there = self.look()
             late = monotonic() > end
             for id, client in list(self.sent.items()):
-                if late or client.id not in there:
+                if late or client.id not in self.there:
                     seconds = f"{self.config.federation.deadline:g} seconds (federation.deadline)"
                     reason = f"no reply within {seconds}" if late else "its node has left"
                     self.turn.missing[client.id] = reason

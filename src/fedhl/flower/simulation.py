@@ -6,17 +6,21 @@ import os
 from pathlib import Path
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedhl.config import Config
-from fedhl.flower.client import app as client_app
+from fedhl.flower.client import app
 from fedhl.flower.server import Rounds
 from fedhl.node import partition
 from fedhl.prepare import Watcher
 
 
-def simulate(config: Config, folder: Path, watcher: Watcher, processes: int) -> None:
-    """The run in `folder`, from the start or from where it stopped, in so many processes for clients."""
+def simulate(
+    config: Config, folder: Path, watcher: Watcher, processes: int, client: ClientApp = app
+) -> None:
+    """The run in `folder`, from the start or from where it stopped, in so many processes for clients;
+    `client`: another ClientApp than fedhl's."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.simulation import run_simulation
 
@@ -28,7 +32,7 @@ def simulate(config: Config, folder: Path, watcher: Watcher, processes: int) -> 
 
     run_simulation(
         server_app,
-        client_app,
+        client,
         num_supernodes=len(partition(config)[1]),
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

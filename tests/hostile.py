@@ -1,0 +1,161 @@
+"""Clients that misbehave: fedhl's ClientApp, with what it returns spoilt. Runs in real client processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from time import sleep
+from typing import Any
+
+import torch
+from fedhl.message import opened, sealed
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedhl.flower import client
+from fedhl.flower.records import pack, unpack
+
+MALLORY = "client-5"
+
+Parts = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def missing(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, {name: x for name, x in tensors.items() if name != layer(tensors)}
+
+
+def surplus(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, tensors | {"lora::bert.nowhere": torch.ones(2, 2)}
+
+
+def shape(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, tensors | {layer(tensors): tensors[layer(tensors)][:, :-1]}
+
+
+def rank(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, tensors | {layer(tensors): tensors[layer(tensors)][:-1]}
+
+
+def scale(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"scale": header["scale"] * 2}, tensors
+
+
+def not_finite(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, tensors | {layer(tensors): tensors[layer(tensors)] * torch.nan}
+
+
+def huge(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header, tensors | {layer(tensors): tensors[layer(tensors)] * 1e30}
+
+
+def stale(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"round": header["round"] - 1}, tensors
+
+
+def another_sender(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"client": "client-0"}, tensors
+
+
+def another_model(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"model": "0" * 64}, tensors
+
+
+def another_tokenizer(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"tokenizer": "0" * 64}, tensors
+
+
+def another_protocol(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"protocol": 999}, tensors
+
+
+def layer(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in sorted(tensors) if name.startswith("lora::"))
+
+
+KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
+    # what is done to the reply of a round, and what the server's reason says of it
+    (missing, "is missing"),
+    (surplus, "'lora::bert.nowhere' is not one of these"),
+    (shape, "expected F32 [6, 64]"),
+    (rank, "expected F32 [6, 64]"),
+    (scale, "its scale is"),
+    (not_finite, "it has a non-finite value"),
+    (huge, "its update may be as large as"),
+    (stale, "it is for round"),
+    (another_sender, "its client id is 'client-0', not 'client-5'"),
+    (another_model, "its base model is '000"),
+    (another_tokenizer, "its tokenizer is '000"),
+    (another_protocol, "it has protocol version 999, this is version 1"),
+    ("damaged", "it does not match its own checksum"),
+    ("garbage", "it is not a safetensors file"),
+    ("nothing", "its reply has no payload"),
+    ("crash", "its node reports an error"),
+]
+
+
+def spoilt(reply: Message, kind: Callable[..., Parts] | str) -> Any:
+    """The content of `reply`, spoilt in this way."""
+    header, payload = unpack(reply.content)
+    assert payload is not None
+    if kind == "crash":
+        raise RuntimeError("this client has crashed")
+    if kind == "nothing":
+        return pack(header)
+    if kind == "garbage":
+        return pack(header, b"abc")
+    if kind == "damaged":
+        return pack(header, payload[:-1] + bytes([payload[-1] ^ 1]))
+    assert callable(kind)
+    parts = opened(payload)
+    tensors = {name: parts[name] for name in parts.tensors}
+    return pack(header, sealed(*kind(dict(parts.header), tensors)))
+
+
+# One client does something else in every round.
+
+mallory = ClientApp()
+mallory.query()(client.hello)
+
+
+@mallory.train()
+def train_mallory(message: Message, context: Context) -> Message:
+    reply = client.train(message, context)
+    asked, _ = unpack(message.content)
+    if asked["client"] == MALLORY:
+        return Message(spoilt(reply, KINDS[asked["round"] - 1][0]), reply_to=message)
+    return reply
+
+
+# Three in ten clients drop out of every round.
+
+dropping = ClientApp()
+dropping.query()(client.hello)
+
+
+def drops(id: str, round: int) -> bool:
+    """Whether this client drops out of this round: 3 chances in 10, drawn from a hash."""
+    return hashlib.sha256(f"{id} {round}".encode()).digest()[0] < 0.3 * 256
+
+
+@dropping.train()
+def train_dropping(message: Message, context: Context) -> Message:
+    asked, _ = unpack(message.content)
+    if drops(asked["client"], asked["round"]):
+        raise ConnectionError("lost on the way")
+    return client.train(message, context)
+
+
+# In the rounds of $SLOW, "CLIENT:ROUND,...", a client never answers.
+
+slow = ClientApp()
+slow.query()(client.hello)
+
+
+@slow.train()
+def train_slow(message: Message, context: Context) -> Message:
+    asked, _ = unpack(message.content)
+    if f"{asked['client']}:{asked['round']}" in os.environ["SLOW"].split(","):
+        sleep(3600)
+    return client.train(message, context)
