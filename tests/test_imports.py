@@ -17,7 +17,7 @@ import fedhl
 
 SOURCE = Path(fedhl.__file__).parent
 
-CORE = {"lora", "method", "methods", "weighting", "seeds", "subspace"}
+CORE = {"lora", "method", "methods", "payload", "weighting", "seeds", "subspace"}
 ENGINES = {"server", "simulation", "flower", "run", "cli"}
 FRONT = {"run", "cli"}
 
@@ -29,6 +29,8 @@ ONLY: dict[str, set[str]] = {
     "subspace": {"seeds"},
     "lora": {"seeds", "subspace"},
     "method": {"lora", "seeds"},
+    "payload": {"lora", "method"},
+    "message": set(),
     "methods": {"lora", "method", "weighting", "seeds", "subspace"},
     "catalogue": {"lora", "method", "methods", "weighting"},
     "report": {"errors"},
@@ -49,6 +51,7 @@ NEVER: dict[str, set[str]] = {
     "config": ENGINES,
     "diagnostics": {"simulation", "flower"} | FRONT,
     "checkpoint": {"simulation", "flower"} | FRONT,
+    "wire": {"simulation", "flower"} | FRONT,
 }
 ONE_HOME = {"peft": "peft", "flwr": "flower"}
 """Third-party package -> the one part that may import it."""

@@ -328,6 +328,14 @@ class ChannelConfig(Strict):
     """The limit on each client's mean power per number; the weakest decides for all."""
 
 
+class WireConfig(Strict):
+    """What travels between the server and its clients."""
+
+    payload: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """The type of adapters on the wire, both ways; runs in one process round as the wire does. int8 has one
+    step for each component of each factor. The head always travels as float32."""
+
+
 class TrainingConfig(Strict):
     """What a client does in one round."""
 
@@ -471,11 +479,21 @@ class Config(Strict):
     channel: ChannelConfig | None = None
     """An analog channel that adds up what the clients transmit at once, for study; null: a digital
     one, without noise."""
+    wire: WireConfig = WireConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     federation: FederationConfig = FederationConfig()
+
+    @model_validator(mode="after")
+    def analog_payload(self) -> Config:
+        if self.channel is not None and self.wire.payload != "float32":
+            raise ValueError(
+                f"wire.payload: an analog channel transmits the numbers themselves, not {self.wire.payload}; "
+                "leave out wire or channel"
+            )
+        return self
 
     @model_validator(mode="after")
     def task_rounds(self) -> Config:

@@ -93,7 +93,7 @@ def load_federation(
     method = config.method.build()
     layers = trained_layers(config, slots.order)
     clients = [
-        Client(name, r, peft.scale(slots, r), 0, layers.get(name))
+        Client(name, r, peft.scale(slots, r), 0, layers.get(name), config.wire.payload)
         for name, r in sorted(ranks.items())
     ]
     refuse_mixed_ranks(config, method.mixed_ranks, clients)

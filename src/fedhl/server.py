@@ -30,6 +30,7 @@ from fedhl.method import (
     with_past,
 )
 from fedhl.participation import corrected
+from fedhl.payload import carried
 from fedhl.seeds import derive, generator
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
@@ -43,13 +44,15 @@ SMALL = 2**21
 @dataclass(frozen=True)
 class Client:
     """Who takes part: an id, the rank and LoRA scale of its adapters, its number of training rows,
-    and the only layers that it trains (None: all)."""
+    the only layers that it trains (None: all), and the type that its numbers travel in (see
+    `fedhl.payload`)."""
 
     id: str
     rank: int
     scale: float
     examples: int
     layers: frozenset[str] | None = None
+    payload: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,12 @@ def next_task(method: Method[Any], state: ServerState) -> ServerState:
 def broadcast_layer(
     method: Method[Any], state: ServerState, layer: str, client: Client, seed: int
 ) -> Broadcast:
-    """What this client is sent for this layer, the same whenever it is asked for in a round."""
+    """What this client has of what it is sent for this layer, after the rounding of its payload; the same
+    whenever it is asked for in a round."""
     key = derive(seed, "broadcast", state.round, client.id, layer)
     try:
-        return method.broadcast(state.layers[layer], client.rank, client.scale, key)
+        sent = method.broadcast(state.layers[layer], client.rank, client.scale, key)
+        return carried(sent, client.payload)
     except ValueError as error:
         raise ValueError(f"layer {layer!r}, client {client.id!r}: {error}") from error
 
@@ -162,7 +167,8 @@ def sender(
     built: dict[Any, Broadcast] = {}
 
     def send(client: Client) -> Broadcast:
-        key = client.id if getattr(method, "drawn", True) else (client.rank, client.scale)
+        alike = client.rank, client.scale, client.payload
+        key = client.id if getattr(method, "drawn", True) else alike
         if key not in built:
             built[key] = broadcast_layer(method, alone, layer, client, seed)
         return built[key]

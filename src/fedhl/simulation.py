@@ -24,14 +24,13 @@ from fedhl.evaluation import Metrics, evaluate
 from fedhl.lora import LoRA, dense, initial, pad, prefix, truncate
 from fedhl.method import Broadcast, Method, SelfPruning
 from fedhl.participation import reached, silence
+from fedhl.payload import number_bytes
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, Round, ServerState
 from fedhl.tasks import begins, task_of
 from fedhl.training import learning_rate, train, training_mode
 from fedhl.weighting import Weighting, moment_bounds
-
-BYTES = 4
-"""Bytes per number on the wire: adapters travel as float32."""
+from fedhl.wire import carried_reply
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,8 @@ def as_now(client: Client, state: ServerState) -> Client:
 
 
 class Local(NamedTuple):
-    """What came of a client's local training: its reply, what it keeps for itself, and the seconds
-    spent in forward, backward and optimizer."""
+    """What came of a client's local training: its reply as it arrives, what it keeps for itself, and the
+    seconds spent in forward, backward and optimizer."""
 
     reply: Reply
     kept: dict[str, Tensor]
@@ -312,7 +311,7 @@ def train_client(
     head, bound = peft.read_head(slots), disagreement(trained.losses)
     magnitudes = {n: alphas[n].detach().cpu() for n in sorted(layers) if n in alphas}
     reply = Reply(client, round, adapter, head, trained.loss, steps, bound, magnitudes)
-    return Local(reply, kept, trained.seconds)
+    return Local(carried_reply(reply, sent), kept, trained.seconds)
 
 
 def disagreement(losses: Sequence[float]) -> float:
@@ -396,7 +395,8 @@ def bytes_per_client(
     cohort: Sequence[Client],
     returned: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Bytes down and up for each client of this cohort: adapters and head, in float32.
+    """Bytes down and up for each client of this cohort: adapters in the type of its payload, with int8 the
+    steps, too, and the head in float32; without headers.
 
     `returned`: the layers that each client returned, by id; those that it trains unless given.
     """
@@ -410,9 +410,10 @@ def bytes_per_client(
             for name, (m, n) in shapes.items()
         }
         layers = federation.layers_of(client) if returned is None else returned[client.id]
-        down = sum(t.down for t in traffic.values())
-        up = sum(traffic[name].up for name in layers)
-        table[client.id] = (round(BYTES * (down + head)), round(BYTES * (up + head)))
+        size = {name: number_bytes(client.payload, m, n) for name, (m, n) in shapes.items()}
+        down = sum(size[name] * t.down for name, t in traffic.items())
+        up = sum(size[name] * traffic[name].up for name in layers)
+        table[client.id] = (round(down + 4 * head), round(up + 4 * head))
     return table
 
 

@@ -24,7 +24,7 @@ class FedPLoRA:
     client trains r of them drawn at random, and the server averages each factor of each module over
     those who trained it. Inferred, or put in their place: the leading components are trained, and the
     server rule is FedHL's, so that products are averaged and nothing is lost beyond R.
-    Cost: one SVD and one product of inner size `Σ r_i + r_max` per layer, as FedHL.
+    Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once, as FedHL.
     Client: downloads the dense base beside its adapter and holds it for the round; stores nothing
     between rounds.
     Nearest neighbour: FedHL, which sends `T_r(W)` alone, so that a client of low rank starts elsewhere.

@@ -33,7 +33,7 @@ class FedExLoRA:
     Source: arXiv 2410.09432. Inferred: weights other than uniform ones, and that the rank is cut in
     every round, with nothing carried over. The laws claimed and the traffic printed are those of the
     default, the exact residual; with any k that cuts, only "no-op" and "one client" remain.
-    Cost: one product of inner size `(K + 1) r` per layer; with k the SVD of the residual's factors.
+    Cost: one product of inner size `(K + 3) r` per layer; with k the SVD of the residual's factors.
     Client: the base (m n numbers per layer, in place in its model). It downloads R in every round, m n
     numbers, or k (m + n); one that sat out a round downloads what it missed, which `traffic` does not
     count.
@@ -66,6 +66,7 @@ class FedExLoRA:
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:
         old = state.lora
         A, B = (torch.zeros_like(x, dtype=torch.float64) for x in (old.A, old.B))
+        held: dict[int, tuple[float, Broadcast]] = {}  # what was sent, by identity
 
         def residual() -> Iterator[tuple[float, LoRA]]:
             for update in checked(updates, old.shape):
@@ -74,6 +75,11 @@ class FedExLoRA:
                 A.add_(lora.A, alpha=update.weight)
                 B.add_(lora.B, alpha=update.weight)
                 yield update.weight, lora
+                weight, sent = held.get(id(update.sent), (0.0, update.sent))
+                held[id(sent)] = weight - update.weight, sent
+            # What the wire has rounded away of the old mean: in float32 nothing.
+            yield 1.0, old
+            yield from ((weight, sent.lora) for weight, sent in held.values())
             # The mean as it will be sent, so that its rounding is in the residual, too.
             yield -1.0, LoRA(A.to(old.A).double(), B.to(old.B).double(), old.scale)
 

@@ -33,7 +33,7 @@ class FedHera:
     rule; that code's default is a plain mean that includes the tails. Inferred: one factor `download`
     between the ranks. Left out: the allocation of ranks to layers by water-filling, which is rank
     assignment and no aggregation, the tail's warm-up gate, and the balanced split of S.
-    Cost: one SVD and one product of inner size `Σ r_i + r_max` per layer, as FedHL.
+    Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once, as FedHL.
     Client: downloads `min(download · r, m, n)` components and holds the tail in its base for the round;
     stores nothing between rounds.
     Nearest neighbour: FedHL, which is download 1.

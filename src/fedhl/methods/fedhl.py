@@ -18,8 +18,8 @@ class FedHL:
     """Unbiased aggregation of adapters of any ranks.
 
     `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`.
-    The subtracted terms are prefixes of one SVD, so together they are
-    `U diag(σ_j · Σ_{i: r_i >= j} p_i) Vᵀ`: one thin product however many clients.
+    Subtracted is what was sent, after the rounding of its payload (see `fedhl.payload`), once for all
+    clients of one rank and scale: a thin product, however many clients.
 
     Before W has rank, the initial adapter's A serves (`A_r` = its first r rows, `B = 0`); later,
     components with σ_j = 0 get seeded random rows of A, so that no rank is ever dead.
@@ -27,7 +27,7 @@ class FedHL:
     `exact` takes a full SVD each round; otherwise layers beyond 512 go by `fedhl.subspace.leading`.
 
     Source: arXiv 2505.18494. Inferred: the split `U S, Vᵀ`, the first round, and scales that differ.
-    Cost: one SVD and one product of inner size `Σ r_i + r_max` per layer.
+    Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once.
     Client: nothing between rounds.
     Nearest neighbour: FlexLoRA, which forgets `W - T_{r_i}(W)` every round.
     Limitation: components of W beyond the top rank are never sent, so never corrected.

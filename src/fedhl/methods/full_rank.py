@@ -84,28 +84,18 @@ def lost(state: FullRank, rank: int) -> float:
 
 
 def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
-    """`W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`: FedHL's sum, which truncation does not bias.
+    """`W + Σ p_i (s_i B_i A_i - ΔW(sent_i))`: FedHL's sum, which truncation does not bias.
 
-    The subtracted terms are prefixes of one SVD, so together they are
-    `U diag(σ_j · Σ_{i: r_i >= j} p_i) Vᵀ`: one thin product however many clients.
-    Raises ValueError for an update that answers another state's broadcast, beside those of `checked`.
+    Subtracted is what was sent, whatever the wire has made of it: `ΔW(sent)` times the weight of all who
+    were sent the same. The server builds that once for all clients of a rank and scale, so there are few.
     """
-    held = torch.zeros(state.sent.rank, dtype=torch.float64)  # Σ_{i: r_i >= j} p_i
-    known: dict[
-        tuple[int, float], Broadcast
-    ] = {}  # one for all of a rank, if the server built it so
+    held: dict[int, tuple[float, Broadcast]] = {}  # by identity
 
     def terms() -> Iterator[tuple[float, LoRA]]:
         for update in checked(updates, state.shape):
-            sent = update.sent.lora
-            key = sent.rank, sent.scale
-            if known.get(key) is not update.sent:
-                served = prefix(state.sent, *key)
-                if not (torch.equal(sent.A, served.A) and torch.equal(sent.B, served.B)):
-                    raise ValueError("an update answers a broadcast that is not of this state")
-                known[key] = update.sent
-            held[: sent.rank] += update.weight
+            weight, sent = held.get(id(update.sent), (0.0, update.sent))
+            held[id(sent)] = weight - update.weight, sent
             yield update.weight, update.lora
-        yield -1.0, LoRA(state.sent.A, state.sent.B * held.to(state.W), 1.0)
+        yield from ((weight, sent.lora) for weight, sent in held.values())
 
     return add_products(state.W, terms())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, initial, own, pad
+from fedhl.lora import LoRA, add_products, initial, own
 from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
 from fedhl.seeds import derive
 
@@ -40,7 +39,7 @@ class RACLoRA:
     Source: arXiv 2410.08305. Inferred: these two distributions (the theory asks only for random
     projections of full expected rank), mixed ranks, and that W starts at the update of a trained
     adapter.
-    Cost: one product of inner size R per layer, however many clients.
+    Cost: one product of inner size R per client and layer.
     Client: the merged W (m n numbers per layer, in place in its base model). It downloads the mean of
     the trained factor and draws the other one from the seed; one that sat out a round downloads
     what it missed, which `traffic` does not count.
@@ -86,14 +85,16 @@ class RACLoRA:
         return LoRA(pair.B.T.to(state.W).contiguous(), pair.A.T.to(state.W).contiguous(), 1.0)
 
     def aggregate(self, state: Chain, updates: Iterable[Update]) -> Chain:
-        pair = self.fresh(state)
-        mean = torch.zeros_like(getattr(pair, self.trained))
-        m, n = state.W.shape
-        for update in checked(updates, (m, n)):
-            lora = pad(update.lora, state.rank)
-            mean += update.weight * lora.scale * getattr(lora, self.trained).to(mean)
-        W = state.W + replace(pair, **{self.trained: mean}).delta()
-        return replace(state, W=W, round=state.round + 1)
+        def terms() -> Iterator[tuple[float, LoRA]]:
+            for u in checked(updates, (state.W.shape[0], state.W.shape[1])):
+                if u.lora.rank > state.rank:
+                    raise ValueError(
+                        f"an update has rank {u.lora.rank}, the top rank is {state.rank}"
+                    )
+                # the frozen factor as it was sent: the wire may have rounded it
+                yield u.weight, replace(u.lora, **{self.frozen: getattr(u.sent.lora, self.frozen)})
+
+        return replace(state, W=add_products(state.W, terms()), round=state.round + 1)
 
     def delta(self, state: Chain) -> Tensor:
         return state.W

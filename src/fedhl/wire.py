@@ -1,0 +1,350 @@
+"""What crosses the network: broadcasts and replies as messages (see `fedhl.message` and docs/wire.md).
+
+What a reply says is never believed: its size, fields and tensors are compared with what was sent, and a
+mistake is `Malformed`, with its reason. What the numbers mean is judged by `fedhl.server.refusals`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA
+from fedhl.message import NAMES, WHOLE, Entry, Limit, Malformed, Message, opened, sealed, shown
+from fedhl.method import Broadcast
+from fedhl.payload import PAYLOADS, carried_lora, factor_of, restored, rows, stored
+from fedhl.server import Client, Reply
+
+PROTOCOL = 1
+"""The version of the format; both ends must have the same."""
+FIELDS: dict[str, type] = {
+    **{"protocol": int, "payload": str, "run": str, "model": str, "tokenizer": str},
+    **{"round": int, "client": str, "rank": int, "scale": float, "examples": int},
+    **{"loss": float, "steps": int, "bound": float},
+}
+"""The fields of a reply's header."""
+UNKNOWN = ("loss", "bound")
+"""Those that are null where training diverged, since JSON has no NaN."""
+
+
+class Run(NamedTuple):
+    """What both ends must agree on: the run's id, and hashes of the base model and the tokenizer."""
+
+    run: str
+    model: str
+    tokenizer: str
+
+
+# --- broadcasts ---------------------------------------------------------------------------------
+
+
+def encode_broadcast(
+    header: Mapping[str, Any],
+    sent: Mapping[str, Broadcast],
+    head: Mapping[str, Tensor],
+    payload: str,
+) -> bytes:
+    """What a client is sent, for every layer, and the head; `header`: what else it must know, as JSON.
+
+    `decode_broadcast` gives `fedhl.payload.carried` of each broadcast, to the bit; the head travels as
+    float32. Raises ValueError or TypeError for a header that is not JSON.
+    """
+    tensors, layers = head_tensors(head), {}
+    for name, b in sent.items():
+        tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in "AB"], payload)
+        if b.base is not None:
+            tensors |= packed("base", name, [b.base], payload)
+        if b.past is not None:
+            tensors |= packed("past", name, [rows(b.past, f, payload) for f in "AB"], payload)
+        if b.magnitudes is not None:
+            tensors[f"magnitudes::{name}"] = b.magnitudes.float()
+        if b.index is not None:
+            tensors[f"index::{name}"] = b.index.long()
+        layers[name] = {
+            "shape": b.lora.shape,
+            "scale": b.lora.scale,
+            "past": None if b.past is None else b.past.scale,
+            "train": "".join(sorted(b.train)),
+            "keep": "".join(sorted(b.keep)),
+        }
+    known = {"protocol": PROTOCOL, "payload": payload, "layers": layers}
+    return sealed({**header, **known}, tensors)
+
+
+def decode_broadcast(
+    source: Path | bytes,
+) -> tuple[dict[str, Any], dict[str, Broadcast], dict[str, Tensor]]:
+    """The header, the broadcast of every layer and the head. Raises Malformed."""
+    message = opened(source)
+    check_protocol(message.header)
+    try:
+        header = dict(message.header)
+        layers, payload = header.pop("layers"), header["payload"]
+        if payload not in PAYLOADS:
+            raise ValueError(f"payload {payload!r} is unknown")
+        sent = {name: broadcast_of(message, name, said, payload) for name, said in layers.items()}
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise Malformed(f"it is not a broadcast: {error!r}") from error
+    return header, sent, head_of(message)
+
+
+def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: str) -> Broadcast:
+    """The broadcast of one layer, of which the header says `said`."""
+    m, n = said["shape"]
+
+    def adapter(kind: str, scale: float) -> LoRA:
+        A, B = unpacked(message, kind, name, [n, m], payload)
+        A, B = (factor_of(x, f, scale, payload) for x, f in ((A, "A"), (B, "B")))
+        return LoRA(A, B, scale)
+
+    def given(kind: str) -> bool:
+        return f"{kind}::{name}" in message.tensors
+
+    return Broadcast(
+        adapter("lora", said["scale"]),
+        base=unpacked(message, "base", name, [n], payload)[0] if given("base") else None,
+        train=frozenset(said["train"]),
+        keep=frozenset(said["keep"]),
+        index=message[f"index::{name}"] if given("index") else None,
+        past=adapter("past", said["past"]) if given("past") else None,
+        magnitudes=message[f"magnitudes::{name}"] if given("magnitudes") else None,
+    )
+
+
+# --- replies ------------------------------------------------------------------------------------
+
+
+def leaving(sent: Broadcast) -> list[str]:
+    """The factors that the client trains and does not keep: they travel back."""
+    return sorted(sent.train - sent.keep)
+
+
+def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
+    """What the server has of a reply: `read_reply(encode_reply(reply))`, without the bytes.
+
+    The factors that leave the client in the type of its payload, the others as they were sent;
+    magnitudes and head in float32; a loss or bound that is not finite is NaN.
+    """
+    payload = reply.client.payload
+    adapter = {
+        name: carried_lora(filled(lora, sent[name]), payload, frozenset(leaving(sent[name])))
+        for name, lora in reply.adapter.items()
+    }
+    return replace(
+        reply,
+        adapter=adapter,
+        head={name: value.float() for name, value in reply.head.items()},
+        loss=reply.loss if math.isfinite(reply.loss) else math.nan,
+        bound=reply.bound if math.isfinite(reply.bound) else math.nan,
+        magnitudes={name: x.float() for name, x in reply.magnitudes.items()},
+    )
+
+
+def filled(lora: LoRA, sent: Broadcast) -> LoRA:
+    """The adapter with the factors that do not travel as they were sent."""
+    fixed = {"A", "B"} - set(leaving(sent))
+    return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(fixed)})
+
+
+def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes:
+    """What a client returns: the factors that it trained and does not keep, magnitudes, head, and what
+    it reports. Raises ValueError if a layer has another scale than the client.
+    """
+    client, payload = reply.client, reply.client.payload
+    for name, lora in reply.adapter.items():
+        if abs(lora.scale - client.scale) > 1e-6 * client.scale:
+            raise ValueError(f"layer {name!r} has scale {lora.scale}, its client {client.scale}")
+    tensors = head_tensors(reply.head)
+    for name, lora in reply.adapter.items():
+        leaves = [rows(lora, factor, payload) for factor in leaving(sent[name])]
+        tensors |= packed("lora", name, leaves, payload)
+    tensors |= {f"magnitudes::{name}": x.float() for name, x in reply.magnitudes.items()}
+    header = {
+        **{"protocol": PROTOCOL, "payload": payload, **run._asdict()},
+        **{"round": reply.round, "client": client.id, "rank": client.rank},
+        **{"scale": float(client.scale), "examples": client.examples},
+        **{"loss": number(reply.loss), "steps": reply.steps, "bound": number(reply.bound)},
+    }
+    return sealed(header, tensors)
+
+
+def number(x: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(x) if math.isfinite(x) else None
+
+
+def read_reply(
+    source: Path | bytes,
+    run: Run,
+    client: Client,
+    layers: Iterable[str],
+    sent: Callable[[str], Broadcast],
+    head: Mapping[str, Tensor],
+) -> Reply:
+    """The reply of `client`, whose adapter is read a layer at a time when it is asked for.
+
+    `layers`: those of the model; `sent`: what this client was sent for a layer; `head`: the server's. A
+    reply may lack layers, of which `fedhl.server.refusals` judges. Raises Malformed, with the reason.
+    """
+    by_layer = {name: layer_table(name, sent(name), client.payload) for name in layers}
+    heads = {f"head::{name}": Entry("F32", tuple(x.shape)) for name, x in head.items()}
+    message = opened(source, limit([*by_layer.values(), heads], (*run, client.id)))
+    check_header(message.header, run, client)
+    returned = [name for name in by_layer if f"lora::{name}" in message.tensors]
+    asked = heads | {key: x for name in returned for key, x in by_layer[name].items()}
+    for name in sorted(asked.keys() ^ message.tensors.keys()):
+        what = "missing" if name in asked else "not one of these"
+        raise Malformed(f"tensor {shown(name)} is {what}")
+    for name, entry in asked.items():
+        got = message.tensors[name]
+        if got != entry:
+            raise Malformed(f"tensor {name!r} is {got}, expected {entry}")
+    header = message.header
+    loss, bound = (math.nan if header[name] is None else header[name] for name in UNKNOWN)
+    return Reply(
+        client,
+        header["round"],
+        ReplyAdapter(message, client, returned, sent),
+        head_of(message),
+        loss,
+        header["steps"],
+        bound,
+        {name: message[key] for name in returned if (key := f"magnitudes::{name}") in asked},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyAdapter(Mapping[str, LoRA]):
+    """The adapters of a checked reply, read a layer at a time; factors that did not travel are those
+    `sent`."""
+
+    message: Message
+    client: Client
+    layers: Sequence[str]
+    sent: Callable[[str], Broadcast]
+
+    def __getitem__(self, layer: str) -> LoRA:
+        if layer not in self.layers:
+            raise KeyError(layer)
+        sent, scale, payload = self.sent(layer), self.client.scale, self.client.payload
+        (m, n), leaves = sent.lora.shape, leaving(sent)
+        widths = [{"A": n, "B": m}[factor] for factor in leaves]
+        parts = unpacked(self.message, "lora", layer, widths, payload)
+        back = {
+            factor: factor_of(x, factor, scale, payload)
+            for factor, x in zip(leaves, parts, strict=True)
+        }
+        return replace(sent.lora, scale=scale, **back)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def layer_table(name: str, sent: Broadcast, payload: str) -> dict[str, Entry]:
+    """The tensors that a reply has for a layer."""
+    (m, n), r, leaves = sent.lora.shape, sent.lora.rank, leaving(sent)
+    width = sum({"A": n, "B": m}[factor] for factor in leaves)
+    table = {f"lora::{name}": Entry(NAMES[PAYLOADS[payload]], (r, width))}
+    if payload == "int8":
+        table[f"lora.steps::{name}"] = Entry("BF16", (len(leaves), r))
+    if sent.magnitudes is not None:
+        table[f"magnitudes::{name}"] = Entry("F32", tuple(sent.magnitudes.shape))
+    return table
+
+
+def limit(tables: Iterable[Mapping[str, Entry]], texts: Iterable[str]) -> Limit:
+    """The largest reply with these tensors, and with these texts in its header.
+
+    A character is at most 14 bytes, since it is written as JSON twice; the other fields of our header and
+    its checksum are less than 1024. An entry of the safetensors header is less than 200 beside its name:
+    type, shape and offsets, each number of at most 16 digits.
+    """
+    everything = [item for table in tables for item in table.items()]
+    header = 1024 + 14 * sum(len(text) for text in texts)
+    header += sum(200 + 14 * len(name) for name, _ in everything)
+    return Limit(header, sum(entry.size for _, entry in everything))
+
+
+def check_protocol(header: Mapping[str, Any]) -> None:
+    """Raises Malformed unless the message is of this version of the format."""
+    if type(header.get("protocol")) is not int or header["protocol"] != PROTOCOL:
+        raise Malformed(
+            f"it has protocol version {shown(header.get('protocol'))}, this is version {PROTOCOL}; "
+            "install the same fedhl on both sides"
+        )
+
+
+def check_header(header: Mapping[str, Any], run: Run, client: Client) -> None:
+    """Raises Malformed for a field that is missing, unknown, of another type, or not the one expected."""
+    check_protocol(header)
+    for name in sorted(FIELDS.keys() ^ header.keys()):
+        what = "missing" if name in FIELDS else "unknown"
+        raise Malformed(f"header field {shown(name)} is {what}")
+    for name, kind in FIELDS.items():
+        value = header[name]
+        if name in UNKNOWN and value is None:
+            continue
+        if type(value) is not kind:  # a bool is not a whole number here
+            raise Malformed(f"header field {name!r} is {shown(value)}, expected {KINDS[kind]}")
+        if kind is int and not 0 <= value < WHOLE:
+            raise Malformed(f"header field {name!r} is {shown(value)}, expected 0 to 2^53")
+        if kind is float and not math.isfinite(value):
+            raise Malformed(f"header field {name!r} is {value}, expected a finite number")
+    expected = {
+        **{"payload": client.payload, **run._asdict(), "client": client.id},
+        **{"rank": client.rank, "examples": client.examples},
+    }
+    if not math.isclose(header["scale"], client.scale, rel_tol=1e-6):
+        raise Malformed(f"its scale is {header['scale']:g}, not {client.scale:g}")
+    for name, value in expected.items():
+        if header[name] != value:
+            raise Malformed(
+                f"its {MEANING.get(name, name)} is {shown(header[name])}, not {value!r}"
+            )
+
+
+KINDS = {int: "a whole number", float: "a number like 0.5", str: "text"}
+MEANING = {
+    **{"model": "base model", "client": "client id", "payload": "payload type"},
+    "examples": "number of training rows",
+}
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def packed(kind: str, name: str, blocks: Sequence[Tensor], payload: str) -> dict[str, Tensor]:
+    """Matrices with the same rows, side by side, as they travel: `KIND::NAME`, and with int8
+    `KIND.steps::NAME` (blocks, rows)."""
+    parts = [stored(x, payload) for x in blocks]
+    tensors = {f"{kind}::{name}": torch.cat([x for x, _ in parts], dim=1)}
+    steps = [step for _, step in parts if step is not None]
+    return tensors | ({f"{kind}.steps::{name}": torch.stack(steps)} if steps else {})
+
+
+def unpacked(
+    message: Message, kind: str, name: str, widths: Sequence[int], payload: str
+) -> list[Tensor]:
+    """The matrices of these widths that `packed` has put side by side, in float32."""
+    blocks = message[f"{kind}::{name}"].split(list(widths), dim=1)
+    steps = message[f"{kind}.steps::{name}"] if payload == "int8" else [None] * len(blocks)
+    return [restored(x, step) for x, step in zip(blocks, steps, strict=True)]
+
+
+def head_tensors(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"head::{name}": value.float() for name, value in head.items()}
+
+
+def head_of(message: Message) -> dict[str, Tensor]:
+    """The head parameters, by name."""
+    keys = [key for key in message.tensors if key.startswith("head::")]
+    return {key.removeprefix("head::"): message[key] for key in keys}

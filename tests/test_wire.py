@@ -1,0 +1,742 @@
+"""The wire: what arrives is what was subtracted, to the bit; and nothing that arrives is believed.
+
+`python tests/test_wire.py --write` writes the table of sizes in docs/wire.md again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedhl import METHODS, get_method, get_weighting, server
+from fedhl.config import load_config
+from fedhl.lora import LoRA, dense, initial
+from fedhl.message import Malformed, opened, sealed
+from fedhl.method import Broadcast, Method
+from fedhl.payload import PAYLOADS, TINY, carried, carried_lora, number_bytes
+from fedhl.seeds import generator
+from fedhl.server import Client, Reply, ServerState
+from fedhl.wire import (
+    PROTOCOL,
+    Run,
+    carried_reply,
+    decode_broadcast,
+    encode_broadcast,
+    encode_reply,
+    leaving,
+    read_reply,
+)
+
+SEED = 3
+SHAPES = {"block.0.query": (13, 9), "block.1/välue": (7, 11)}
+HEAD = {"classifier.weight": (3, 7), "classifier.bias": (3,)}
+RUN = Run("a-run", "sha256-of-the-model", "sha256-of-the-tokenizer")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "wire.md"
+EXACT = ["fedhl", "fed_plora", "fedhera", "fedex_lora", "flora", "rac_lora"]
+"""The methods that claim "exact mean", and keep it whatever the payload."""
+
+payloads = pytest.mark.parametrize("payload", PAYLOADS)
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed, "draw", *shape))
+
+
+def cohort(method: Method[Any], payload: str) -> list[Client]:
+    mixed = [("ada", 2, 0.7), ("bob", 6, 4 / 3), ("cyd", 4, 2.0)]
+    alike = [(name, 6, 2.0) for name, _, _ in mixed]
+    return [
+        Client(name, rank, scale, 10 + rank, payload=payload)
+        for name, rank, scale in (mixed if method.mixed_ranks else alike)
+    ]
+
+
+def trained(sent: Mapping[str, Broadcast], client: Client, state: ServerState) -> Reply:
+    """What a client has after moving all that it trains, before it travels."""
+    k = sum(client.id.encode()) + 1000 * state.round
+    adapter = {
+        name: replace(
+            b.lora,
+            scale=client.scale,
+            **{f: getattr(b.lora, f) + draw(k, *getattr(b.lora, f).shape) for f in leaving(b)},
+        )
+        for name, b in sent.items()
+    }
+    head = {name: value + draw(k, *value.shape) for name, value in state.head.items()}
+    magnitudes = {n: b.magnitudes + 0.1 for n, b in sent.items() if b.magnitudes is not None}
+    return Reply(client, state.round + 1, adapter, head, 0.5, 3, 0.25, magnitudes)
+
+
+def arrived(method: Method[Any], state: ServerState, client: Client) -> Reply:
+    sent = server.broadcast(method, state, client, SEED)
+    return carried_reply(trained(sent, client, state), sent)
+
+
+def advance(method: Method[Any], state: ServerState, payload: str) -> ServerState:
+    replies = [arrived(method, state, client) for client in cohort(method, payload)]
+    following, outcome = server.aggregate(
+        method, get_weighting("examples"), state, replies, SEED, watch=False
+    )
+    assert not outcome.refused
+    return following
+
+
+@cache
+def played(name: str, payload: str) -> ServerState:
+    """After two rounds and, for methods that do something about it, the beginning of a new task."""
+    method = get_method(name)
+    adapter = {layer: initial(m, n, 6, 2.0, seed=0) for layer, (m, n) in SHAPES.items()}
+    state = server.init(method, adapter, {n: draw(9, *shape) for n, shape in HEAD.items()}, SEED)
+    return server.next_task(method, advance(method, advance(method, state, payload), payload))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """To the bit and in type, through mappings, adapters, broadcasts and replies."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, LoRA | Broadcast | Reply):
+        return all(equal(x, getattr(b, name)) for name, x in vars(a).items())
+    return a == b
+
+
+def exact(lora: LoRA) -> Tensor:
+    return lora.scale * lora.B.double() @ lora.A.double()
+
+
+def read(
+    source: Path | bytes, state: ServerState, client: Client, method: str, run: Run = RUN
+) -> Reply:
+    sent = server.broadcast(get_method(method), state, client, SEED)
+    return read_reply(source, run, client, sent, sent.__getitem__, state.head)
+
+
+# --- what is sent is what arrives ---------------------------------------------------------------
+
+
+@payloads
+@methods
+def test_a_broadcast_arrives_to_the_bit(name: str, payload: str, tmp_path: Path) -> None:
+    """Of what the server has, and of what it has rounded already."""
+    method, state = get_method(name), played(name, payload)
+    client = cohort(method, payload)[0]
+    plain = server.broadcast(method, state, replace(client, payload="float32"), SEED)
+    sent = {layer: carried(b, payload) for layer, b in plain.items()}
+    assert equal(server.broadcast(method, state, client, SEED), sent)
+    assert equal({layer: carried(b, payload) for layer, b in sent.items()}, sent)
+    said = {**RUN._asdict(), "round": 3, "client": "ädä", "rate": 0.1}
+    for broadcasts in (plain, sent):
+        message = encode_broadcast(said, broadcasts, state.head, payload)
+        header, got, head = decode_broadcast(message)
+        assert header == {**said, "protocol": PROTOCOL, "payload": payload}
+        assert equal(got, sent) and equal(head, state.head)
+        assert all(b.lora.B.is_contiguous() for b in got.values())
+    (tmp_path / "message").write_bytes(message)
+    assert equal(decode_broadcast(tmp_path / "message")[1], sent)
+    assert load_file(tmp_path / "message").keys() == opened(message).tensors.keys()
+    if payload == "float32":
+        assert equal(sent, plain)
+
+
+@payloads
+@methods
+def test_a_reply_arrives_to_the_bit(name: str, payload: str, tmp_path: Path) -> None:
+    """From memory and from disk; what did not travel is what was sent; and the server accepts it."""
+    method, state = get_method(name), played(name, payload)
+    for client in cohort(method, payload):
+        sent = server.broadcast(method, state, client, SEED)
+        reply = trained(sent, client, state)
+        here = carried_reply(reply, sent)
+        message = encode_reply(RUN, reply, sent)
+        (tmp_path / "reply").write_bytes(message)
+        for source in (message, tmp_path / "reply"):
+            got = read(source, state, client, name)
+            assert equal(here, replace(got, adapter=dict(got.adapter)))
+        assert encode_reply(RUN, here, sent) == message  # twice is once
+        assert server.refusal(method, state, got, SEED) is None
+        with pytest.raises(KeyError):
+            got.adapter["other"]
+        if payload == "float32":
+            assert equal(here, reply)
+
+
+@payloads
+def test_a_round_from_disk_is_the_round_in_memory(payload: str, tmp_path: Path) -> None:
+    method, state = get_method("fedhl"), played("fedhl", payload)
+    here, there = [], []
+    for client in cohort(method, payload):
+        sent = server.broadcast(method, state, client, SEED)
+        reply = trained(sent, client, state)
+        (tmp_path / client.id).write_bytes(encode_reply(RUN, reply, sent))
+        here.append(carried_reply(reply, sent))
+        there.append(read(tmp_path / client.id, state, client, "fedhl"))
+    weighting = get_weighting("truncation")
+    one, two = (server.aggregate(method, weighting, state, x, SEED) for x in (here, there))
+    assert one[1].clients == two[1].clients and one[1].diagnostics == two[1].diagnostics
+    for name in SHAPES:
+        assert torch.equal(one[0].layers[name].W, two[0].layers[name].W)
+
+
+def test_layers_that_a_straggler_did_not_reach_may_be_missing() -> None:
+    method, state = get_method("fedhl"), played("fedhl", "int8")
+    client = cohort(method, "int8")[0]
+    sent = server.broadcast(method, state, client, SEED)
+    reply = trained(sent, client, state)
+    late = replace(reply, adapter={"block.0.query": reply.adapter["block.0.query"]})
+    got = read(encode_reply(RUN, late, sent), state, client, "fedhl")
+    assert list(got.adapter) == ["block.0.query"]
+    assert server.refusal(method, state, got, SEED, stragglers=True) is None
+    assert "'block.1/välue' is missing" in str(server.refusal(method, state, got, SEED))
+
+
+@payloads
+def test_a_client_that_diverged_is_refused_as_in_one_process(payload: str) -> None:
+    method, state = get_method("fedhl"), played("fedhl", payload)
+    client = cohort(method, payload)[0]
+    sent = server.broadcast(method, state, client, SEED)
+    fine = trained(sent, client, state)
+    for bad in (math.nan, math.inf, -math.inf):
+        adapter = {name: LoRA(x.A, x.B.clone(), x.scale) for name, x in fine.adapter.items()}
+        adapter["block.0.query"].B[1, 1] = bad
+        for reply in (replace(fine, loss=bad), replace(fine, adapter=adapter)):
+            got = read(encode_reply(RUN, reply, sent), state, client, "fedhl")
+            reason = server.refusal(method, state, got, SEED)
+            assert reason and "did training diverge?" in reason
+            assert reason == server.refusal(method, state, carried_reply(reply, sent), SEED)
+
+
+# --- rounding -----------------------------------------------------------------------------------
+
+numbers = st.floats(-(2.0**60), 2.0**60, width=32)
+moderate = st.floats(-(2.0**14), 2.0**14, width=32)
+RELATIVE = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@payloads
+@given(data=st.data())
+def test_rounding_stays_within_its_bound_and_twice_is_once(payload: str, data: Any) -> None:
+    m, n, r = (data.draw(st.integers(1, 5)) for _ in range(3))
+    value = moderate if payload == "float16" else numbers
+    A, B = (
+        torch.tensor(data.draw(st.lists(value, min_size=k * r, max_size=k * r))).reshape(shape)
+        for k, shape in ((n, (r, n)), (m, (m, r)))
+    )
+    lora = LoRA(A, B, data.draw(st.floats(2.0**-6, 2.0)))
+    got = carried_lora(lora, payload)
+    assert equal(carried_lora(got, payload), got)
+    eps = torch.finfo(torch.float32).eps
+    for before, after, unit in ((A, got.A, 1.0), (B.T, got.B.T, lora.scale)):
+        x, y = unit * before.double(), unit * after.double()
+        bound = RELATIVE.get(payload, 0.0) * x.abs()
+        if payload == "int8":  # half a step; a step is max/127, itself rounded by 2^-8
+            bound = bound + x.abs().amax(1, keepdim=True) / 127 / 2 * (1 + 2.0**-8)
+        # below float16's smallest normal number, half its spacing; and s B, and back, in float32
+        floor = {"float32": 0.0, "float16": 2.0**-25}.get(payload, TINY)
+        assert ((x - y).abs() <= bound + 4 * eps * x.abs() + floor).all()
+        zero = ~before.any(1)
+        assert not after[zero].any()  # a component that is zero stays zero
+
+
+def test_what_a_narrow_type_cannot_hold_is_refused_by_name() -> None:
+    lora = LoRA(torch.ones(1, 3), torch.full((2, 1), 7e4), 1.0)
+    with pytest.raises(ValueError, match=r"too large for float16; set wire.payload to bfloat16"):
+        carried(Broadcast(lora), "float16")
+    for payload in ("float32", "bfloat16", "int8"):
+        assert carried(Broadcast(lora), payload).lora.B[0, 0] == pytest.approx(7e4, rel=2**-8)
+
+
+@payloads
+def test_components_are_rounded_alike_for_every_rank(payload: str) -> None:
+    """What a small client is sent is a prefix of what a large one is, whatever its payload."""
+    method, state = get_method("fedhl"), played("fedhl", "float32")
+    small, large = (
+        server.broadcast(method, state, Client("x", rank, 2.0, 1, payload=payload), SEED)
+        for rank in (2, 6)
+    )
+    for name in SHAPES:
+        assert torch.equal(small[name].lora.A, large[name].lora.A[:2])
+        assert torch.equal(small[name].lora.B, large[name].lora.B[:, :2])
+
+
+# --- what is subtracted is what was sent --------------------------------------------------------
+
+
+def change(method: Method[Any], state: ServerState, layer: str) -> Tensor:
+    delta = method.delta(state.layers[layer])
+    assert delta is not None
+    return dense(delta).double()
+
+
+@payloads
+@pytest.mark.parametrize("name", EXACT)
+def test_the_mean_is_exact_and_nobody_moves_nothing(name: str, payload: str) -> None:
+    """`W + Σ p_i (ΔW_i - ΔW(sent_i))`, dense in float64, of what the clients have and return; and if all
+    return what they were sent, W does not move."""
+    method, state = get_method(name), played(name, payload)
+    clients = cohort(method, payload)
+    sents = {c.id: server.broadcast(method, state, c, SEED) for c in clients}
+    total = sum(c.examples for c in clients)
+    idle, busy = (
+        {
+            c.id: carried_reply(
+                trained(sents[c.id], c, state)
+                if move
+                else replace(
+                    trained(sents[c.id], c, state),
+                    adapter={n: replace(b.lora, scale=c.scale) for n, b in sents[c.id].items()},
+                ),
+                sents[c.id],
+            )
+            for c in clients
+        }
+        for move in (False, True)
+    )
+    for replies in (idle, busy):
+        following, outcome = server.aggregate(
+            method, get_weighting("examples"), state, list(replies.values()), SEED
+        )
+        assert len(outcome.clients) == 3
+        for layer in SHAPES:
+            W, size = change(method, state, layer), 0.0
+            expected = W.clone()
+            for c in clients:
+                back, sent = replies[c.id].adapter[layer], sents[c.id][layer].lora
+                expected += c.examples / total * (exact(back) - exact(sent))
+                size += float(exact(back).norm() + exact(sent).norm())
+            # inner sizes are at most 24, and each product is rounded once more than it has terms
+            bound = 32 * torch.finfo(torch.float32).eps * (size + float(W.norm()))
+            assert float((change(method, following, layer) - expected).norm()) <= bound
+            if replies is idle:
+                assert float((expected - W).norm()) <= bound
+
+
+# --- nothing is believed ------------------------------------------------------------------------
+
+LAYER = "block.0.query"
+
+
+@cache
+def valid(payload: str = "int8") -> tuple[bytes, Client, ServerState]:
+    method, state = get_method("fedhl"), played("fedhl", payload)
+    client = cohort(method, payload)[0]
+    sent = server.broadcast(method, state, client, SEED)
+    return encode_reply(RUN, trained(sent, client, state), sent), client, state
+
+
+def forged(
+    header: Callable[[dict[str, Any]], Any] = lambda h: None,
+    tensors: Callable[[dict[str, Tensor]], Any] = lambda t: None,
+    payload: str = "int8",
+) -> bytes:
+    """The valid reply with changes, and a checksum that is right."""
+    message = opened(valid(payload)[0])
+    said, held = dict(message.header), {name: message[name] for name in message.tensors}
+    header(said)
+    tensors(held)
+    return sealed(said, held)
+
+
+def raw(table: Any, data: bytes = b"") -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def with_text(text: str) -> bytes:
+    """A message without tensors whose header is this text, with the right checksum."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return raw({"__metadata__": {"fedhl": f"{digest} {text}"}})
+
+
+def put(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda held: held.update(changes)
+
+
+def drop(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda held: held.pop(name)
+
+
+LORA, STEPS = f"lora::{LAYER}", f"lora.steps::{LAYER}"
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "too large": (lambda: valid()[0] + bytes(10**5), r"it has .* bytes, expected at most"),
+    "empty": (lambda: b"", "not a safetensors file"),
+    "short": (lambda: b"\x01", "not a safetensors file"),
+    "a pickle": (lambda: b"\x80\x04\x95" + bytes(200), "not a safetensors file"),
+    "a long header": (lambda: (10**15).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+    "not JSON": (lambda: raw(b"{nothing}"), "its safetensors header is not JSON"),
+    "not UTF-8": (lambda: raw(b'{"\xff": 1}'), "its safetensors header is not JSON"),
+    "a list": (lambda: raw([1, 2]), "its safetensors header is a list, expected a mapping"),
+    "no metadata": (lambda: save({"x": torch.ones(2)}), "not one text, 'fedhl'"),
+    "metadata": (lambda: raw({"__metadata__": {"fedhl": 1}}), "not one text, 'fedhl'"),
+    "more metadata": (
+        lambda: raw({"__metadata__": {"fedhl": "", "more": ""}}),
+        "not one text, 'fedhl'",
+    ),
+    "many dimensions": (
+        lambda: forged(tensors=put(**{"lora::x": torch.ones([1] * 9)})),
+        "not described as safetensors does",
+    ),
+    "an endless field": (lambda: forged(put(**{"x" * 900: 1})), r"field 'xxx.*\.\.\. is unknown"),
+    "an endless name": (
+        lambda: forged(tensors=put(**{"x" * 900: torch.ones(1)}), payload="int8"),
+        r"tensor 'xxx.*\.\.\. is not one",
+    ),
+    "damaged": (lambda: valid()[0][:-1] + b"\x55", "does not match its own checksum"),
+    "cut": (lambda: valid()[0][:-1], "does not match its own checksum"),
+    "header no JSON": (lambda: with_text("{"), "its header is not JSON"),
+    "header a number": (lambda: with_text("7"), "its header is 7, expected a mapping"),
+    "header NaN": (lambda: with_text('{"loss": NaN}'), "its header is not JSON.*NaN"),
+    "header deep": (lambda: with_text("[" * 2000 + "]" * 2000), "its header is"),
+    "header huge": (lambda: with_text('{"round": 1' + "0" * 3900 + "}"), "it has protocol version"),
+    "header twice": (lambda: with_text('{"a": 1, "a": 2}'), "a key is given twice"),
+    "header empty": (lambda: with_text("{}"), "it has protocol version None, this is version 1"),
+    "another version": (lambda: forged(put(protocol=2)), "protocol version 2, this is version 1"),
+    "version true": (lambda: forged(put(protocol=True)), "protocol version True"),
+    "field missing": (lambda: forged(drop("loss")), "header field 'loss' is missing"),
+    "field surplus": (lambda: forged(put(extra=1)), "header field 'extra' is unknown"),
+    "a bool": (lambda: forged(put(round=True)), "'round' is True, expected a whole number"),
+    "a float": (lambda: forged(put(examples=12.0)), "'examples' is 12.0, expected a whole number"),
+    "a text": (lambda: forged(put(loss="0.5")), "'loss' is '0.5', expected a number"),
+    "a list for text": (lambda: forged(put(client=[[]])), "'client' is a list, expected text"),
+    "negative": (lambda: forged(put(steps=-1)), "'steps' is -1, expected 0 to 2"),
+    "endless": (lambda: forged(put(steps=10**400)), r"'steps' is 1000+\.\.\., expected 0 to 2"),
+    "null": (lambda: forged(put(scale=None)), "'scale' is None, expected a number"),
+    "another payload": (lambda: forged(put(payload="float16")), "payload type is 'float16', not"),
+    "another run": (lambda: forged(put(run="other")), "its run is 'other', not 'a-run'"),
+    "another model": (lambda: forged(put(model="gpt")), "its base model is 'gpt', not"),
+    "another tokenizer": (lambda: forged(put(tokenizer="t")), "its tokenizer is 't', not"),
+    "another client": (lambda: forged(put(client="bob")), "its client id is 'bob', not 'ada'"),
+    "another rank": (lambda: forged(put(rank=3)), "its rank is 3, not 2"),
+    "another scale": (lambda: forged(put(scale=7.0)), "its scale is 7, not 0.7"),
+    "more rows": (lambda: forged(put(examples=10**9)), "training rows is 1000000000, not 12"),
+    "surplus layer": (
+        lambda: forged(tensors=put(**{"lora::x": torch.ones(2, 2)})),
+        "tensor 'lora::x' is not one of these",
+    ),
+    "no steps": (lambda: forged(tensors=drop(STEPS)), "tensor 'lora.steps::block.0.query' is miss"),
+    "steps alone": (lambda: forged(tensors=drop(LORA)), "'lora.steps::block.0.query' is not one"),
+    "no head": (lambda: forged(tensors=drop("head::classifier.bias")), "'head::.*bias' is missing"),
+    "surplus head": (
+        lambda: forged(tensors=put(**{"head::x": torch.ones(2)})),
+        "tensor 'head::x' is not one of these",
+    ),
+    "another dtype": (
+        lambda: forged(tensors=put(**{LORA: torch.ones(2, 22)})),
+        r"'lora::block.0.query' is F32 \[2, 22\], expected I8 \[2, 22\]",
+    ),
+    "another shape": (
+        lambda: forged(tensors=put(**{LORA: torch.ones(22, 2, dtype=torch.int8)})),
+        r"is I8 \[22, 2\], expected I8 \[2, 22\]",
+    ),
+    "another dimension": (
+        lambda: forged(tensors=put(**{LORA: torch.ones(44, dtype=torch.int8)})),
+        r"is I8 \[44\], expected I8 \[2, 22\]",
+    ),
+    "an unknown dtype": (
+        lambda: forged(tensors=put(**{LORA: torch.ones(2, 22, dtype=torch.bool)})),
+        "'lora::block.0.query' is not described as safetensors does",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_reply_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+    make, reason = HOSTILE[kind]
+    message, (_, client, state) = make(), valid()
+    (tmp_path / "reply").write_bytes(message)
+    for source in (message, tmp_path / "reply"):
+        with pytest.raises(Malformed, match=reason) as caught:
+            read(source, state, client, "fedhl")
+        assert len(str(caught.value)) < 300
+
+
+def tensor(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"x": tensor("F32", [2**52, 2**52], 0, 8)}, "has 8 bytes"),
+        ({"x": tensor("F32", [2**60], 0, 8)}, "not described"),
+        ({"x": tensor("F32", [-2], 0, 8)}, "not described"),
+        ({"x": tensor("F32", [True], 0, 4)}, "not described"),
+        ({"x": tensor("F32", [2], 0, 10**400)}, "not described"),
+        ({"x": tensor("F32", [2], 8, 16)}, "gap or overlap at byte 0"),
+        ({"x": tensor("F32", [2], 0, 8), "y": tensor("F32", [2], 4, 12)}, "overlap at byte 8"),
+        ({"x": tensor("F32", [1], 0, 4)}, "have 4 bytes, but 8 follow"),
+        ({"x": {**tensor("F32", [2], 0, 8), "more": 1}}, "not described"),
+        ({"x": [1]}, "not described"),
+    ],
+)
+def test_a_table_that_lies_is_refused(table: dict[str, Any], reason: str) -> None:
+    data = bytes(8)
+    said = f"{hashlib.sha256(b'{}' + data).hexdigest()} {{}}"
+    with pytest.raises(Malformed, match=reason):
+        opened(raw({**table, "__metadata__": {"fedhl": said}}, data))
+
+
+def test_a_key_given_twice_in_the_table_is_refused() -> None:
+    one = json.dumps(tensor("F32", [2], 0, 8))
+    with pytest.raises(Malformed, match="a key is given twice"):
+        opened(raw(f'{{"x": {one}, "x": {one}}}'.encode(), bytes(8)))
+
+
+def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
+    message, client, state = valid()
+    method = get_method("fedhl")
+    stale = read(forged(put(round=1)), state, client, "fedhl")
+    assert server.refusal(method, state, stale, SEED) == "it is for round 1, this is round 3"
+    twice = [read(message, state, client, "fedhl") for _ in range(2)]
+    _, outcome = server.aggregate(method, get_weighting("examples"), state, twice, SEED)
+    assert [x["id"] for x in outcome.clients] == ["ada"]
+    assert "another reply" in outcome.refused[0]["reason"]
+    absurd = forged(
+        tensors=put(**{STEPS: torch.full((2, 2), 1e30, dtype=torch.bfloat16)}), payload="int8"
+    )
+    reason = server.refusal(method, state, read(absurd, state, client, "fedhl"), SEED)
+    assert reason and "its update may be as large as" in reason
+
+
+def mutated(message: bytes, data: Any) -> bytes:
+    """A few flips, cuts, insertions and repetitions."""
+    held = bytearray(message)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(held)))
+        match data.draw(st.sampled_from(["flip", "cut", "insert", "repeat", "length"])):
+            case "flip" if place < len(held):
+                held[place] ^= data.draw(st.integers(1, 255))
+            case "cut":
+                del held[place : place + data.draw(st.integers(1, 40))]
+            case "insert":
+                held[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+            case "repeat":
+                held[place:place] = held[place : place + 60]
+            case "length":
+                held[:8] = data.draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+            case _:
+                pass
+    return bytes(held)
+
+
+def judged(message: bytes) -> None:
+    """Refused by the reader or by the server; or it means what the valid reply means."""
+    whole, client, state = valid()
+    tracemalloc.start()
+    try:
+        got = read(message, state, client, "fedhl")
+    except Malformed as error:
+        assert str(error)
+        return
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # Of JSON an empty list takes 2 bytes and 64 as an object, with its place in a list; what is read at
+        # once is the header, of at most its limit, some copies of its text, and 1 MiB to be hashed.
+        assert peak <= 2**21 + 50 * min(len(message), 2 * len(whole))
+    if server.refusal(get_method("fedhl"), state, got, SEED) is None:
+        honest = read(whole, state, client, "fedhl")
+        assert equal(
+            replace(honest, adapter=dict(honest.adapter)), replace(got, adapter=dict(got.adapter))
+        )
+
+
+@given(st.data())
+def test_fuzzed_bytes_are_refused_or_mean_the_same(data: Any) -> None:
+    judged(mutated(valid()[0], data))
+
+
+@given(st.binary(max_size=2000))
+def test_random_bytes_are_refused(message: bytes) -> None:
+    judged(message)
+    judged(raw(message))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+def test_forged_headers_are_refused_or_mean_the_same(data: Any) -> None:
+    """With a checksum that is right: any value in any field, except what a client may say of itself."""
+    own = {"loss", "steps", "bound"}
+    field = data.draw(st.sampled_from([*sorted(opened(valid()[0]).header.keys() - own), "other"]))
+    value = data.draw(json_values)
+    assume(not isinstance(value, float) or math.isfinite(value))
+    judged(forged(put(**{field: value})))
+
+
+@given(st.data())
+def test_forged_tensors_are_refused_or_mean_the_same(data: Any) -> None:
+    """With a checksum that is right: names, types and shapes; numbers are the client's own business."""
+    names = sorted(opened(valid()[0]).tensors)
+    name = data.draw(st.sampled_from(names))
+    kind = data.draw(st.sampled_from(["drop", "rename", "shape", "type", "add"]))
+    shape = data.draw(
+        st.lists(st.integers(0, 30), max_size=4).filter(lambda s: math.prod(s) < 9999)
+    )
+    dtype = data.draw(st.sampled_from([torch.int8, torch.float32, torch.float64, torch.bool]))
+
+    def change(held: dict[str, Tensor]) -> None:
+        was = held[name]
+        other = data.draw(st.text(max_size=9) | st.sampled_from(names))
+        if kind in ("drop", "rename"):
+            del held[name]
+        if kind in ("rename", "add"):
+            held[other] = was.clone()
+        if kind == "shape":
+            held[name] = torch.zeros(shape, dtype=was.dtype)
+        if kind == "type":
+            held[name] = was.to(dtype)
+
+    try:
+        got = read(forged(tensors=change), valid()[2], valid()[1], "fedhl")
+    except Malformed:
+        return
+    # only layers that are absent as a whole are left to the server; numbers in the right shape are numbers
+    honest = read(valid()[0], valid()[2], valid()[1], "fedhl")
+    reason = server.refusal(get_method("fedhl"), valid()[2], got, SEED)
+    assert reason is not None or kind == "shape" or equal(dict(got.adapter), dict(honest.adapter))
+
+
+@given(st.data())
+def test_a_fuzzed_broadcast_is_refused_or_means_the_same(data: Any) -> None:
+    _, client, state = valid()
+    sent = server.broadcast(get_method("fedhl"), state, client, SEED)
+    message = encode_broadcast({"round": 3}, sent, state.head, "int8")
+    try:
+        header, got, head = decode_broadcast(mutated(message, data))
+    except Malformed:
+        return
+    assert header["round"] == 3 and equal(got, sent) and equal(head, state.head)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [drop("layers"), put(layers=[]), put(layers={"x": {}}), put(payload="float8"), drop("payload")],
+)
+def test_a_broadcast_that_makes_no_sense_is_refused(change: Callable[[Any], None]) -> None:
+    _, client, state = valid()
+    sent = server.broadcast(get_method("fedhl"), state, client, SEED)
+    message = opened(encode_broadcast({"round": 3}, sent, state.head, "int8"))
+    header = dict(message.header)
+    change(header)
+    with pytest.raises(Malformed, match="it is not a broadcast"):
+        decode_broadcast(sealed(header, {name: message[name] for name in message.tensors}))
+    with pytest.raises(Malformed, match="protocol version 0"):
+        decode_broadcast(sealed({"protocol": 0}, {}))
+
+
+# --- runs and sizes -----------------------------------------------------------------------------
+
+
+def test_a_run_with_every_payload_ends_with_an_accuracy(project: Path) -> None:
+    few = ["--set", "rounds=1", "--set", "training.steps=2", "--quiet"]
+    started = {
+        payload: tiny.start(
+            project, "run", "tiny.yaml", "--set", f"wire.payload={payload}", *few, "--out", payload
+        )
+        for payload in PAYLOADS
+    }
+    sizes, losses = [], []
+    for payload, command in started.items():
+        done = command.wait()
+        assert (done.code, done.err) == (0, "")
+        summary = json.loads((project / payload / "summary.json").read_text())
+        assert summary["status"] == "finished" and 0 <= summary["final"]["full"]["accuracy"] <= 1
+        sizes.append(summary["bytes"]["up"])
+        losses.append(summary["final"]["full"]["loss"])
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
+    assert len(set(losses)) == 4  # each rounds in its own way
+    assert load_config(project / "int8" / "config.yaml").wire.payload == "int8"
+
+
+MINILM = {
+    f"bert.encoder.layer.{k}.attention.self.{part}": (384, 384)
+    for k in range(6)
+    for part in ("query", "value")
+} | {"bert.pooler.dense": (384, 384)}
+SMOLLM2 = {
+    f"model.layers.{k}.self_attn.{part}_proj": (m, 576)
+    for k in range(30)
+    for part, m in (("q", 576), ("v", 192))
+}
+MODELS = {
+    "MiniLM-L6": (
+        MINILM,
+        {"classifier.weight": (2, 384), "classifier.bias": (2,)},
+        (4, 8, 16, 32, 64),
+    ),
+    "SmolLM2-135M": (SMOLLM2, {}, (4, 8, 16, 32)),
+}
+
+
+def sizes(model: str, rank: int, payload: str) -> tuple[int, float]:
+    """The bytes of a broadcast of FedHL's as it is sent, and of its numbers as the metrics count them."""
+    shapes, heads, _ = MODELS[model]
+    head = {name: torch.zeros(shape) for name, shape in heads.items()}
+    sent = {
+        name: Broadcast(LoRA(torch.ones(rank, n), torch.ones(m, rank), 2.0))
+        for name, (m, n) in shapes.items()
+    }
+    counted = sum(number_bytes(payload, m, n) * rank * (m + n) for m, n in shapes.values())
+    header = {**RUN._asdict(), "round": 1, "client": "client-0"}
+    message = encode_broadcast(header, sent, head, payload)
+    return len(message), counted + 4 * sum(x.numel() for x in head.values())
+
+
+def size_table() -> str:
+    lines = [
+        "| model | rank | " + " | ".join(PAYLOADS) + " |",
+        "|---|---|" + "---|" * len(PAYLOADS),
+    ]
+    for model, (_, _, ranks) in MODELS.items():
+        for rank in ranks:
+            found = [f"{sizes(model, rank, payload)[0]:,}" for payload in PAYLOADS]
+            lines.append(f"| {model} | {rank} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def test_the_sizes_in_the_docs_are_those_of_messages() -> None:
+    assert size_table() in PAGE.read_text(encoding="utf-8"), "python tests/test_wire.py --write"
+
+
+@payloads
+@pytest.mark.parametrize("model", MODELS)
+def test_the_metrics_count_what_is_sent(model: str, payload: str) -> None:
+    """Within the headers, whose share is largest where there is least to send."""
+    for rank in MODELS[model][2]:
+        whole, counted = sizes(model, rank, payload)
+        assert counted < whole <= 1.15 * counted
+        if rank >= 16 or payload == "float32":
+            assert whole <= 1.05 * counted
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    page = PAGE.read_text(encoding="utf-8")
+    start, end = (page.index(f"<!-- sizes:{mark} -->") for mark in ("begin", "end"))
+    PAGE.write_text(
+        f"{page[:start]}<!-- sizes:begin -->\n{size_table()}\n{page[end:]}", encoding="utf-8"
+    )
