@@ -29,6 +29,9 @@ ONLY: dict[str, set[str]] = {
     "subspace": {"seeds"},
     "lora": {"seeds", "subspace"},
     "method": {"lora", "seeds"},
+    "robust": {"lora", "method"},
+    "privacy": {"lora", "method", "robust"},
+    "accounting": {"errors"},
     "methods": {"lora", "method", "weighting", "seeds", "subspace"},
     "catalogue": {"lora", "method", "methods", "weighting"},
     "report": {"errors"},
@@ -50,7 +53,7 @@ NEVER: dict[str, set[str]] = {
     "diagnostics": {"simulation", "flower"} | FRONT,
     "checkpoint": {"simulation", "flower"} | FRONT,
 }
-ONE_HOME = {"peft": "peft", "flwr": "flower"}
+ONE_HOME = {"peft": "peft", "flwr": "flower", "dp_accounting": "accounting"}
 """Third-party package -> the one part that may import it."""
 
 
