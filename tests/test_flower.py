@@ -6,6 +6,7 @@ Every run has real client processes: actors of Ray, or what a SuperNode starts f
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 import hostile
 import pytest
 import tiny
+from certificates import make as make_certificates
+from loopback import loopback, wait_until
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -161,83 +164,97 @@ def test_a_federation_outlives_its_nodes_and_its_server(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """One federation over TLS with node authentication that meets, in turn: an intruder without a key, one
-    with the wrong certificate; a client that never answers; a server killed in mid-round and started again;
-    a node that joins late, one that is killed while it trains, one that returns."""
-    monkeypatch.syspath_prepend(TESTS.parent / "examples" / "deployment")
-    import certificates
-    from loopback import Loopback, loopback, wait_until
-
+    who trusts a wrong certificate; a client that never answers, and returns; one that joins late; a server
+    that is killed in mid-round and started again; a node that is killed while it trains, and returns."""
     config = tiny.classification(
         name="faults",
-        rounds=5,
-        partition={"kind": "iid", "clients": 4},
-        lora={"ranks": [1, 2, 4, 6]},
+        rounds=4,
+        partition={"kind": "iid", "clients": 3},
+        lora={"ranks": [1, 4, 6]},
         participation={"fraction": 1.0},
         training={"steps": 2},
         evaluation={"client_fraction": 0.0, "every": 100},
-        federation={"clients": 3, "minimum": 3, "deadline": 40},
+        federation={"clients": 2, "minimum": 3, "deadline": 40},
     )
     settings = load_config(tiny.write_config(project / "faults.yaml", config))
     run, network = tmp_path / "run", tmp_path / "network"
-    for name, value in environment(tmp_path, SLOW="client-2:2,client-1:3").items():
+    for name, value in environment(tmp_path, SLOW="client-1:1,client-2:3").items():
         monkeypatch.setenv(name, value)
 
     def lines() -> list[dict[str, Any]]:
         return read_metrics(run)
 
-    def arrived(round: int, *clients: str) -> bool:
+    def arrived(round: int) -> set[str]:
         folder = run / "incoming" / f"round-{round:06d}"
-        return all((folder / f"{client}.safetensors").exists() for client in clients)
-
-    def node(federation: Loopback, k: int) -> Any:
-        return federation.supernode(f"client-{k}", {"client": f"client-{k}", "data": "partition"})
+        return {file.stem for file in folder.glob("*.safetensors")}
 
     with loopback(network, project) as federation:
 
-        def until(happened: Callable[[], bool]) -> None:
-            wait_until(happened, 200, lambda: federation.log("run") + federation.log("superlink"))
+        def node(k: int) -> subprocess.Popen[bytes]:
+            settings = {"client": f"client-{k}", "data": "partition"}
+            return federation.supernode(f"client-{k}", settings)
 
-        for k in range(4):
+        def until(happened: Callable[[], bool]) -> None:
+            wait_until(happened, 150, lambda: federation.log("run") + federation.log("superlink"))
+
+        for k in range(3):
             federation.register(f"client-{k}")
-        nodes = [node(federation, k) for k in range(3)]
-        # neither of these two is ever let in
-        certificates.make(tmp_path / "other", ["127.0.0.1"], [])
-        wrong = tmp_path / "other" / "ca.crt"
-        stranger = {"client": "client-3", "data": "partition"}
-        federation.supernode("without-key", stranger, "--max-retries", "1")
-        shutil.copy(network / "client-3", network / "deceived")
-        federation.supernode("deceived", stranger, "--max-retries", "1", authority=wrong)
-        server = federation.processes[0]
+        nodes = [node(0), node(1)]
+        stranger = {"client": "client-2", "data": "partition"}
+        make_certificates(tmp_path / "other", ["127.0.0.1"], [])
+        shutil.copy(network / "client-2", network / "deceived")
+        intruders = [
+            federation.supernode("without-key", stranger, "--max-retries", "1"),
+            federation.supernode(
+                *("deceived", stranger, "--max-retries", "1"),
+                authority=tmp_path / "other" / "ca.crt",
+            ),
+        ]
         command = federation.submit(settings, run, "hostile:slow")
 
-        # round 2: client-2 never answers; the server is killed when the others have
-        until(lambda: arrived(2, "client-0", "client-1"))
-        before = {f.name: f.stat().st_mtime_ns for f in (run / "incoming").glob("*/*.safetensors")}
-        federation.kill(server)
-        command.wait(60)
-        assert len(lines()) == 2  # rounds 0 and 1
-        late = node(federation, 3)  # joins while nobody serves
-        server = federation.superlink()
-        federation.submit(settings, run, "hostile:slow")
-        until(lambda: len(lines()) == 3)
-        assert [c["id"] for c in lines()[2]["clients"]] == ["client-0", "client-1"]
-        assert lines()[2]["refused"][0]["id"] == "client-2"
-        assert "no reply within 40 seconds" in lines()[2]["refused"][0]["reason"]
+        # round 1: client-1 never answers
+        until(lambda: len(lines()) == 2)
+        assert accepted(lines()[1]) == {"client-0"}
+        assert "no reply within 40 seconds" in refused(lines()[1])["client-1"]
+        assert all(intruder.poll() for intruder in intruders)  # both have given up
 
-        # round 3: client-1 is killed while it trains
-        until(lambda: arrived(3, "client-0"))
+        # it is started again, another joins; in round 2 the server is killed
         federation.kill(nodes[1])
+        nodes[1:] = [node(1), node(2)]
+        until(lambda: "client-0" in arrived(2))
+        federation.kill(federation.processes[0])
+        command.wait(60)
+        assert len(lines()) == 2
+        had = {file: file.stat().st_mtime_ns for file in (run / "incoming").glob("*/*.safetensors")}
+        federation.superlink()
+        federation.submit(settings, run, "hostile:slow")
+        until(lambda: len(arrived(2)) == 3 or len(lines()) == 3)
+        assert all(not file.exists() or file.stat().st_mtime_ns == t for file, t in had.items())
+        until(lambda: len(lines()) == 3)
+        assert accepted(lines()[2]) == {"client-0", "client-1", "client-2"}
+
+        # round 3: client-2 is killed while it trains
+        until(lambda: {"client-0", "client-1"} <= arrived(3))
+        federation.kill(nodes[2])
         until(lambda: len(lines()) == 4)
-        assert "client-1" in [refused["id"] for refused in lines()[3]["refused"]]
+        assert accepted(lines()[3]) == {"client-0", "client-1"}
+        assert set(refused(lines()[3])) == {"client-2"}
 
-        # and comes back
-        nodes[1] = node(federation, 1)
+        # round 4 waits until it is back
+        node(2)
         until(lambda: (run / "report.html").exists())
-        del late, before
 
-    ids = [[c["id"] for c in line["clients"]] for line in lines()]
-    assert "client-3" in ids[3] and "client-1" not in ids[3]
-    assert len(lines()) == 6
-    accepted = dict(enumerate(ids))
-    other = alone(project, "faults", config, lambda id, round: id in accepted[round], monkeypatch)
+    assert accepted(lines()[4]) == {"client-0", "client-1", "client-2"}
+    for line in lines()[1:]:
+        assert sum(client["weight"] for client in line["clients"]) == pytest.approx(1)
+    there = [accepted(line) for line in lines()]
+    other = alone(project, "faults", config, lambda id, round: id in there[round], monkeypatch)
     assert same_state(run, other)
+
+
+def accepted(line: dict[str, Any]) -> set[str]:
+    return {client["id"] for client in line["clients"]}
+
+
+def refused(line: dict[str, Any]) -> dict[str, str]:
+    return {record["id"]: record["reason"] for record in line["refused"]}

@@ -31,6 +31,9 @@ ONLY: dict[str, set[str]] = {
     "method": {"lora", "seeds"},
     "payload": {"lora", "method"},
     "message": set(),
+    "robust": {"lora", "method"},
+    "privacy": {"lora", "method", "robust"},
+    "accounting": {"errors"},
     "methods": {"lora", "method", "weighting", "seeds", "subspace"},
     "catalogue": {"lora", "method", "methods", "weighting"},
     "report": {"errors"},
@@ -53,7 +56,7 @@ NEVER: dict[str, set[str]] = {
     "checkpoint": {"simulation", "flower"} | FRONT,
     "wire": {"simulation", "flower"} | FRONT,
 }
-ONE_HOME = {"peft": "peft", "flwr": "flower"}
+ONE_HOME = {"peft": "peft", "flwr": "flower", "dp_accounting": "accounting"}
 """Third-party package -> the one part that may import it."""
 
 

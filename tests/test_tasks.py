@@ -297,7 +297,7 @@ def test_the_steps_to_do_in_a_round_are_those_of_its_task() -> None:
     prepared = Prepared(federation.config, unread, unread, unread, federation, {}, {})
     watcher = Watcher(step=lambda _, done, total: seen.append((done, total)))
     for state, _ in play(federation, 3)[:4:2]:
-        run_round(federation, state, steps(prepared, state, watcher))
+        run_round(federation, state, steps(federation, state, watcher))
         assert seen[-1][0] == seen[-1][1] == len(seen)
         seen.clear()
 

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fedhl import peft
-from fedhl.config import CausalTask
+from fedhl import accounting, peft
+from fedhl.config import CausalTask, RobustConfig
 from fedhl.data.loading import column
 from fedhl.data.partition import partition_table
 from fedhl.data.prompts import collate
@@ -55,10 +55,38 @@ def overview(prepared: Prepared) -> Iterator[str]:
             yield f"{client.id} trains {len(client.layers)} of {len(layers)} layers"
     if config.channel is not None:
         yield f"updates are summed over the air, at {config.channel.snr_db:g} dB"
+    if config.robust is not None:
+        yield f"clients who move too far: {robust_rules(config.robust)}"
+    if config.privacy is not None and federation.privacy is not None:
+        mechanism, delta = federation.privacy, config.privacy.delta
+        yield (
+            f"client-level privacy: each client takes part with probability {mechanism.rate:.3g} and moves "
+            f"at most {mechanism.clip:g} / {mechanism.denominator:.3g}; noise of deviation "
+            f"{mechanism.deviation:.3g} on every number"
+        )
+        seen = accounting.epsilon(1.0, mechanism.noise, config.rounds, delta)
+        yield (
+            f"epsilon {prepared.epsilon(config.rounds):.2f} at delta {delta:g} after {config.rounds} rounds"
+            + (f"; {seen:.2f} if it is seen who takes part" if mechanism.rate < 1 else "")
+        )
     yield (
         f"{count['base']:,} frozen parameters; LoRA on {len(layers)} layers"
         + (f"; head of {count['head']:,} parameters trained whole" if count["head"] else "")
     )
+
+
+def robust_rules(config: RobustConfig) -> str:
+    """What `robust` says, in words."""
+    rules = []
+    if config.reject is not None:
+        rules.append(
+            f"refused beyond {config.reject.factor:g} times the median"
+            if config.reject.kind == "median"
+            else f"the furthest {config.reject.share:.0%} refused"
+        )
+    if config.clip is not None:
+        rules.append(f"clipped to {config.clip:g}")
+    return ", ".join(rules)
 
 
 def clients_table(prepared: Prepared) -> Table:

@@ -25,9 +25,12 @@ from pydantic import (
     model_validator,
 )
 
+from fedhl.channel import sends_products
 from fedhl.errors import UserError
 from fedhl.method import Method
 from fedhl.methods import get_method
+from fedhl.privacy import why_not
+from fedhl.robust import Guard, Median, Trimmed
 from fedhl.seeds import generator
 from fedhl.weighting import Weighting, get_weighting
 
@@ -312,6 +315,10 @@ class Participation(Strict):
             raise ValueError("give exactly one of fraction and count")
         return self
 
+    def rate(self, clients: int) -> float:
+        """The probability that one of so many clients takes part in a round."""
+        return min(1.0, self.count / clients) if self.count is not None else self.fraction or 1.0
+
     def size(self, clients: int) -> int:
         if self.count is not None:
             return min(self.count, clients)
@@ -334,6 +341,60 @@ class WireConfig(Strict):
     payload: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     """The type of adapters on the wire, both ways; runs in one process round as the wire does. int8 has one
     step for each component of each factor. The head always travels as float32."""
+
+
+class MedianRule(Strict):
+    """Refuse clients who move much further than the others of the round."""
+
+    kind: Literal["median"]
+    factor: Annotated[float, Field(ge=1)] = 5.0
+    """Refuse who moves more than so many times the median of those who arrived."""
+
+    def build(self) -> Median:
+        return Median(self.factor)
+
+
+class TrimmedRule(Strict):
+    """Refuse the clients who move furthest, honest or not."""
+
+    kind: Literal["trimmed"]
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Refuse this share of those who arrived, rounded down."""
+
+    def build(self) -> Trimmed:
+        return Trimmed(self.share)
+
+
+class RobustConfig(Strict):
+    """What becomes of clients who move too far, by the norm of the change of their products, over all
+    layers, and of their head. No privacy comes of it."""
+
+    clip: PositiveFloat | None = None
+    """Scale the change of each client down to this norm; null: do not clip."""
+    reject: Annotated[MedianRule | TrimmedRule, Field(discriminator="kind")] | None = None
+    """Refuse clients, before the others are clipped; null: none."""
+
+    @model_validator(mode="after")
+    def one_rule(self) -> RobustConfig:
+        if self.clip is None and self.reject is None:
+            raise ValueError("give clip, reject, or both")
+        return self
+
+    def build(self) -> Guard:
+        return Guard(self.clip, self.reject and self.reject.build())
+
+
+class PrivacyConfig(Strict):
+    """Client-level differential privacy of all that leaves the server: docs/privacy.md says what that
+    protects. In a round every client takes part with the probability q that `participation` gives, on
+    its own, and counts for 1/(q N) of N; clients are weighted alike."""
+
+    clip: PositiveFloat
+    """Scale the change of each client, over all layers and the head, down to this norm."""
+    noise: PositiveFloat
+    """The noise multiplier: the standard deviation of the noise, in units of what one client can move."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """The δ at which ε is reported; well below 1 over the number of clients."""
 
 
 class TrainingConfig(Strict):
@@ -480,6 +541,10 @@ class Config(Strict):
     """An analog channel that adds up what the clients transmit at once, for study; null: a digital
     one, without noise."""
     wire: WireConfig = WireConfig()
+    robust: RobustConfig | None = None
+    """Clip or refuse clients who move too far; null: all count as they are."""
+    privacy: PrivacyConfig | None = None
+    """Client-level differential privacy, with `pip install 'fedhl[dp]'`; null: none."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -510,6 +575,44 @@ class Config(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def robust_method(self) -> Config:
+        if self.robust is None or self.robust.clip is None:
+            return self
+        if not sends_products(self.method.build()):
+            raise ValueError(
+                f"robust.clip: method {self.method.name!r} combines factors, and scaling those does not "
+                "scale their product; use method: fedhl or flexlora, or robust.reject, which goes with "
+                "any method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def privacy_rules(self) -> Config:
+        if self.privacy is None:
+            return self
+        if reason := why_not(self.method.build()):
+            raise ValueError(
+                f"privacy: method {self.method.name!r} {reason}; use method: fedhl, fedhera or fed_plora"
+            )
+        if self.weighting is not None and self.weighting.name != "uniform":
+            raise ValueError(
+                f"privacy: weighting {self.weighting.name!r} would let one client change the weights of "
+                "others; leave it out, or use weighting: uniform"
+            )
+        for name, given in (
+            ("participation.stragglers", self.participation.stragglers),
+            ("channel", self.channel),
+            ("tasks", self.tasks),
+            ("robust", self.robust),
+        ):
+            if given:
+                raise ValueError(
+                    f"privacy: {name} cannot go with it, since the bound on what one client can move "
+                    f"would not hold; leave {name} out"
+                )
+        return self
+
     @property
     def period(self) -> int:
         """The rounds of one task; without tasks, of the whole run."""
@@ -517,7 +620,9 @@ class Config(Strict):
 
     @property
     def weighting_used(self) -> WeightingConfig:
-        """The weighting that was named, or that of the method."""
+        """The weighting that was named, or that of the method; with privacy, uniform."""
+        if self.privacy is not None:
+            return WeightingConfig(name="uniform")
         return self.weighting or WeightingConfig(name=self.method.build().weighting)
 
 
@@ -664,6 +769,7 @@ def explain(error: ValidationError) -> str:
 
 def explain_one(item: dict[str, Any]) -> str:
     unsaid = {"sequence-classification", "causal-lm", "iid", "dirichlet", "by-column", "[key]"}
+    unsaid |= {"median", "trimmed"}
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":

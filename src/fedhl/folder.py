@@ -112,15 +112,38 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     write_atomically(folder / "metrics.jsonl", text)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def secret_of(folder: Path, fresh: bytes) -> bytes:
+    """The secret that the noise of a run with privacy comes from, in `secret.key`, which only its owner
+    may read; a run that begins takes `fresh`. Raises UserError if it was lost."""
+    file = folder / "secret.key"
+    if not file.exists():
+        if checkpoint.stored(folder / "state"):
+            raise UserError(
+                f"{file} is missing: without the secret the noise of this run cannot be continued; restore "
+                "the file, or start a new run"
+            )
+        write_atomically(file, fresh.hex() + "\n", mode=0o600)
+    try:
+        secret = bytes.fromhex(file.read_text(encoding="utf-8"))
+    except ValueError:
+        secret = b""
+    if len(secret) != len(fresh):
+        raise UserError(
+            f"{file} is damaged: expected {2 * len(fresh)} hexadecimal digits; restore it"
+        )
+    return secret
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a file under another name, flush it, and rename it into place."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), mode)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
     """`write_atomically`, of bytes."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch(mode)
         with partial.open("wb") as file:
             file.write(content)
             file.flush()

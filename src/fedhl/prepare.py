@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedhl import peft
+from fedhl import accounting, peft
 from fedhl.channel import AirComp
 from fedhl.config import Config, assign_ranks, unknown
 from fedhl.data import shards
@@ -17,6 +18,7 @@ from fedhl.errors import UserError
 from fedhl.lora import LoRA, initial
 from fedhl.model import Loaded, load_model
 from fedhl.participation import matching
+from fedhl.privacy import SECRET_BYTES, Mechanism
 from fedhl.server import Client, ServerState
 from fedhl.simulation import Federation, initial_state
 
@@ -52,6 +54,13 @@ class Prepared:
         known = {client.id: client for client in (*self.federation.clients, *clients)}
         everyone = [known[id] for id in sorted(known)]
         return replace(self, federation=replace(self.federation, clients=everyone))
+
+    def epsilon(self, rounds: int) -> float | None:
+        """What so many rounds spend of the clients' privacy; None if there is none."""
+        privacy, mechanism = self.config.privacy, self.federation.privacy
+        if privacy is None or mechanism is None:
+            return None
+        return accounting.epsilon(mechanism.rate, mechanism.noise, rounds, privacy.delta)
 
 
 def pick_device(config: Config) -> str:
@@ -110,12 +119,24 @@ def load_federation(
         device=torch.device(device),
         channel=config.channel
         and AirComp(snr_db=config.channel.snr_db, power=config.channel.power),
+        guard=config.robust and config.robust.build(),
+        privacy=mechanism(config, len(clients)),
     )
     return loaded, federation
 
 
+def mechanism(config: Config, clients: int) -> Mechanism | None:
+    """What `config.privacy` asks for, with a new secret of the operating system's; None without it."""
+    if config.privacy is None:
+        return None
+    rate, secret = config.participation.rate(clients), secrets.token_bytes(SECRET_BYTES)
+    return Mechanism(config.privacy.clip, config.privacy.noise, rate, clients, secret)
+
+
 def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
     """The rows and the ranks of the clients. Raises UserError for all that shows without the model."""
+    if config.privacy is not None:
+        accounting.check_installed()
     refuse_unseen(config)
     data = shards.read(config)
     clients = list(data.clients)

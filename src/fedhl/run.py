@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from fedhl.folder import (
     keep_metrics,
     load_checkpoint,
     load_run_config,
+    secret_of,
     uninterrupted,
     write_atomically,
     writing,
@@ -101,6 +103,7 @@ def carry_on(
     """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
     rounds = prepared.config.rounds
     with writing(folder):
+        prepared = with_secret(prepared, folder)
         if state is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         write_summary(prepared, folder, "running", best)
@@ -123,6 +126,16 @@ def carry_on(
     with writing(folder):
         write_summary(prepared, folder, "finished", best)
         write_report(folder)
+
+
+def with_secret(prepared: Prepared, folder: Path) -> Prepared:
+    """With privacy, the secret of this run in place of a new one."""
+    federation = prepared.federation
+    if federation.privacy is None:
+        return prepared
+    secret = secret_of(folder, federation.privacy.secret)
+    privacy = replace(federation.privacy, secret=secret)
+    return replace(prepared, federation=replace(federation, privacy=privacy))
 
 
 def finish_round(
@@ -148,6 +161,8 @@ def finish_round(
     began = perf_counter()
     spectra = server.spectra(prepared.federation.method, state, prepared.federation.top_rank)
     seconds["diagnostics"] = seconds.get("diagnostics", 0.0) + perf_counter() - began
+    epsilon = prepared.epsilon(round)
+    spent = {} if epsilon is None else {"epsilon": epsilon}
     line = {
         "round": round,
         "learning_rate": learning_rate(
@@ -158,7 +173,7 @@ def finish_round(
         "evaluation": evaluation,
         "clients": outcome.clients,
         "refused": outcome.refused,
-        "diagnostics": outcome.diagnostics | spectra,
+        "diagnostics": outcome.diagnostics | spectra | spent,
         "bytes": {
             way: sum(record[f"bytes_{way}"] for record in (*outcome.clients, *outcome.refused))
             for way in ("down", "up")
@@ -182,7 +197,8 @@ def finish_round(
     for refused in outcome.refused:
         watcher.say(f"warning: client {refused['id']!r} refused: {refused['reason']}")
     if not outcome.clients and round:
-        watcher.say("warning: no update was accepted in this round; the model stays as it was")
+        left = "only moves by its noise" if spent else "stays as it was"
+        watcher.say(f"warning: no update was accepted in this round; the model {left}")
     effective = outcome.diagnostics.get("effective_clients")
     if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):
         advice = (
@@ -199,10 +215,8 @@ def finish_round(
 
 def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Callable[[], None]:
     """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
-    round, config = state.round + 1, federation.config
-    federation = federation.in_round(round)
-    size = config.participation.size(len(federation.clients))
-    cohort = server.sample(federation.clients, size, config.seed, round)
+    federation = federation.in_round(state.round + 1)
+    round, config, cohort = state.round + 1, federation.config, federation.cohort(state.round + 1)
     total = sum(config.training.steps_for(client.examples) for client in cohort)
     done = 0
 
@@ -256,5 +270,7 @@ def describe(line: dict[str, Any], rounds: int) -> str:
         loss = sum(client["loss"] * client["examples"] for client in line["clients"]) / rows
         parts.append(f"training loss {loss:.4f}")
         parts.append(f"{line['diagnostics']['effective_clients']:.1f} effective clients")
+    if "epsilon" in line["diagnostics"]:
+        parts.append(f"epsilon {line['diagnostics']['epsilon']:.2f}")
     parts.append(f"{line['seconds']['total']:.1f} s")
     return "  ".join(parts)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedhl import diagnostics
+from fedhl import diagnostics, robust
 from fedhl.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.lora import LoRA, dense, squared_norm
 from fedhl.method import (
@@ -31,6 +31,8 @@ from fedhl.method import (
 )
 from fedhl.participation import corrected
 from fedhl.payload import carried
+from fedhl.privacy import Mechanism
+from fedhl.robust import Guard
 from fedhl.seeds import derive, generator
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
@@ -99,7 +101,8 @@ class LayerUpdates:
     """The updates of one layer, read anew in each iteration, so that nothing is held longer.
 
     `replies` are those that returned this layer, at the places `members` among all that were accepted;
-    their `weights` sum to 1. `silence`: the chance that none would have returned it.
+    their `weights` sum to 1. `silence`: the chance that none would have returned it; `factors`: what
+    each one's change is multiplied by where it is clipped, 1 for all unless given.
     """
 
     method: Method[Any]
@@ -110,12 +113,15 @@ class LayerUpdates:
     seed: int
     members: Sequence[int]
     silence: float = 0.0
+    factors: Sequence[float] = ()
 
     def __iter__(self) -> Iterator[Update]:
         send = sender(self.method, self.state, self.layer, self.seed)
-        for reply, p in zip(self.replies, self.weights, strict=True):
+        factors = self.factors or [1.0] * len(self.replies)
+        for reply, p, c in zip(self.replies, self.weights, factors, strict=True):
             magnitudes = reply.magnitudes.get(self.layer)
             update = Update(send(reply.client), reply.adapter[self.layer], p, magnitudes)
+            update = robust.clipped(update, c)
             yield corrected(update, self.silence, sends_products(self.method))
 
 
@@ -299,6 +305,7 @@ def aggregate(
     silence: Mapping[str, float] | None = None,
     channel: AirComp | None = None,
     head_rows: Mapping[str, Sequence[int]] | None = None,
+    guard: Guard | None = None,
     into: MutableMapping[str, Any] | None = None,
     watch: bool = True,
 ) -> tuple[ServerState, Round]:
@@ -312,32 +319,33 @@ def aggregate(
     `silence`: clients may return fewer layers than asked for, and this is the chance, by layer, that
     none returns it (see `fedhl.participation`). `channel`: the updates are summed over the air.
     `head_rows`: the only rows of these head parameters that this round trains; the others stay as they
-    are, to the bit, whatever was returned. `into`: where the next layer states are put, each as soon as
-    it is known (see `fedhl.shelf`); a dict unless given. `watch`: whether to compute the diagnostics of
-    each layer, which cost about as much as the round.
+    are, to the bit, whatever was returned. `guard`: who moved too far is refused as if it had not
+    arrived, or clipped, before anything is weighted. `into`: where the next layer states are put, each
+    as soon as it is known (see `fedhl.shelf`); a dict unless given. `watch`: whether to compute the
+    diagnostics of each layer, which cost about as much as the round.
     """
     start = perf_counter()
-    accepted, refused = [], []
-    replies = sorted(replies, key=lambda reply: reply.client.id)
-    reasons = refusals(method, state, replies, seed, stragglers=silence is not None)
-    for reply, reason in zip(replies, reasons, strict=True):
-        if accepted and accepted[-1].client.id == reply.client.id:
-            reason = "another reply of this client was accepted already"
-        if reason is None:
-            accepted.append(reply)
-        else:
-            refused.append({"id": reply.client.id, "reason": reason})
+    accepted, refused = accept(method, state, replies, seed, stragglers=silence is not None)
+    checks: list[Check] = []
+    if guard is not None:
+        accepted, left_out, checks = guarded(guard, method, state, accepted, seed)
+        refused += left_out
+        accepted = [
+            replace(reply, head=robust.clipped_head(state.head, reply.head, check.factor))
+            for reply, check in zip(accepted, checks, strict=True)
+        ]
+    factors = [check.factor for check in checks]
     if not accepted:
         seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
         return replace(state, round=state.round + 1), Round([], refused, {}, seconds)
 
-    cohort = measure(method, state, accepted, seed, getattr(weighting, "norms", True))
+    cohort = measure(method, state, accepted, seed, getattr(weighting, "norms", True), factors)
     p = weighting(cohort)
 
     def arrived(name: str, layer: Any) -> LayerUpdates:
         alone = replace(state, layers={name: layer})  # which may have come from disk, once
         unheard = (silence or {}).get(name, 0.0)
-        return arrivals(method, alone, name, accepted, p, seed, unheard)
+        return arrivals(method, alone, name, accepted, p, seed, unheard, factors)
 
     noise = None
     if channel is not None:
@@ -383,27 +391,147 @@ def aggregate(
     seconds = {"aggregate": perf_counter() - start - watching, "diagnostics": watching}
 
     error = relative_error(cohort)
-    clients = [
-        {
-            "id": reply.client.id,
-            "rank": reply.client.rank,
-            "scale": reply.client.scale,
-            "examples": reply.client.examples,
-            "weight": float(p[k]),
-            "error": float(error[k]),
-            "drift": float(drift[k].sqrt()) if watch else None,
-            "loss": reply.loss,
-            "steps": reply.steps,
-            "layers": len(reply.adapter),
-        }
-        for k, reply in enumerate(accepted)
-    ]
+    drifts = drift.sqrt().tolist() if watch else [None] * len(accepted)
+    clients = records(accepted, p.tolist(), error.tolist(), drifts, checks)
     numbers = {"aggregation_error": error_square**0.5, "product_gap": gap_square**0.5}
     numbers = numbers if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
     if noise is not None:
         numbers["channel_noise"] = noise
     return result, Round(clients, refused, numbers, seconds)
+
+
+def release(
+    mechanism: Mechanism,
+    method: Method[Any],
+    state: ServerState,
+    replies: Sequence[Reply],
+    seed: int,
+    *,
+    into: MutableMapping[str, Any] | None = None,
+) -> tuple[ServerState, Round]:
+    """`aggregate` with client-level differential privacy: the method is given the noisy sum of the
+    clipped updates in place of the updates, and the head moves by such a sum, too; see `fedhl.privacy`.
+
+    Also when nobody arrived, or nobody is accepted: the noise hides that. What the round reports is of
+    the clients' own numbers, and for the server alone.
+    """
+    start = perf_counter()
+    accepted, refused = accept(method, state, replies, seed)
+    accepted, _, checks = guarded(Guard(clip=mechanism.clip), method, state, accepted, seed)
+    factors = [check.factor for check in checks]
+    alike = torch.full((len(accepted),), 1 / max(len(accepted), 1), dtype=torch.float64)
+
+    def step(name: str, layer: Any) -> LayerStep:
+        alone = replace(state, layers={name: layer})
+        updates = arrivals(method, alone, name, accepted, alike, seed, 0.0)
+        terms = ((factors[k], u) for k, u in zip(updates.members, updates, strict=True))
+        released = mechanism.released(method, layer, terms, state.round + 1, name)
+        return LayerStep(method.aggregate(layer, [released]))
+
+    layers: MutableMapping[str, Any] = {} if into is None else into
+    for name, done in side_by_side(step, state.layers):
+        layers[name] = done.following
+    heads = ((c, reply.head) for c, reply in zip(factors, accepted, strict=True))
+    head = mechanism.released_head(state.head, heads, state.round + 1)
+    result = ServerState(state.round + 1, layers, head, state.clients)
+    clients, numbers = [], {}
+    if accepted:
+        cohort = measure(method, state, accepted, seed, norms=False)
+        error = relative_error(cohort)
+        weights, drifts = [1 / mechanism.denominator] * len(accepted), [None] * len(accepted)
+        clients = records(accepted, weights, error.tolist(), drifts, checks)
+        numbers = diagnostics.summarise_weights(alike, data_share(cohort), error)
+    seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
+    return result, Round(clients, refused, numbers, seconds)
+
+
+def accept(
+    method: Method[Any],
+    state: ServerState,
+    replies: Sequence[Reply],
+    seed: int,
+    stragglers: bool = False,
+) -> tuple[list[Reply], list[dict[str, Any]]]:
+    """The replies that can be accepted, by client id, one of each; and the others with the reason."""
+    accepted, refused = [], []
+    replies = sorted(replies, key=lambda reply: reply.client.id)
+    reasons = refusals(method, state, replies, seed, stragglers)
+    for reply, reason in zip(replies, reasons, strict=True):
+        if accepted and accepted[-1].client.id == reply.client.id:
+            reason = "another reply of this client was accepted already"
+        if reason is None:
+            accepted.append(reply)
+        else:
+            refused.append({"id": reply.client.id, "reason": reason})
+    return accepted, refused
+
+
+class Check(NamedTuple):
+    """How far a client moved, over all that it returned, and what that is multiplied by."""
+
+    norm: float
+    factor: float
+
+
+def guarded(
+    guard: Guard, method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
+) -> tuple[list[Reply], list[dict[str, Any]], list[Check]]:
+    """Those who stay; the others, with the reason; and how far those who stay moved, with the factors
+    by which they are yet to be clipped."""
+    norms = change_norms(method, state, replies, seed)
+    reasons = guard.reject(norms) if guard.reject is not None else [None] * len(norms)
+    factors = robust.clip_factors(norms, guard.clip)
+    kept, refused, checks = [], [], []
+    for reply, reason, norm, c in zip(replies, reasons, norms, factors, strict=True):
+        if reason is not None:
+            refused.append({"id": reply.client.id, "reason": reason})
+            continue
+        kept.append(reply)
+        checks.append(Check(norm, c))
+    return kept, refused, checks
+
+
+def change_norms(
+    method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
+) -> list[float]:
+    """`sqrt(Σ_layers ||ΔW_i - ΔW(sent_i)||_F² + ||h_i - h||²)` of each client, over what it returned."""
+    squares = [robust.squared_head_change(state.head, reply.head) for reply in replies]
+    alike = torch.ones(len(replies), dtype=torch.float64)
+    for name, layer in state.layers.items():
+        alone = replace(state, layers={name: layer})
+        updates = arrivals(method, alone, name, replies, alike, seed, 0.0)
+        for k, update in zip(updates.members, updates, strict=True):
+            squares[k] += robust.squared_change(update)
+    return [square**0.5 for square in squares]
+
+
+def records(
+    replies: Sequence[Reply],
+    weights: Sequence[float],
+    errors: Sequence[float],
+    drifts: Sequence[float | None],
+    checks: Sequence[Check],
+) -> list[dict[str, Any]]:
+    """What is noted of each client; with `checks`, how far it moved before it was clipped, and c_i."""
+    noted = [
+        {
+            "id": reply.client.id,
+            "rank": reply.client.rank,
+            "scale": reply.client.scale,
+            "examples": reply.client.examples,
+            "weight": p,
+            "error": error,
+            "drift": drift,
+            "loss": reply.loss,
+            "steps": reply.steps,
+            "layers": len(reply.adapter),
+        }
+        for reply, p, error, drift in zip(replies, weights, errors, drifts, strict=True)
+    ]
+    for record, check in zip(noted, checks, strict=False):  # of all clients, or of none
+        record |= {"norm": check.norm, "clip": check.factor}
+    return noted
 
 
 @dataclass(frozen=True)
@@ -467,6 +595,7 @@ def arrivals(
     p: Tensor,
     seed: int,
     silence: float,
+    factors: Sequence[float] = (),
 ) -> LayerUpdates:
     """The updates of one layer: of those who returned it, with `p_i / Σ_{j returned it} p_j`, or all
     0 where theirs are."""
@@ -474,7 +603,8 @@ def arrivals(
     theirs = p[members]
     theirs = theirs / theirs.sum() if theirs.sum() > 0 else theirs
     those = [replies[k] for k in members]
-    return LayerUpdates(method, state, layer, those, theirs.tolist(), seed, members, silence)
+    clip = [factors[k] for k in members] if factors else ()
+    return LayerUpdates(method, state, layer, those, theirs.tolist(), seed, members, silence, clip)
 
 
 def loudness(
@@ -499,9 +629,10 @@ def measure(
     replies: Sequence[Reply],
     seed: int,
     norms: bool = True,
+    factors: Sequence[float] = (),
 ) -> Cohort:
     """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the
-    clients report; and the norms of the updates, if asked for."""
+    clients report; and the norms of the updates, if asked for, clipped by `factors` if given."""
     squares = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
     error = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
     whole = torch.zeros(len(state.layers), dtype=torch.float64)
@@ -515,7 +646,9 @@ def measure(
             sent = send(reply.client)
             if norms and name in reply.adapter:
                 lora = with_past(reply.adapter[name], sent.past, reply.magnitudes.get(name))
-                squares[row, column] = squared_norm([(1.0, lora)])
+                c = factors[row] if factors else 1.0
+                clip = [] if c == 1 else [(1 - c, sent.whole)]
+                squares[row, column] = squared_norm([(c, lora), *clip])
             if W is not None and whole[column] > 0:
                 key = id(sent)  # `send` holds on to it
                 if key not in known:

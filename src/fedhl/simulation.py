@@ -25,6 +25,8 @@ from fedhl.lora import LoRA, dense, initial, pad, prefix, truncate
 from fedhl.method import Broadcast, Method, SelfPruning
 from fedhl.participation import reached, silence
 from fedhl.payload import number_bytes
+from fedhl.privacy import Mechanism
+from fedhl.robust import Guard
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, Round, ServerState
 from fedhl.tasks import begins, task_of
@@ -39,7 +41,7 @@ class Federation:
 
     `rows` and `own`: each client's training and held-out rows; `held_out`: the server's rows, and
     `validation` those it chooses settings by; `tasks`: the labels of each task, if labels arrive over
-    time.
+    time; `guard`: what becomes of clients who move too far; `privacy`: what hides each of them.
     """
 
     config: Config
@@ -55,6 +57,8 @@ class Federation:
     channel: AirComp | None = None
     tasks: Sequence[Sequence[int]] = ()
     validation: Sequence[Example] = ()
+    guard: Guard | None = None
+    privacy: Mechanism | None = None
 
     @property
     def top_rank(self) -> int:
@@ -85,6 +89,14 @@ class Federation:
         }
         clients = [replace(c, examples=len(rows[c.id])) for c in self.clients if rows[c.id]]
         return replace(self, clients=clients, rows=rows)
+
+    def cohort(self, round: int) -> list[Client]:
+        """Those who take part in this round, by id; with privacy each on its own, maybe none."""
+        if self.privacy is not None:
+            by_id = sorted(self.clients, key=lambda client: client.id)
+            return [client for client in by_id if self.privacy.takes_part(client.id, round)]
+        size = self.config.participation.size(len(self.clients))
+        return server.sample(self.clients, size, self.config.seed, round)
 
     def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:
         """Inside the block the model knows only these labels; None: all."""
@@ -214,22 +226,25 @@ def run_round(
     labels = federation.labels_of(round)
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)
-    size = config.participation.size(len(federation.clients))
-    cohort = [
-        as_now(client, state) for client in server.sample(federation.clients, size, seed, round)
-    ]
+    cohort = [as_now(client, state) for client in federation.cohort(round)]
     chance = config.participation.stragglers
     returned = engine.train(federation, state, cohort, on_step)
-    following, outcome = server.aggregate(
-        method,
-        federation.weighting,
-        state,
-        returned.replies,
-        seed,
-        silence=silence([federation.layers_of(c) for c in cohort], chance) if chance else None,
-        channel=federation.channel,
-        head_rows=None if labels is None else peft.label_rows(federation.slots, labels),
-    )
+    if federation.privacy is not None:
+        following, outcome = server.release(
+            federation.privacy, method, state, returned.replies, seed
+        )
+    else:
+        following, outcome = server.aggregate(
+            method,
+            federation.weighting,
+            state,
+            returned.replies,
+            seed,
+            silence=silence([federation.layers_of(c) for c in cohort], chance) if chance else None,
+            channel=federation.channel,
+            head_rows=None if labels is None else peft.label_rows(federation.slots, labels),
+            guard=federation.guard,
+        )
     refused = [*outcome.refused, *returned.missing]
     for record in (*outcome.clients, *refused):
         record["bytes_down"], record["bytes_up"] = returned.traffic[record["id"]]

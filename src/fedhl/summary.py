@@ -50,6 +50,7 @@ def write_summary(
         "labels": prepared.data.labels,
         "method": {"name": config.method.name, **config.method.hyperparameters},
         "weighting": {"name": weighting.name, **weighting.hyperparameters},
+        "privacy": privacy_summary(prepared, lines),
         "rounds": config.rounds,
         "rounds_done": lines[-1]["round"] if lines else 0,
         "metric": evaluations[-1]["metric"] if evaluations else None,
@@ -109,6 +110,22 @@ def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
         return None
     counts = Counter(example.labels for example in rows)
     return {name: counts[k] for k, name in enumerate(names) if counts[k]}
+
+
+def privacy_summary(
+    prepared: Prepared, lines: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The mechanism, and the ε spent so far; None without privacy."""
+    config, mechanism = prepared.config.privacy, prepared.federation.privacy
+    if config is None or mechanism is None:
+        return None
+    return {
+        **config.model_dump(),
+        "rate": mechanism.rate,
+        "denominator": mechanism.denominator,
+        "deviation": mechanism.deviation,
+        "epsilon": lines[-1]["diagnostics"]["epsilon"] if lines else 0.0,
+    }
 
 
 def tasks_summary(prepared: Prepared, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

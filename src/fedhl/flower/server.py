@@ -142,6 +142,8 @@ class Rounds(Strategy):
         elif load_run_config(self.folder) != with_weighting(self.config):
             raise UserError(f"{self.folder} holds a run of another config; choose another folder")
         self.wait(self.wanted(), "the first round")
+        if interrupted := self.interrupted():
+            self.wait(interrupted, "the round goes on", self.config.federation.deadline)
         self.prepared = prepared = self.prepare(resumed)
         if resumed:
             with alone(self.folder):
@@ -187,10 +189,15 @@ class Rounds(Strategy):
             raise UserError("federation.clients: say how many clients the first round waits for")
         return number
 
-    def wait(self, number: int, what: str) -> None:
-        """Until so many clients are there."""
-        told = monotonic() - PATIENCE
-        while len(self.look()) < number:
+    def interrupted(self) -> int:
+        """How many clients were there when the round began that a restart has cut short."""
+        files = sorted((self.folder / "incoming").glob("round-*/clients.json"))
+        return len(json.loads(files[-1].read_text("utf-8"))) if files else 0
+
+    def wait(self, number: int, what: str, seconds: float = math.inf) -> None:
+        """Until so many clients are there, or the time has passed."""
+        told, end = monotonic() - PATIENCE, monotonic() + seconds
+        while len(self.look()) < number and monotonic() < end:
             if monotonic() - told > PATIENCE:
                 there = ", ".join(sorted(m.client for m in self.members.values())) or "none"
                 self.watcher.say(f"waiting for {number} clients before {what}; there: {there}")
@@ -206,7 +213,8 @@ class Rounds(Strategy):
                 self.watcher.say(f"client {gone.client!r} has left")
         for node in sorted(nodes - self.told):
             hello = {"protocol": wire.PROTOCOL, "config": self.config.model_dump_json()}
-            self.asked |= dict.fromkeys(self.push(Message(pack(hello), node, HELLO)), node)
+            for id in self.push(Message(pack(hello), node, HELLO)):
+                self.asked[id] = node
             self.told.add(node)
         for message in self.pull(self.asked):
             node = self.asked.pop(message.metadata.reply_to_message_id)

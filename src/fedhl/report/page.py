@@ -112,6 +112,7 @@ def header(run: Run) -> str:
         f"; {done} of {planned:.0f} rounds done."
         if planned is not None
         else f"; {done} rounds done.",
+        *_privacy(run),
     ]
     kind = escape(status) if run.summary else "no"
     notes = []
@@ -137,6 +138,14 @@ def _call(value: Any) -> str:
         return str(value)
     settings = ", ".join(f"{key} {setting}" for key, setting in value.items() if key != "name")
     return f"{value.get('name')} ({settings})" if settings else str(value.get("name"))
+
+
+def _privacy(run: Run) -> list[str]:
+    """One sentence on what was spent of the clients' privacy, if they have any."""
+    epsilon, delta = (num(run.summary, "privacy", key) for key in ("epsilon", "delta"))
+    if epsilon is None or delta is None:
+        return []
+    return [f" Client-level differential privacy: ε = {epsilon:.2f} at δ = {delta:g} so far."]
 
 
 def tiles(run: Run) -> str:

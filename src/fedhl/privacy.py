@@ -1,0 +1,147 @@
+"""Client-level differential privacy: what leaves the server is a clipped sum with Gaussian noise.
+
+In every round, with C the clip, z the noise multiplier and D a constant,
+
+    S = 1/D Σ_{i arrived} c_i (ΔW_i - ΔW(sent_i)) + N(0, (z C / D)²),   c_i = min(1, C / ||change_i||),
+
+in every layer, and the same for the head; the norm is over all of them together, so one client moves
+the sum by at most C/D whatever it returns. The method is given S as if one client had returned it, so
+its next state, and all that is ever sent, is a function of S and of what was sent before: no method
+can leak more. docs/privacy.md has the argument, and what it does not protect.
+
+Sampling and noise come from a secret, by SHAKE-256: whoever knew them could take the noise away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA, dense
+from fedhl.method import Method, Update
+from fedhl.robust import change
+
+SECRET_BYTES = 32
+"""The length of the secret: 256 bits, as many as SHAKE-256 has strength."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The sampled Gaussian mechanism: `clip` C, `noise` z, `rate` q with which each client takes part,
+    on its own, in a round, and the number of `clients` N who are registered.
+
+    Raises ValueError unless clip, noise and clients are positive, q in (0, 1] and the secret of 32 bytes.
+    Source: DP-FedAvg, arXiv 1710.06963, with a fixed denominator.
+    """
+
+    clip: float
+    noise: float
+    rate: float
+    clients: int
+    secret: bytes
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "noise", "clients"):
+            if not 0 < getattr(self, name) < math.inf:  # also when it is NaN
+                raise ValueError(
+                    f"privacy: {name} must be positive and finite, got {getattr(self, name)}"
+                )
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"privacy: rate must be above 0 and at most 1, got {self.rate}")
+        if len(self.secret) != SECRET_BYTES:
+            raise ValueError(
+                f"privacy: the secret must have {SECRET_BYTES} bytes, got {len(self.secret)}"
+            )
+
+    @property
+    def denominator(self) -> float:
+        """`D = q N`, the expected number of clients in a round; a constant, never that of arrivals."""
+        return self.rate * self.clients
+
+    @property
+    def deviation(self) -> float:
+        """`z C / D`, the standard deviation of the noise on every entry."""
+        return self.noise * self.clip / self.denominator
+
+    def takes_part(self, client: str, round: int) -> bool:
+        """Whether this client is in the cohort of this round: with probability q, on its own."""
+        return float(uniforms(self.secret, 1, "cohort", round, client)) < self.rate
+
+    def released(
+        self,
+        method: Method[Any],
+        state: Any,
+        updates: Iterable[tuple[float, Update]],
+        round: int,
+        layer: str,
+    ) -> Update:
+        """S of one layer, as one update of weight 1; `updates` with their factors c_i, maybe none.
+
+        It answers a broadcast that exists whoever arrived, that of rank 1 and scale 1.
+        """
+        shape = torch.Size(dense(method.delta(state)).shape)  # pyright: ignore[reportArgumentType]
+        total = self.deviation * normals(self.secret, shape, "layer", round, layer)
+        for c, update in updates:
+            B, A = change(update)
+            total.addmm_(B.to(total), A.to(total), alpha=c / self.denominator)
+        sent = method.broadcast(state, 1, 1.0)
+        return Update(sent, besides(sent.lora, total), 1.0)
+
+    def released_head(
+        self,
+        start: Mapping[str, Tensor],
+        heads: Iterable[tuple[float, Mapping[str, Tensor]]],
+        round: int,
+    ) -> dict[str, Tensor]:
+        """`h + S` of the head, from the clients' heads with their factors c_i, maybe none."""
+        heads = list(heads)
+        following = {}
+        for name, h in start.items():
+            total = h.double() + self.deviation * normals(
+                self.secret, h.shape, "head", round, name
+            ).to(h.device)
+            for c, head in heads:
+                total += c / self.denominator * (head[name].double() - h.double())
+            following[name] = total.to(h)
+        return following
+
+
+def besides(lora: LoRA, S: Tensor) -> LoRA:
+    """`ΔW + S`, as an adapter of larger rank."""
+    m, n = S.shape
+    S = (S / lora.scale).to(lora.B)
+    one = torch.eye(min(m, n)).to(lora.B)
+    B, A = (S, one) if n <= m else (one, S)
+    return LoRA(torch.cat([lora.A, A]), torch.cat([lora.B, B], dim=1), lora.scale)
+
+
+def why_not(method: Method[Any]) -> str | None:
+    """Why this method cannot be used with a noisy sum in place of the clients' updates, or None."""
+    if not {"exact mean", "gauge"} <= method.laws or not method.mixed_ranks:
+        return "does not move by the sum of the clients' products alone"
+    if method.traffic(2, 2, 1, [1]) != method.traffic(2, 2, 1, [1, 1]):
+        return "sends the clients each other's adapters, which no noise covers"
+    return None
+
+
+def uniforms(secret: bytes, count: int, *path: str | int) -> Tensor:
+    """`count` numbers of U(0, 1) in float64, multiples of 2⁻⁵³ and half of one: the stream that `path`
+    names, of those who know the secret; to others indistinguishable from chance."""
+    key = hashlib.blake2b(ascii(path).encode(), key=secret).digest()
+    words = bytearray(hashlib.shake_256(key).digest(8 * count))
+    bits = torch.frombuffer(words, dtype=torch.int64).bitwise_right_shift(11) & (2**53 - 1)
+    return (bits.double() + 0.5) / 2**53
+
+
+def normals(secret: bytes, shape: torch.Size, *path: str | int) -> Tensor:
+    """N(0, 1) of this shape in float64 by Box and Muller: `√(-2 ln u) cos 2πv` and its sine."""
+    half = -(-shape.numel() // 2)
+    u, v = uniforms(secret, 2 * half, *path).view(2, half)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[: shape.numel()].view(shape)

@@ -1,0 +1,141 @@
+"""How far each client moved, and what becomes of one that moved too far: clipped, or left out.
+
+What counts is the product, never the factors: `(B G, G⁻¹ A)` is the same update as `(B, A)`, and a
+small change of both factors of a large product is a large one. All float64, on one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import concat
+from fedhl.method import Update
+
+
+def change(update: Update) -> tuple[Tensor, Tensor]:
+    """`ΔW_i - ΔW(sent_i)` as `B A`: B (m, r + r_sent), A (r + r_sent, n), float64."""
+    lora, sent = update.whole, update.sent.whole
+    A = torch.cat([lora.A.double(), sent.A.double()])
+    B = torch.cat([lora.scale * lora.B.double(), -sent.scale * sent.B.double()], dim=1)
+    return B, A
+
+
+def squared_change(update: Update) -> float:
+    """`||ΔW_i - ΔW(sent_i)||_F²`, rounded up, from k x k Gram matrices: `<BᵀB, A Aᵀ>`, never dense.
+
+    Large factors may cancel in a small product, and rounding hide what is left. So its bound is added,
+    `(m + n + k²) eps ||B||_F² ||A||_F²`: a norm that is too small would be a client that is not clipped.
+    """
+    B, A = change(update)
+    gram = float(((B.T @ B) * (A @ A.T)).sum())
+    terms = len(B) + A.shape[1] + len(A) ** 2
+    size = float(B.square().sum()) * float(A.square().sum())
+    return max(0.0, gram) + terms * torch.finfo(torch.float64).eps * size
+
+
+def squared_head_change(start: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> float:
+    """`Σ ||h_i - h||²` over the parameters outside the adapters."""
+    return sum(float((head[n].double() - h.double()).square().sum()) for n, h in start.items())
+
+
+def clip_factors(norms: Sequence[float], bound: float | None) -> list[float]:
+    """`c_i = min(1, C / ||change_i||)`; 1 for all if there is no bound C."""
+    if bound is None:
+        return [1.0] * len(norms)
+    return [1.0 if norm <= bound else bound / norm for norm in norms]
+
+
+def clipped(update: Update, c: float) -> Update:
+    """The update with `ΔW ← ΔW(sent) + c (ΔW - ΔW(sent))`, as one adapter of twice the rank; itself
+    where c = 1. For methods that sum products: factors have no such step."""
+    if c == 1:
+        return update
+    return replace(update, lora=concat([(c, update.lora), (1 - c, update.sent.lora)]))
+
+
+def clipped_head(
+    start: Mapping[str, Tensor], head: Mapping[str, Tensor], c: float
+) -> Mapping[str, Tensor]:
+    """`h + c (h_i - h)`; the head itself where c = 1."""
+    if c == 1:
+        return head
+    moved = {name: h.double() + c * (head[name].double() - h.double()) for name, h in start.items()}
+    return {name: value.to(head[name]) for name, value in moved.items()}
+
+
+class Rejection(Protocol):
+    """For each client why it is left out of the round, or None, from the norms of all who arrived."""
+
+    def __call__(self, norms: Sequence[float]) -> list[str | None]: ...
+
+
+@dataclass(frozen=True)
+class Median:
+    """Leaves out who moved more than `factor` times the median of the norms.
+
+    Holds as long as fewer than half of those who arrived are faulty. Raises ValueError unless
+    `factor >= 1`, below which about half of the clients would be left out in every round.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:  # also when it is NaN
+            raise ValueError(f"factor must be at least 1, got {self.factor}")
+
+    def __call__(self, norms: Sequence[float]) -> list[str | None]:
+        if not norms:
+            return []
+        middle = median(norms)
+        return [
+            f"it moved by {norm:.3g}, more than {self.factor:g} times the median of {middle:.3g} "
+            "(robust.reject)"
+            if norm > self.factor * middle
+            else None
+            for norm in norms
+        ]
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """Leaves out the `⌊share · K⌋` of K clients who moved furthest; of equals, the last.
+
+    Honest clients too, in every round: those of high rank or rare data before others.
+    Raises ValueError unless `0 < share < 1`.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:  # also when it is NaN
+            raise ValueError(f"share must be above 0 and below 1, got {self.share}")
+
+    def __call__(self, norms: Sequence[float]) -> list[str | None]:
+        count = int(self.share * len(norms))
+        furthest = sorted(range(len(norms)), key=lambda k: (norms[k], k))[len(norms) - count :]
+        return [
+            f"it moved by {norm:.3g}, among the {count} of {len(norms)} who moved furthest "
+            "(robust.reject)"
+            if k in furthest
+            else None
+            for k, norm in enumerate(norms)
+        ]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """`reject`: who is left out; `clip`: the largest norm of the others' updates, over all layers and
+    the head together. Raises ValueError unless `clip` is positive."""
+
+    clip: float | None = None
+    reject: Rejection | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:  # also when it is NaN
+            raise ValueError(f"clip must be positive, got {self.clip}")
