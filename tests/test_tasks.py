@@ -7,7 +7,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ from fedhl.data import shards
 from fedhl.data.prompts import Example, collate
 from fedhl.errors import UserError
 from fedhl.lora import dense
-from fedhl.prepare import Prepared, Watcher
+from fedhl.prepare import Watcher
 from fedhl.report import final_table, write_report
 from fedhl.run import steps
 from fedhl.seeds import derive, generator
@@ -293,8 +293,6 @@ def test_the_steps_to_do_in_a_round_are_those_of_its_task() -> None:
     """They follow from the rows: one pass over those of the task."""
     training = {"epochs": 1.0, "batch_size": 4}
     federation, seen = federate(training=training), []
-    unread = cast(Any, None)
-    prepared = Prepared(federation.config, unread, unread, unread, federation, {}, {})
     watcher = Watcher(step=lambda _, done, total: seen.append((done, total)))
     for state, _ in play(federation, 3)[:4:2]:
         run_round(federation, state, steps(federation, state, watcher))
