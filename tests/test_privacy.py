@@ -208,6 +208,7 @@ def test_the_noise_has_the_variance_that_was_promised(state: ServerState) -> Non
 
 
 def test_the_noise_follows_from_the_secret_alone(state: ServerState) -> None:
+    assert str(SECRET) not in repr(mechanism()), "no log shows it"
     one, again = (release(state, [], mechanism(noise=1.0)) for _ in range(2))
     assert same(one, again)
     other = release(state, [], replace(mechanism(noise=1.0), secret=bytes(32)))

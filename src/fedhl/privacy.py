@@ -17,13 +17,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, dense
+from fedhl.lora import LoRA
 from fedhl.method import Method, Update
 from fedhl.robust import change
 
@@ -44,7 +44,7 @@ class Mechanism:
     noise: float
     rate: float
     clients: int
-    secret: bytes
+    secret: bytes = field(repr=False)  # which no log should show
 
     def __post_init__(self) -> None:
         for name in ("clip", "noise", "clients"):
@@ -85,7 +85,9 @@ class Mechanism:
 
         It answers a broadcast that exists whoever arrived, that of rank 1 and scale 1.
         """
-        shape = torch.Size(dense(method.delta(state)).shape)  # pyright: ignore[reportArgumentType]
+        delta = method.delta(state)
+        assert delta is not None, "a method with the law of the exact mean has a global change"
+        shape = torch.Size(delta.shape)
         total = self.deviation * normals(self.secret, shape, "layer", round, layer)
         for c, update in updates:
             B, A = change(update)
