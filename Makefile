@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test check bench docs clean
+.PHONY: help install demo demo-llm federation test check bench docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ demo: .venv/minilm ## MiniLM on movie reviews: 10 clients, ranks 4 to 64, a few 
 
 demo-llm: .venv/smollm2 build/stdlib.jsonl ## SmolLM2-135M on Python source: each standard-library package a client
 	$(call train,stdlib-functions,configs/demo-llm.yaml)
+
+federation: .venv/minilm ## the demo over TLS on this machine, compared with one process; writes runs/federation/
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/deployment/federation.py configs/federation.yaml --out runs/federation
 
 build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	@mkdir -p build

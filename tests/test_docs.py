@@ -104,6 +104,7 @@ def test_the_config_reference_is_what_the_code_says() -> None:
 def test_every_setting_is_explained() -> None:
     groups = {"model", "task", "data", "partition", "lora", "method", "weighting", "participation"}
     groups |= {"training", "evaluation", "compute", "checkpoints", "wire", "kind", "held_out"}
+    groups |= {"federation"}
     for path, model in sections(Config):
         for name, field in model.model_fields.items():
             assert field.description or name in groups, f"{path}.{name} has no help"

@@ -1,6 +1,6 @@
 """The arrows of the design, read from the source: who may import whom.
 
-`lora <- method <- methods <- server <- {simulation, flower} <- run <- cli`; the rest are leaves or
+`lora <- method <- methods <- server <- simulation <- {node, run} <- flower <- cli`; the rest are leaves or
 sides with rules of their own. A module that no rule names is free.
 """
 
@@ -42,8 +42,9 @@ NEVER: dict[str, set[str]] = {
     # part -> the parts of fedhl that it must not import
     "server": {"simulation", "flower"} | FRONT,
     "simulation": {"flower"} | FRONT,
-    "flower": {"simulation"} | FRONT,
-    "run": {"cli"},
+    "node": {"flower"} | FRONT,
+    "run": {"flower", "cli"},
+    "flower": {"cli"},
     "training": ENGINES,
     "evaluation": ENGINES | CORE - {"lora", "seeds", "subspace"},  # knows nothing of federation
     "data": ENGINES,

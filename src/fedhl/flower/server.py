@@ -261,7 +261,8 @@ class Rounds(Strategy):
         arrived then is not asked again."""
         file = self.incoming(round) / "clients.json"
         if not file.exists():
-            self.wait(self.config.federation.minimum, f"round {round}")
+            if round > 1:  # for the first, `start` has waited
+                self.wait(self.config.federation.minimum, f"round {round}")
             file.parent.mkdir(parents=True, exist_ok=True)
             there = sorted(self.members.values(), key=lambda member: member.client)
             found = [[member.client, member.rank, member.examples] for member in there]
