@@ -42,6 +42,8 @@ from fedhl.wire import Malformed
 
 POLL = 0.5
 """Seconds between two looks at what has arrived."""
+GRACE = 60.0
+"""Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
 PATIENCE = 30.0
 """Seconds between two notices that clients are still waited for."""
 
