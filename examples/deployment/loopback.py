@@ -86,6 +86,16 @@ class Loopback:
                 one.send_signal(number)
         process.wait(30)
 
+    def leave(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop a node as an operator would, so that the SuperLink knows at once that it has left: until
+        then, for about a minute, it lets no other in with the same key."""
+        others = family(process.pid)
+        process.terminate()
+        process.wait(30)
+        for one in others:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
     def stop(self) -> None:
         for process in reversed(self.processes):
             self.kill(process)
