@@ -20,7 +20,7 @@ from fedhl.config import Config, load_config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
 from fedhl.message import Malformed
-from fedhl.method import Broadcast
+from fedhl.method import Broadcast, flatten
 from fedhl.model import tokenizer_hash
 from fedhl.node import SHARED, Memory, Node, introduce, node_of, rank_of
 from fedhl.prepare import SILENT, Prepared, prepare, prepare_server
@@ -225,7 +225,7 @@ def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def same_state(one: ServerState, other: ServerState) -> bool:
     like, that = (
-        {f"{n}.{k}": x for n, layer in s.layers.items() for k, x in server.flatten(layer).items()}
+        {f"{n}.{k}": x for n, layer in s.layers.items() for k, x in flatten(layer).items()}
         for s in (one, other)
     )
     return (
