@@ -9,13 +9,13 @@ from time import sleep
 from typing import Any
 
 import torch
-from fedhl.message import opened, sealed
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedhl.flower import client
 from fedhl.flower.records import pack, unpack
+from fedhl.message import opened, sealed
 
 MALLORY = "client-5"
 

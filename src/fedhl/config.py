@@ -510,6 +510,8 @@ class FederationConfig(Strict):
     """The first round begins when so many clients have reported; null: all that the partition makes."""
     minimum: PositiveInt = 1
     """Later rounds begin with at least so many clients there."""
+    top_rank: PositiveInt = 256
+    """A client that brings its own data and rank is refused with a larger one: it would cost the others."""
     deadline: PositiveFloat = 3600.0
     """Seconds that a round waits for its clients before it goes on without those that are missing."""
 

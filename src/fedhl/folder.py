@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from safetensors import SafetensorError
 
@@ -151,6 +152,12 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def file_name(text: str) -> str:
+    """A text of somebody else's as the name of a file, in ASCII: no separator, and no dot, since `..` is
+    the folder above. Two texts never have the same. Raises ValueError for half a character."""
+    return quote(text, safe="").replace(".", "%2E")
 
 
 @contextmanager

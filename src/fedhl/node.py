@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhl import wire
@@ -22,6 +21,7 @@ from fedhl.config import Config, assign_ranks, unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.evaluation import Metrics
+from fedhl.folder import file_name, write_bytes
 from fedhl.model import Loaded, load_tokenizer, tokenizer_hash
 from fedhl.prepare import examine, load_federation
 from fedhl.server import Client
@@ -73,6 +73,9 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
     rank = given.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise UserError(f"node config: rank must be a whole number of at least 1, got {rank!r}")
+    for key in ("model", "state"):
+        if not isinstance(given.get(key, "."), str) or not given.get(key, "."):
+            raise UserError(f"node config: {key} must be text, got {given[key]!r}")
     if "state" in given:
         given["state"] = Path(given["state"])
     return Node(**given)
@@ -244,22 +247,23 @@ class Memory:
     """
 
     def __init__(self, node: Node, run: str) -> None:
-        self.folder = node.folder / quote(run, safe="") / quote(node.client, safe="")
+        self.folder = node.folder / file_name(run) / file_name(node.client)
 
     def files(self) -> dict[int, Path]:
         found = self.folder.glob("round-*.safetensors")
-        return {int(file.stem.removeprefix("round-")): file for file in sorted(found)}
+        return {int(file.stem.removeprefix("round-")): file for file in found}
 
     def before(self, round: int) -> dict[str, Tensor]:
         """What was kept after the last round before this one; {} if nothing."""
-        earlier = [file for number, file in self.files().items() if number < round]
-        return load_file(earlier[-1]) if earlier else {}
+        files = self.files()
+        earlier = [number for number in files if number < round]
+        return load_file(files[max(earlier)]) if earlier else {}
 
     def keep(self, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep these, written whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"round-{round:06d}.safetensors"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)
-        for old in [file for number, file in self.files().items() if number <= round][:-2]:
-            old.unlink()
+        content = save({name: x.contiguous() for name, x in tensors.items()})
+        write_bytes(self.folder / f"round-{round:06d}.safetensors", content)
+        files = self.files()
+        for old in sorted(number for number in files if number <= round)[:-2]:
+            files[old].unlink()

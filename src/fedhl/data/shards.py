@@ -195,7 +195,11 @@ def check_fields(config: Config, rows: Rows) -> None:
     task, where = config.task, config.data.where
     source = config.data.source + (f" (the rows where {where})" if where else "")
     if isinstance(task, ClassificationTask):
-        named_labels(column(rows, task.label, source), source)
+        labels = column(rows, task.label, source)
+        try:
+            label_names(labels)  # one alone is enough for a client that has its own rows
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
         texts = [task.text]
     elif task.messages is not None:
         column(rows, task.messages, source)

@@ -7,13 +7,14 @@ from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from pydantic import ValidationError
 
-from fedhl import node
-from fedhl.config import Config
+from fedhl import node, wire
+from fedhl.config import Config, explain
 from fedhl.errors import UserError
 from fedhl.flower.records import pack, unpack
+from fedhl.message import Malformed
 from fedhl.node import Node
-from fedhl.wire import Malformed
 
 app = ClientApp()
 
@@ -58,9 +59,14 @@ def reply(message: Message, context: Context, answer: Callable[..., Any]) -> Mes
     """The answer, or the reason why there is none, for the server to log."""
     try:
         header, payload = unpack(message.content)
+        wire.check_protocol(header)  # before anything whose meaning depends on it
+        if not isinstance(header.get("config"), str):
+            raise Malformed("it has no readable config")
         config = Config.model_validate_json(header["config"])
         here = node.node_of(context.node_config, config)
         content = answer(config, here, header, payload)
     except (UserError, Malformed) as error:
         content = pack({"error": str(error)})
+    except ValidationError as error:
+        content = pack({"error": f"it cannot read the config: {explain(error)}"})
     return Message(content, reply_to=message)

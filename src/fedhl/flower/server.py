@@ -13,11 +13,10 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -25,20 +24,27 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedhl import server, wire
+from fedhl import checkpoint, server, wire
 from fedhl.config import Config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
 from fedhl.evaluation import Metrics
 from fedhl.flower.records import EVALUATE, HELLO, TRAIN, pack, unpack
-from fedhl.folder import alone, load_run_config, read_summary, write_atomically, write_bytes
+from fedhl.folder import (
+    alone,
+    file_name,
+    load_run_config,
+    read_summary,
+    write_atomically,
+    write_bytes,
+)
+from fedhl.message import WHOLE, Malformed, shown
 from fedhl.method import Broadcast
-from fedhl.model import tokenizer_hash
+from fedhl.model import load_tokenizer, tokenizer_hash
 from fedhl.prepare import Prepared, Watcher, prepare, prepare_server
 from fedhl.run import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
 from fedhl.simulation import Federation, Returned, as_now
-from fedhl.wire import Malformed
 
 POLL = 0.5
 """Seconds between two looks at what has arrived."""
@@ -46,6 +52,10 @@ GRACE = 60.0
 """Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
 PATIENCE = 30.0
 """Seconds between two notices that clients are still waited for."""
+NAME = 200
+"""Characters of a client's id as a file name: with what we add they stay below a file system's 255."""
+LABELS, LABEL = 10_000, 1_000
+"""Labels of a client, and characters of each: every label is a row of the head that all others hold."""
 
 app = ServerApp()
 
@@ -88,21 +98,30 @@ class Turn:
         return self.state.round + 1
 
     def file(self, client: Client) -> Path:
-        return self.folder / (quote(client.id, safe="") + ".safetensors")
+        return self.folder / (file_name(client.id) + ".safetensors")
 
     def came(self, client: Client, bytes: int) -> None:
         """Take down how much this client has sent."""
         self.traffic[client.id] = (self.traffic[client.id][0], bytes)
 
-    def keep(self, client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
-        """Put a reply on disk, with the rank that its client goes on with. Raises Malformed."""
+    def keep(
+        self, client: Client, header: Mapping[str, Any], payload: bytes | None, run: wire.Run
+    ) -> None:
+        """Put a reply on disk, with the rank that its client goes on with. Raises Malformed.
+
+        A reply has nothing that its client was not sent, but for its own header: what is larger is not
+        kept, so that nobody fills the disk.
+        """
         if payload is None:
             raise Malformed("its reply has no payload")
+        most = self.traffic[client.id][0] + sum(wire.limit([], (*run, client.id)))
+        self.came(client, len(payload))
+        if len(payload) > most:
+            raise Malformed(f"it has {len(payload):,} bytes, expected at most {most:,}")
         rank = header.get("next_rank", client.rank)
         if type(rank) is not int or not 1 <= rank <= client.rank:
-            raise Malformed(f"its next rank is {rank!r:.80}, expected 1 to {client.rank}")
-        self.came(client, len(payload))
-        write_atomically(self.file(client).with_suffix(".json"), json.dumps({"rank": rank}))
+            raise Malformed(f"its next rank is {shown(rank)}, expected 1 to {client.rank}")
+        write_atomically(self.file(client).with_suffix(".rank"), json.dumps(rank))
         write_bytes(self.file(client), payload)
 
     def read(self, client: Client, run: wire.Run) -> tuple[Reply, dict[str, Tensor]]:
@@ -115,23 +134,22 @@ class Turn:
 
         file = self.file(client)
         reply = wire.read_reply(file, run, client, list(state.layers), sent, state.head)
-        rank = json.loads(file.with_suffix(".json").read_text())["rank"]
+        rank = json.loads(file.with_suffix(".rank").read_text())
         return reply, {"rank": torch.tensor(rank)} if rank < client.rank else {}
 
 
 class Rounds(Strategy):
     """A federation over Flower's grid: `start` is `fedhl run`, with the clients at the other end."""
 
-    def __init__(self, config: Config, folder: Path, watcher: Watcher) -> None:
-        if config.tasks is not None:
-            raise UserError(
-                "tasks: labels that arrive over time are for runs in one process (fedhl run); leave tasks "
-                "out for clients on other machines"
-            )
+    def __init__(
+        self, config: Config, folder: Path, watcher: Watcher, nodes: int | None = None
+    ) -> None:
+        self.first = wanted(config, nodes)
         self.config, self.folder, self.watcher = config, folder, watcher
         self.members: dict[int, Member] = {}
         self.asked: dict[str, int] = {}  # message: node that has not introduced itself yet
         self.told: set[int] = set()  # nodes that were asked to
+        self.ranks: dict[str, int] = {}  # of all who have taken part
         self.prepared: Prepared | None = None
 
     def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
@@ -143,10 +161,12 @@ class Rounds(Strategy):
             refuse_taken(self.folder)
         elif load_run_config(self.folder) != with_weighting(self.config):
             raise UserError(f"{self.folder} holds a run of another config; choose another folder")
-        self.wait(self.wanted(), "the first round")
+        self.wait(self.first, "the first round")
         if interrupted := self.interrupted():
             self.wait(interrupted, "the round goes on", self.config.federation.deadline)
-        self.prepared = prepared = self.prepare(resumed)
+        self.prepared = prepared = self.prepare()
+        self.ranks |= {client.id: client.rank for client in prepared.federation.clients}
+        self.look_again()
         if resumed:
             with alone(self.folder):
                 go_on(prepared, self.folder, self.watcher, self)
@@ -155,16 +175,16 @@ class Rounds(Strategy):
         shutil.rmtree(self.folder / "incoming", ignore_errors=True)
         return Result()
 
-    def prepare(self, resumed: bool) -> Prepared:
-        """The server's model and rows, for the members that there are."""
+    def prepare(self) -> Prepared:
+        """The server's model and rows, for the members that there are, or were when the run began."""
         members = {member.client: member for member in self.members.values()}
         if not self.own_data:
             return prepare(self.config, self.watcher)
         ranks = {id: member.rank for id, member in members.items()}
         labels: set[str] = {name for one in members.values() for name in one.labels or ()}
-        if resumed:
+        if (self.folder / "summary.json").exists():
             summary = read_summary(self.folder)
-            ranks |= {client["id"]: client["rank"] for client in summary["clients"]}
+            ranks = {client["id"]: client["rank"] for client in summary["clients"]}
             labels = set(summary["labels"] or ())
         known = sorted_labels(labels) if labels else None
         return prepare_server(self.config, ranks, known, self.watcher)
@@ -184,24 +204,19 @@ class Rounds(Strategy):
 
     # --- who is there ---------------------------------------------------------------------------
 
-    def wanted(self) -> int:
-        """How many clients the first round waits for."""
-        number = self.config.federation.clients or getattr(self.config.partition, "clients", None)
-        if number is None:
-            raise UserError("federation.clients: say how many clients the first round waits for")
-        return number
-
     def interrupted(self) -> int:
         """How many clients were there when the round began that a restart has cut short."""
-        files = sorted((self.folder / "incoming").glob("round-*/clients.json"))
-        return len(json.loads(files[-1].read_text("utf-8"))) if files else 0
+        done = checkpoint.stored(self.folder / "state")
+        last = int(done[0].name.removeprefix("round-")) if done else 0
+        file = self.incoming(last + 1) / "clients.json"
+        return len(json.loads(file.read_text("utf-8"))) if file.exists() else 0
 
     def wait(self, number: int, what: str, seconds: float = math.inf) -> None:
         """Until so many clients are there, or the time has passed."""
         told, end = monotonic() - PATIENCE, monotonic() + seconds
         while len(self.look()) < number and monotonic() < end:
             if monotonic() - told > PATIENCE:
-                there = ", ".join(sorted(m.client for m in self.members.values())) or "none"
+                there = ", ".join(sorted(repr(m.client) for m in self.members.values())) or "none"
                 self.watcher.say(f"waiting for {number} clients before {what}; there: {there}")
                 told = monotonic()
             sleep(POLL)
@@ -209,17 +224,23 @@ class Rounds(Strategy):
     def look(self) -> dict[str, int]:
         """The nodes that are there by client id; newcomers are asked who they are."""
         nodes = set(self.grid.get_node_ids())
-        for node in self.told - nodes:  # one that comes back may have changed
+        # what one that has left would still say of itself is not true of who comes back
+        self.asked = {id: node for id, node in self.asked.items() if node in nodes}
+        for node in self.told - nodes:
             self.told.discard(node)
             if gone := self.members.pop(node, None):
                 self.watcher.say(f"client {gone.client!r} has left")
+                # those who were refused may have been for its sake: its own machine, started again
+                self.told &= {*self.members, *self.asked.values()}
         for node in sorted(nodes - self.told):
             hello = {"protocol": wire.PROTOCOL, "config": self.config.model_dump_json()}
             for id in self.push(Message(pack(hello), node, HELLO)):
                 self.asked[id] = node
             self.told.add(node)
         for message in self.pull(self.asked):
-            node = self.asked.pop(message.metadata.reply_to_message_id)
+            node = self.asked.pop(message.metadata.reply_to_message_id, None)
+            if node is None:
+                continue  # not an answer, or a second one
             try:
                 member = self.welcome(answer(message)[0])
             except Malformed as error:
@@ -230,6 +251,15 @@ class Rounds(Strategy):
                     f"client {member.client!r} is here: rank {member.rank}, {member.examples} rows"
                 )
         return {member.client: node for node, member in sorted(self.members.items())}
+
+    def look_again(self) -> None:
+        """Send away who does not fit the run, now that it is known: it may be an older one than they."""
+        for node, member in list(self.members.items()):
+            try:
+                self.check(member)
+            except Malformed as error:
+                self.watcher.say(f"warning: a node was refused: {error}")
+                del self.members[node]
 
     def welcome(self, header: Mapping[str, Any]) -> Member:
         """The member that this introduction is of. Raises Malformed, with the reason."""
@@ -242,21 +272,47 @@ class Rounds(Strategy):
                 f"client {member.client!r} has {'its own data' if member.own else 'no data of its own'}, "
                 "the others not so"
             )
-        if any(member.tokenizer != other.tokenizer for other in others):
-            raise Malformed(f"client {member.client!r} has another tokenizer than the others")
-        if self.prepared is None:
-            return member
-        labels, top = self.prepared.data.labels, self.prepared.federation.top_rank
-        if surplus := sorted(set(member.labels or ()) - set(labels or ())):
-            raise Malformed(
-                f"client {member.client!r} has label {surplus[0]!r}, unknown when the run began"
-            )
-        if member.rank > top:
-            raise Malformed(
-                f"client {member.client!r} has rank {member.rank}, expected at most {top}, the largest "
-                "when the run began"
-            )
+        self.check(member)
         return member
+
+    def check(self, member: Member) -> None:
+        """Raises Malformed unless the member fits the config, and the run if that has begun."""
+        who = f"client {member.client!r}"
+        if member.tokenizer != self.tokenizer:
+            raise Malformed(f"{who} has another tokenizer than the server")
+        if member.own and member.rank > self.config.federation.top_rank:
+            raise Malformed(
+                f"{who} has rank {member.rank}, expected at most {self.config.federation.top_rank} "
+                "(federation.top_rank)"
+            )
+        if self.prepared is None:
+            return
+        if member.rank != self.ranks.get(member.client, member.rank):
+            raise Malformed(
+                f"{who} has rank {member.rank}, but began with {self.ranks[member.client]}; it must stay"
+            )
+        federation = self.prepared.federation
+        if not member.own:
+            rows = {client.id: client.examples for client in federation.clients}
+            if member.client not in rows:
+                raise Malformed(f"{who} has no part in the config's data")
+            if member.examples != rows[member.client]:
+                raise Malformed(
+                    f"{who} has {member.examples} rows, the server makes {rows[member.client]} of the same "
+                    "data"
+                )
+        if surplus := sorted(set(member.labels or ()) - set(self.prepared.data.labels or ())):
+            raise Malformed(f"{who} has label {surplus[0]!r}, unknown when the run began")
+        if member.rank > federation.top_rank:
+            raise Malformed(
+                f"{who} has rank {member.rank}, expected at most {federation.top_rank}, the largest when "
+                "the run began"
+            )
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """The hash of what every client must tokenise with."""
+        return tokenizer_hash(load_tokenizer(self.config.model.source, self.config.model.revision))
 
     def present(self, federation: Federation, round: int) -> Federation:
         """Those who are there now, or were when this round began, before a restart: whose reply had
@@ -276,6 +332,7 @@ class Rounds(Strategy):
                 id, rank, self.config.lora.scale_of(rank), 0, payload=self.config.wire.payload
             )
             clients.append(replace(known.get(id, new), examples=examples))
+            self.ranks.setdefault(id, clients[-1].rank)
         return replace(federation, clients=clients)
 
     def incoming(self, round: int) -> Path:
@@ -292,14 +349,12 @@ class Rounds(Strategy):
         on_step: Callable[[], None],
     ) -> Returned:
         start = perf_counter()
-        incoming = self.folder / "incoming"
-        shutil.rmtree(
-            incoming / f"round-{state.round:06d}", ignore_errors=True
-        )  # is in the state now
-        folder = incoming / f"round-{state.round + 1:06d}"
+        folder = self.incoming(state.round + 1)
         folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.parent.iterdir():
+            if other != folder:  # in the state by now, or of a later round if its state was lost
+                shutil.rmtree(other, ignore_errors=True)
         self.turn = turn = Turn(federation, state, cohort, folder)
-        # beside asking, the first of Flower's hooks has nothing to decide
         asked = self.configure_train(turn.round, ArrayRecord(), ConfigRecord(), self.grid)
         self.exchange(asked, cohort, partial(self.aggregate_train, turn.round))
         replies, kept = [], {}
@@ -334,10 +389,12 @@ class Rounds(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Put what has arrived on disk. The sum is `fedhl.server.aggregate`'s, at the end of the round."""
         for message in replies:
-            client = self.sent.pop(message.metadata.reply_to_message_id)
+            client = self.sent.pop(message.metadata.reply_to_message_id, None)
+            if client is None:
+                continue  # not an answer, or a second one
             try:
                 header, payload = answer(message)
-                self.turn.keep(client, header, payload)
+                self.turn.keep(client, header, payload, self.run)
             except Malformed as error:
                 self.turn.missing[client.id] = str(error)
         return None, None
@@ -366,7 +423,9 @@ class Rounds(Strategy):
     ) -> MetricRecord | None:
         """Take down each client's metrics."""
         for message in replies:
-            client = self.sent.pop(message.metadata.reply_to_message_id)
+            client = self.sent.pop(message.metadata.reply_to_message_id, None)
+            if client is None:
+                continue  # not an answer, or a second one
             try:
                 self.turn.metrics[client.id] = metrics_of(answer(message)[0])
             except Malformed as error:
@@ -379,7 +438,7 @@ class Rounds(Strategy):
 
     # --- messages -------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def run(self) -> wire.Run:
         """What both ends of a message must agree on."""
         assert self.prepared is not None
@@ -415,10 +474,8 @@ class Rounds(Strategy):
             "client": client.id,
             "rank": client.rank,
         }
-        deadline = self.config.federation.deadline
-        yield Message(
-            pack(header, payload), node, kind, ttl=deadline, group_id=str(self.turn.round)
-        )
+        ttl = self.config.federation.deadline + GRACE
+        yield Message(pack(header, payload), node, kind, ttl=ttl, group_id=str(self.turn.round))
 
     def exchange(
         self,
@@ -435,7 +492,10 @@ class Rounds(Strategy):
         self.sent: dict[str, Client] = {}
         for message in messages:
             client = by_id[nodes[message.metadata.dst_node_id]]
-            self.sent |= dict.fromkeys(self.push(message), client)
+            pushed = self.push(message)
+            self.sent |= dict.fromkeys(pushed, client)
+            if not pushed:
+                self.turn.missing[client.id] = "Flower has not taken the message to it"
         while self.sent:
             arrived(self.pull(self.sent))
             self.there = self.look()
@@ -461,36 +521,52 @@ class Rounds(Strategy):
 
 def answer(message: Message) -> tuple[dict[str, Any], bytes | None]:
     """The header and payload of a reply. Raises Malformed, with the reason, if it is none."""
-    if message.has_error():
-        reason = (message.error.reason or "unknown").strip().splitlines()[-1]
-        raise Malformed(f"its node reports an error ({message.error.code}): {reason:.300}")
+    if message.has_error() or not message.has_content():
+        code, reason = (
+            (message.error.code, message.error.reason) if message.has_error() else (0, "")
+        )
+        last = one_line((reason or "").strip().rpartition("\n")[2]) or "unknown"
+        raise Malformed(f"its node reports an error ({code}): {last}")
     header, payload = unpack(message.content)
     if "error" in header:
-        raise Malformed(f"it says: {header['error']!s:.500}")
+        said = header["error"]
+        raise Malformed(f"it says: {one_line(said) if isinstance(said, str) else shown(said)}")
     return header, payload
+
+
+def one_line(text: str) -> str:
+    """A client's text for our log and files: not endless, and without what a terminal would obey or no
+    file can hold."""
+    return "".join(c if c.isprintable() else " " for c in text[:500])
 
 
 def introduction(header: Mapping[str, Any]) -> Member:
     """What a node says of itself, checked. Raises Malformed."""
-    if header.get("protocol") != wire.PROTOCOL:
-        raise Malformed(
-            f"it has protocol version {header.get('protocol')!r:.80}, this is version {wire.PROTOCOL}; "
-            "install the same fedhl on both sides"
-        )
+    wire.check_protocol(header)
     kinds = {"client": str, "rank": int, "examples": int, "own": bool, "tokenizer": str}
     for name, kind in kinds.items():
         if type(header.get(name)) is not kind:
-            raise Malformed(f"its {name} is {header.get(name)!r:.80}, expected {kind.__name__}")
-    labels = header.get("labels")
+            raise Malformed(f"its {name} is {shown(header.get(name))}, expected {kind.__name__}")
+    id, labels = header["client"], header.get("labels")
+    if not (writable(id, NAME) and 0 < len(file_name(id)) <= NAME):
+        raise Malformed(f"its client id {shown(id)} cannot be the name of a file")
     if labels is not None and not (
         isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     ):
         raise Malformed("its labels are not a list of texts")
-    if header["rank"] < 1 or header["examples"] < 1:
-        raise Malformed(f"it has rank {header['rank']} and {header['examples']} rows")
+    if len(labels or ()) > LABELS or not all(writable(name, LABEL) for name in labels or ()):
+        raise Malformed(f"expected at most {LABELS:,} labels, each of at most {LABEL:,} characters")
+    for name in ("rank", "examples"):
+        if not 1 <= header[name] < WHOLE:
+            raise Malformed(f"its {name} is {shown(header[name])}, expected 1 to 2^53")
     return Member(
         **{name: header[name] for name in kinds}, labels=None if labels is None else tuple(labels)
     )
+
+
+def writable(text: str, length: int) -> bool:
+    """Whether a text is short enough, and UTF-8 can say it: JSON has halves of characters, files not."""
+    return len(text) <= length and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def metrics_of(header: Mapping[str, Any]) -> Metrics:
@@ -498,15 +574,26 @@ def metrics_of(header: Mapping[str, Any]) -> Metrics:
     metrics = header.get("metrics")
     names = {"loss", "examples", "accuracy"}
     if not isinstance(metrics, dict) or not {"loss", "examples"} <= set(metrics) <= names:
-        raise Malformed(f"its metrics are {metrics!r:.200}")
+        raise Malformed(f"its metrics are {shown(metrics)}, expected loss, examples and accuracy")
     for name, value in metrics.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise Malformed(f"its {name} is {value!r:.80}, expected a finite number")
+        # so large a number is of no use, and may not even fit a float
+        if type(value) not in (int, float) or not abs(value) < WHOLE:
+            raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
     return metrics
+
+
+def wanted(config: Config, nodes: int | None = None) -> int:
+    """How many clients the first round waits for; of so many nodes, if that is known. Raises UserError for
+    a config that cannot be served."""
+    if config.tasks is not None:
+        raise UserError(
+            "tasks: labels that arrive over time are for runs in one process (fedhl run); leave tasks "
+            "out for clients on other machines"
+        )
+    number = config.federation.clients or getattr(config.partition, "clients", nodes)
+    if number is None:
+        raise UserError("federation.clients: say how many clients the first round waits for")
+    return number
 
 
 def with_weighting(config: Config) -> Config:

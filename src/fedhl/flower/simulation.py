@@ -25,15 +25,17 @@ def simulate(
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
+    nodes = len(partition(config)[1])
+    rounds = Rounds(config, folder, watcher, nodes)
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        Rounds(config, folder, watcher).start(grid)
+        rounds.start(grid)
 
     run_simulation(
         server_app,
         client,
-        num_supernodes=len(partition(config)[1]),
+        num_supernodes=nodes,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             "init_args": {"num_cpus": processes, "logging_level": "error", "log_to_driver": False},

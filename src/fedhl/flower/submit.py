@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedhl.config import Config
 from fedhl.errors import UserError
+from fedhl.flower.server import wanted
 
 APP = """\
 [project]
@@ -51,7 +52,9 @@ def toml(text: str) -> str:
 
 
 def submit(config: Config, folder: Path, superlink: str) -> None:
-    """Start the run on the SuperLink that Flower's config names so, and show its log to its end."""
+    """Start the run on the SuperLink that Flower's config names so, and show its log to its end. Raises
+    UserError for a config that cannot be served."""
+    wanted(config)
     flwr = Path(sys.executable).with_name("flwr")
     program = str(flwr) if flwr.exists() else shutil.which("flwr")
     if program is None:

@@ -1,0 +1,625 @@
+"""Flower's side without its processes: what a reply may do to the server, and what a restart finds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from in_process import Answers, InProcessGrid
+from safetensors.torch import load_file
+
+from fedhl.config import Config, load_config
+from fedhl.errors import UserError
+from fedhl.flower.records import TRAIN, pack, unpack
+from fedhl.flower.server import (
+    LABEL,
+    LABELS,
+    NAME,
+    Member,
+    Rounds,
+    answer,
+    introduction,
+    metrics_of,
+    one_line,
+)
+from fedhl.flower.submit import submit, toml, write_app
+from fedhl.folder import file_name, read_metrics
+from fedhl.message import WHOLE, Malformed
+from fedhl.prepare import Watcher
+from fedhl.run import start_run
+
+HELLO = {
+    **{"protocol": 1, "client": "a", "rank": 4, "examples": 100, "own": True},
+    **{"tokenizer": "0" * 64, "labels": ["cat", "dog"]},
+}
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.none() | st.binary())
+def test_what_is_packed_comes_out(header: dict[str, Any], payload: bytes | None):
+    back, bytes = unpack(pack(header, payload))
+    assert bytes == payload
+    assert json.dumps(back) == json.dumps(header)  # not ==, for NaN
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["header", "payload", "other"]),
+        st.one_of(
+            st.builds(
+                lambda value: ConfigRecord({"json": value}),
+                st.text() | st.binary() | st.integers(0, 9) | st.lists(st.floats(), max_size=2),
+            ),
+            st.builds(ConfigRecord),
+            st.builds(lambda: MetricRecord({"json": 1})),
+            st.builds(
+                lambda name, data: ArrayRecord({name: Array("uint8", (1,), "x", data)}),
+                st.sampled_from(["safetensors", "weights"]),
+                st.binary(),
+            ),
+        ),
+    )
+)
+def test_garbage_is_malformed_and_nothing_else(records: dict[str, Any]):
+    try:
+        header, payload = unpack(RecordDict(records))
+    except Malformed:
+        return
+    assert isinstance(header, dict)
+    assert payload is None or isinstance(payload, bytes)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, "\ud800", "[1]", "", "{"])
+def test_json_that_is_no_header_is_malformed(text: str):
+    with pytest.raises(Malformed):
+        unpack(RecordDict({"header": ConfigRecord({"json": text})}))
+
+
+# --- what a node says of itself -----------------------------------------------------------------
+
+
+def test_a_right_introduction():
+    assert introduction(HELLO) == Member("a", 4, 100, ("cat", "dog"), True, "0" * 64)
+    assert introduction(HELLO | {"labels": None}).labels is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"protocol": 2}, "protocol version 2"),
+        ({"protocol": True}, "protocol version True"),
+        ({"client": 7}, "its client is 7"),
+        ({"client": ""}, "cannot be the name of a file"),
+        ({"client": "x" * (NAME + 1)}, "cannot be the name of a file"),
+        ({"client": "/" * (NAME // 3 + 1)}, "cannot be the name of a file"),
+        ({"client": "half \ud83d"}, "cannot be the name of a file"),
+        ({"rank": "4"}, "its rank is '4'"),
+        ({"rank": True}, "its rank is True"),
+        ({"rank": 0}, "its rank is 0"),
+        ({"examples": 0}, "its examples is 0"),
+        ({"examples": WHOLE}, "expected 1 to 2"),
+        ({"examples": 10**400}, "expected 1 to 2"),
+        ({"examples": 10.0}, "its examples is 10.0"),
+        ({"own": 1}, "its own is 1"),
+        ({"tokenizer": None}, "its tokenizer is None"),
+        ({"labels": "cat"}, "not a list of texts"),
+        ({"labels": ["cat", 1]}, "not a list of texts"),
+        ({"labels": [str(k) for k in range(1_000_000)]}, f"at most {LABELS:,} labels"),
+        ({"labels": ["x" * (LABEL + 1)]}, f"at most {LABEL:,} characters"),
+        ({"labels": ["half \ud83d"]}, "labels"),
+    ],
+)
+def test_a_wrong_introduction_is_refused(wrong: dict[str, Any], reason: str):
+    with pytest.raises(Malformed, match=reason) as refused:
+        introduction(HELLO | wrong)
+    assert len(str(refused.value)) < 300
+
+
+@given(st.dictionaries(st.sampled_from(sorted(HELLO)), JSON))
+def test_any_introduction_is_a_member_or_malformed(wrong: dict[str, Any]):
+    try:
+        member = introduction(HELLO | wrong)
+    except Malformed as error:
+        str(error).encode()
+        return
+    assert len(file_name(member.client)) <= NAME
+    json.dumps([member.client, member.labels], ensure_ascii=False).encode()  # as files are written
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(codec="utf-8")))
+def test_the_file_of_a_client_is_its_own_and_in_its_folder(one: str, other: str):
+    assert (file_name(one) == file_name(other)) == (one == other)
+    assert not set(file_name(one)) & set("./\\: \n")
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def question() -> Message:
+    InProcessGrid({})  # which tells Flower who is asking
+    return Message(RecordDict(), 1, TRAIN)
+
+
+@pytest.mark.parametrize("reason", ["", " ", "\n", "\x1b[2J", None, "x" * 10**6, "why\n\n"])
+def test_an_error_of_flowers_has_a_reason_in_one_line(question: Message, reason: Any):
+    with pytest.raises(Malformed, match="its node reports an error") as refused:
+        answer(Message(Error(2, reason), reply_to=question))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("said", ["no\nround 9/9: all is well", "\ud800", "\x1b[31m", ["a"], None])
+def test_what_a_client_says_stays_in_its_line(question: Message, said: Any):
+    with pytest.raises(Malformed, match="it says") as refused:
+        answer(Message(pack({"error": said}), reply_to=question))
+    assert str(refused.value).isprintable()
+
+
+@given(st.text())
+def test_one_line_can_be_printed_and_written(text: str):
+    assert one_line(text).isprintable()
+    assert len(one_line(text)) <= 500
+
+
+def test_metrics_are_taken_as_they_are():
+    metrics = {"loss": 0.5, "examples": 3, "accuracy": 1.0}
+    assert metrics_of({"metrics": metrics}) == metrics
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        *(None, 3, [], {}, {"loss": 0.1}, {"loss": 0.1, "examples": 1, "more": 2}),
+        *({"loss": x, "examples": 1} for x in (math.nan, math.inf, True, "0", None, 10**400, [0])),
+    ],
+)
+def test_wrong_metrics_are_malformed(metrics: Any):
+    with pytest.raises(Malformed, match=r"its (metrics|loss)"):
+        metrics_of({"metrics": metrics})
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+def settings_of(project: Path, name: str, **changes: Any) -> Config:
+    config = tiny.classification(
+        name=name,
+        rounds=2,
+        partition={"kind": "iid", "clients": 3},
+        lora={"targets": ["query"], "ranks": [1, 2, 4]},
+        training={"steps": 1},
+        evaluation={"client_fraction": 0.0, "every": 100},
+        participation={"fraction": 1.0},
+        federation={"deadline": 2},
+    )
+    return load_config(tiny.write_config(project / f"{name}.yaml", tiny.merged(config, changes)))
+
+
+@pytest.fixture
+def settings(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("FEDHL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fedhl.flower.server.POLL", 0.01)
+    return settings_of(project, "grid")
+
+
+NODES: dict[int, dict[str, Any]] = {k: {"partition-id": k, "num-partitions": 3} for k in range(3)}
+NAMED = {k: {"client": f"client-{k}", "data": "partition"} for k in range(3)}
+
+
+def run(
+    settings: Config, folder: Path, grid: InProcessGrid, said: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """The run, as far as it goes; its metrics without round 0."""
+    watcher = Watcher(say=(said if said is not None else []).append)
+    Rounds(settings, folder, watcher).start(grid)
+    return read_metrics(folder)[1:]
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (
+        load_file(max((f / "state").glob("round-*")) / "state.safetensors") for f in (one, other)
+    )
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def accepted(lines: list[dict[str, Any]]) -> list[list[str]]:
+    return [[client["id"] for client in line["clients"]] for line in lines]
+
+
+def reasons(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{one["id"]: one["reason"] for one in line["refused"]} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def oracle(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, without Flower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        folder = tmp_path_factory.mktemp("oracle") / "run"
+        start_run(settings_of(project, "grid"), folder)
+    return folder
+
+
+def test_the_run_is_the_one_without_flower(settings: Config, tmp_path: Path, oracle: Path):
+    lines = run(settings, tmp_path / "run", InProcessGrid(NAMED))
+    assert accepted(lines) == [[f"client-{k}" for k in range(3)]] * 2
+    assert same(tmp_path / "run", oracle)
+    assert not (tmp_path / "run" / "incoming").exists()
+
+
+# --- hostile replies ----------------------------------------------------------------------------
+
+
+def content(make: Callable[[bytes | None], RecordDict]) -> Callable[..., Answers]:
+    """A reply with the content that `make` makes of the payload."""
+    return lambda asked, reply: [Message(make(unpack(reply.content)[1]), reply_to=asked)]
+
+
+def unasked(asked: Message, reply: Message) -> Answers:
+    """An answer to nothing."""
+    reply.metadata.__dict__["_reply_to_message_id"] = ""
+    return [reply]
+
+
+def without_content(asked: Message, reply: Message) -> Answers:
+    reply.__dict__["_content"] = None
+    return [reply]
+
+
+SPOILT: list[tuple[Callable[..., Answers], str]] = [
+    # what becomes of the reply of client-2, and what the server's reason says of it
+    (
+        lambda asked, reply: [Message(Error(2, " "), reply_to=asked)],
+        "its node reports an error (2): unknown",
+    ),
+    (without_content, "its node reports an error (0): unknown"),
+    (content(lambda payload: RecordDict()), "no readable header"),
+    (content(lambda payload: pack({"error": "\ud800\x1b[2J"})), "it says:   [2J"),
+    (unasked, "no reply within"),
+    (lambda asked, reply: [], "no reply within"),
+    (content(lambda payload: pack({})), "its reply has no payload"),
+    (
+        content(lambda payload: pack({"next_rank": 5}, payload)),
+        "its next rank is 5, expected 1 to 4",
+    ),
+    (content(lambda payload: pack({"next_rank": True}, payload)), "its next rank is True"),
+    (content(lambda payload: pack({"next_rank": [[]]}, payload)), "its next rank is a list"),
+    (content(lambda payload: pack({}, bytes(10**6))), "it has 1,000,000 bytes, expected at most"),
+]
+
+
+def test_no_reply_stops_the_run(project: Path, settings: Config, tmp_path: Path):
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        if node != 2 or message.metadata.message_type != TRAIN:
+            return [reply]
+        return SPOILT[unpack(message.content)[0]["round"] - 1][0](message, reply)
+
+    settings = settings_of(project, "spoilt", rounds=len(SPOILT), federation={"deadline": 0.1})
+    lines = run(settings, tmp_path / "run", InProcessGrid(NODES, between))
+    assert accepted(lines) == [["client-0", "client-1"]] * len(SPOILT)
+    for found, (_, reason) in zip(reasons(lines), SPOILT, strict=True):
+        assert list(found) == ["client-2"]
+        assert reason in found["client-2"]
+    assert lines[-1]["refused"][0]["bytes_up"] == 10**6  # refused, but paid for
+
+
+def test_an_answer_given_twice_counts_once(settings: Config, tmp_path: Path, oracle: Path):
+    grid = InProcessGrid(NODES, lambda node, message, reply: [reply, reply])
+    run(settings, tmp_path / "run", grid)
+    assert same(tmp_path / "run", oracle)
+
+
+def test_a_node_that_flower_takes_no_message_for_is_missing(settings: Config, tmp_path: Path):
+    rounds, grid = Rounds(settings, tmp_path / "run", Watcher()), InProcessGrid(NODES)
+    rounds.grid = grid
+    assert len(rounds.look()) == 3
+    grid.deaf = {2}
+    rounds.start(grid)
+    lines = read_metrics(tmp_path / "run")[1:]
+    assert accepted(lines) == [["client-0", "client-1"]] * 2
+    assert all("has not taken the message" in found["client-2"] for found in reasons(lines))
+
+
+# --- hostile introductions ----------------------------------------------------------------------
+
+
+LIES: list[tuple[dict[str, Any], str]] = [
+    ({"examples": 10**400}, "expected 1 to 2"),
+    ({"examples": 10**9}, "has 1000000000 rows, the server makes"),
+    ({"rank": 10**6}, "has rank 1000000, but began with 2"),
+    ({"client": "mallory", "rank": 10**6}, "'mallory' has no part in the config's data"),
+    ({"client": "client-0"}, "another node is client 'client-0' already"),
+    ({"tokenizer": "0" * 64}, "another tokenizer than the server"),
+    ({"own": True}, "has its own data, the others not so"),
+]
+
+
+def test_a_lie_about_oneself_does_not_stop_the_run(project: Path, settings: Config, tmp_path: Path):
+    """Two clients are honest, each of the others lies in another way."""
+    count = 2 + len(LIES)
+    settings = settings_of(
+        project,
+        "lies",
+        partition={"kind": "iid", "clients": count},
+        lora={"ranks": 2},
+        federation={"clients": 2},
+    )
+
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        if node < 2 or message.metadata.message_type != "query":
+            return [reply]
+        lie, _ = LIES[node - 2]
+        return [Message(pack(unpack(reply.content)[0] | lie), reply_to=message)]
+
+    said: list[str] = []
+    nodes = {k: {"partition-id": k, "num-partitions": count} for k in range(count)}
+    lines = run(settings, tmp_path / "run", InProcessGrid(nodes, between), said)
+    assert accepted(lines) == [["client-0", "client-1"]] * 2
+    for _, reason in LIES:
+        assert any("refused" in line and reason in line for line in said), (reason, said)
+
+
+def test_the_first_to_come_does_not_decide_the_tokenizer(settings: Config, tmp_path: Path):
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        header, _ = unpack(reply.content)
+        return [Message(pack(header | ({"tokenizer": "x"} if node == 0 else {})), reply_to=message)]
+
+    rounds = Rounds(settings, tmp_path / "run", Watcher())
+    rounds.grid = InProcessGrid(NODES, between)
+    assert sorted(rounds.look()) == ["client-1", "client-2"]
+
+
+def test_a_rank_of_its_own_has_a_limit(settings: Config, tmp_path: Path):
+    rounds = Rounds(settings, tmp_path / "run", Watcher())
+    mine = HELLO | {"tokenizer": rounds.tokenizer}
+    assert rounds.welcome(mine | {"rank": 256}).rank == 256
+    with pytest.raises(
+        Malformed, match=r"has rank 257, expected at most 256 \(federation.top_rank\)"
+    ):
+        rounds.welcome(mine | {"rank": 257})
+
+
+# --- nodes that come and go ---------------------------------------------------------------------
+
+
+def test_a_machine_that_was_started_again_is_let_in_when_its_old_node_has_left(
+    settings: Config, tmp_path: Path
+):
+    said: list[str] = []
+    rounds = Rounds(settings, tmp_path / "run", Watcher(say=said.append))
+    rounds.grid = grid = InProcessGrid(NODES)
+    grid.nodes[9] = NODES[1]
+    assert rounds.look() == {f"client-{k}": k for k in range(3)}
+    assert any("another node is client 'client-1' already" in line for line in said)
+    asked = len(grid.asked)
+    assert rounds.look()["client-1"] == 1
+    assert len(grid.asked) == asked  # it is not asked again and again
+    del grid.nodes[1]
+    assert rounds.look() == {"client-0": 0, "client-1": 9, "client-2": 2}
+
+
+def test_an_answer_of_a_node_that_has_left_is_not_waited_for(settings: Config, tmp_path: Path):
+    rounds = Rounds(settings, tmp_path / "run", Watcher())
+    rounds.grid = grid = InProcessGrid(NODES, lambda node, message, reply: [reply] * (node != 1))
+    assert sorted(rounds.look()) == ["client-0", "client-2"]
+    (id,) = rounds.asked
+    del grid.nodes[1]
+    rounds.look()
+    assert id not in rounds.asked
+    grid.nodes[9], grid.between = NODES[1], lambda node, message, reply: [reply]
+    assert rounds.look()["client-1"] == 9
+
+
+# --- restarts -----------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The server's process ends here."""
+
+
+ODD = ["..", "a/b", "clients"]
+"""Ids that are no plain file names; the last is the name of a file of ours."""
+
+
+@pytest.fixture(scope="module")
+def own(project: Path) -> dict[int, dict[str, Any]]:
+    """Nodes with rows and ranks of their own."""
+    for k in range(3):
+        tiny.write_rows(project / f"own-{k}.jsonl", tiny.rows(60, seed=k))
+    return {k: {"client": id, "data": f"own-{k}.jsonl", "rank": k + 1} for k, id in enumerate(ODD)}
+
+
+@pytest.fixture
+def own_settings(project: Path, settings: Config) -> Config:
+    return settings_of(project, "own", data={"held_out": None}, federation={"clients": 3})
+
+
+@pytest.fixture
+def torn(own_settings: Config, own: dict[int, dict[str, Any]], tmp_path: Path) -> Path:
+    """A run killed in its second round, when two of three replies had arrived."""
+    folder = tmp_path / "torn"
+
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        last = node == 0 and message.metadata.message_type == TRAIN
+        return [] if last and unpack(message.content)[0]["round"] == 2 else [reply]
+
+    class Dying(InProcessGrid):
+        def get_node_ids(self) -> list[int]:
+            if len(list(folder.glob("incoming/round-000002/*.safetensors"))) == 2:
+                raise Killed
+            return list(self.nodes)
+
+    with pytest.raises(Killed):
+        Rounds(own_settings, folder, Watcher()).start(Dying(own, between))
+    return folder
+
+
+def test_a_run_killed_anywhere_goes_on_to_the_same_end(
+    own_settings: Config, own: dict[int, dict[str, Any]], torn: Path, tmp_path: Path
+):
+    whole = tmp_path / "whole"
+    assert accepted(run(own_settings, whole, InProcessGrid(own))) == [sorted(ODD)] * 2
+    now = "incoming/round-000002"
+
+    def nothing(folder: Path) -> None: ...
+
+    def rank_alone(folder: Path) -> None:
+        for file in folder.glob(f"{now}/*.safetensors"):
+            file.unlink()
+
+    def half_written(folder: Path) -> None:
+        for file in (folder / now).iterdir():
+            file.rename(file.with_name(f".{file.name}.partial"))
+
+    def after_a_lost_state(folder: Path) -> None:
+        shutil.rmtree(folder / "state" / "round-000001")
+        for file in folder.glob(f"{now}/*.safetensors"):
+            file.write_bytes(b"of a round that has not been yet")
+
+    def only_the_config(folder: Path) -> None:
+        for path in folder.iterdir():
+            if path.name != "config.yaml":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    asked_again = {nothing: 1, after_a_lost_state: 6, only_the_config: 6}
+    for damage in (nothing, rank_alone, half_written, after_a_lost_state, only_the_config):
+        folder = shutil.copytree(torn, tmp_path / damage.__name__)
+        damage(folder)
+        grid = InProcessGrid(own)
+        run(own_settings, folder, grid)
+        trained = [node for node, kind in grid.asked if kind == TRAIN]
+        assert len(trained) == asked_again.get(damage, 3), damage.__name__
+        assert same(folder, whole), damage.__name__
+        assert not list(folder.glob("incoming*")), damage.__name__
+
+
+def test_after_a_restart_clients_must_be_as_they_were(
+    own_settings: Config, own: dict[int, dict[str, Any]], torn: Path
+):
+    said: list[str] = []
+    changed = own | {
+        2: own[2] | {"rank": 1},
+        3: {"client": "larger", "data": "own-0.jsonl", "rank": 8},
+    }
+    lines = run(own_settings.model_copy(deep=True), torn, InProcessGrid(changed), said)
+    assert accepted(lines)[1] == sorted(ODD)  # the reply that it had sent before counts
+    assert any("'clients' has rank 1, but began with 3; it must stay" in line for line in said)
+    assert any("'larger' has rank 8, expected at most 3" in line for line in said)
+
+
+def test_only_an_unfinished_round_is_waited_for(own_settings: Config, torn: Path):
+    rounds = Rounds(own_settings, torn, Watcher())
+    assert rounds.interrupted() == 3
+    shutil.copytree(torn / "state" / "round-000001", torn / "state" / "round-000002")
+    assert rounds.interrupted() == 0
+
+
+# --- configs that cannot be served, and Flower that is not there ---------------------------------
+
+
+def test_a_config_that_cannot_be_served_is_refused_before_anything_is_sent(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PATH", "")
+    tasks = settings_of(project, "refused", tasks={"count": 2}, rounds=4)
+    with pytest.raises(UserError, match="tasks: labels that arrive over time"):
+        submit(tasks, project / "runs" / "refused", "nowhere")
+    by_column = settings_of(
+        project, "refused", partition={"kind": "by-column", "column": "site"}, lora={"ranks": 2}
+    )
+    with pytest.raises(UserError, match=r"federation.clients: say how many"):
+        submit(by_column, project / "runs" / "refused", "nowhere")
+    assert Rounds(by_column, project / "runs" / "refused", Watcher(), nodes=3).first == 3
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_is_a_toml_string(text: str):
+    assert tomllib.loads(f"x = {toml(text)}") == {"x": text}
+
+
+def test_the_app_that_is_sent_says_what_it_was_told(settings: Config, tmp_path: Path):
+    odd = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"source": 'a "b"\\c {d} \x7f ü\n.jsonl'})}
+    )
+    folder = Path('/srv/"runs"/{x}')
+    write_app(tmp_path / "app", odd, folder)
+    written = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text("utf-8"))
+    told = written["tool"]["flwr"]["app"]["config"]
+    assert Config.model_validate_json(told["config"]) == odd
+    assert Path(told["folder"]) == folder
+
+
+WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "flwr":
+            raise ModuleNotFoundError("No module named 'flwr'", name="flwr")
+
+sys.meta_path.insert(0, Blocker())
+from fedhl.cli import main
+
+for command in (["serve", "tiny.yaml", "somewhere"], ["run", "tiny.yaml", "--ray", "2"]):
+    sys.argv = ["fedhl", *command, "--out", sys.argv[-1]]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_without_flower_the_commands_say_what_to_install(project: Path, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(tmp_path / "run")],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["2", "2"], done.stderr
+    assert done.stderr.count("flwr is not installed: pip install 'fedhl[flower]'") == 2
+    assert not (tmp_path / "run").exists()
+
+
+# --- the other end ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"protocol": 2}, "protocol version 2"),
+        ({"protocol": 1}, "no readable config"),
+        ({"protocol": 1, "config": 7}, "no readable config"),
+        ({"protocol": 1, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
+    ],
+)
+def test_a_client_says_why_it_does_not_understand(header: dict[str, Any], reason: str):
+    grid = InProcessGrid({1: {"client": "a", "data": "rows.jsonl"}})
+    (id,) = grid.push_messages([Message(pack(header), 1, "query")])
+    (reply,) = grid.pull_messages([id])
+    with pytest.raises(Malformed, match=f"it says: .*{reason}"):
+        answer(reply)
