@@ -69,7 +69,7 @@ def simulated(project: Path, name: str, client: str, config: dict[str, Any]) -> 
         env=environment(project),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -107,6 +107,7 @@ def same_state(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_kind_of_broken_update_is_refused_and_the_state_is_as_without_its_sender(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -129,6 +130,7 @@ def test_every_kind_of_broken_update_is_refused_and_the_state_is_as_without_its_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_with_100_clients_of_which_30_percent_drop_out_each_update_counts_once(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ):
