@@ -360,6 +360,12 @@ def test_a_rate_is_chosen_by_the_clients_and_its_run_is_not_repeated(
     assert "0.03, at the edge" in page
     chosen = metrics(folder / name / "rate-0.03")
     assert conditions(chosen) == conditions(metrics(compared / "fedhl/seed-0"))
+    # with another method, and then with both: everything is there, but the plan was of one of them
+    both = "fedhl,fedit@lora.ranks=4"
+    for methods in ("fedhl", both):
+        done = fedhl(project, *[methods if a == "fedit@lora.ranks=4" else a for a in arguments])
+        assert (done.code, done.err) == (0, ""), done
+    assert [variant["variant"] for variant in results(folder)["variants"]] == both.split(",")
 
 
 @pytest.mark.parametrize("rates", [[], [0.1, 0.2]])

@@ -364,7 +364,9 @@ def compare(
         examined(variant, variant.config(config, seeds[0]))
     tell_of_others(made, folder, watcher)
     if rates:
-        if not all(finished(job.folder) for job in grid):
+        # what is complete stays as it is, unless it is that of other variants or rates
+        known = planned(folder) == ([variant.text for variant in made], [*rates])
+        if not known or not all(finished(job.folder) for job in grid):
             store(folder, study.plan(chosen))
         finish(study, grid, 1, watcher)
         read = read_comparison(folder)
@@ -387,6 +389,15 @@ def store(folder: Path, plan: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "comparison.json", json.dumps(plan))
         write_comparison(folder)
+
+
+def planned(folder: Path) -> tuple[list[str], list[float]] | None:
+    """The variants and rates of the comparison in this folder; None if there is none to be read."""
+    try:
+        plan = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return [entry["variant"] for entry in plan["variants"]], plan["rates"]
 
 
 @contextmanager
