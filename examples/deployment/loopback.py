@@ -181,7 +181,11 @@ class Loopback:
         """`fedhl serve`, as a process; its log is `run.log`. `client`: another ClientApp than fedhl's."""
         app = self.folder / "app"
         write_app(app, config, run.absolute(), client)
-        return self.start("run", "flwr", "run", str(app), "loopback", "--stream")
+        submit = (
+            "import sys; from fedhl.flower.submit import follow, start; "
+            "follow(start(sys.argv[1], 'loopback'), 'loopback')"
+        )
+        return self.start("run", Path(sys.executable).name, "-c", submit, str(app))
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fedhl.config import Config
 from fedhl.errors import UserError
@@ -53,18 +54,61 @@ def toml(text: str) -> str:
 
 def submit(config: Config, folder: Path, superlink: str) -> None:
     """Start the run on the SuperLink that Flower's config names so, and show its log to its end. Raises
-    UserError for a config that cannot be served."""
+    UserError for a config that cannot be served, and if the run does not end well."""
     wanted(config)
-    flwr = Path(sys.executable).with_name("flwr")
-    program = str(flwr) if flwr.exists() else shutil.which("flwr")
-    if program is None:
-        raise UserError("flwr, Flower's command, is not here: pip install 'fedhl[flower]'")
     with tempfile.TemporaryDirectory() as place:
         app = Path(place) / "app"
         write_app(app, config, folder.absolute())
-        done = subprocess.run([program, "run", str(app), superlink, "--stream"], check=False)
-    if done.returncode:
+        run = start(app, superlink)
+    follow(run, superlink)
+
+
+def start(app: Path, superlink: str) -> str:
+    """Hand the app over; the id that Flower gives this run. Raises UserError."""
+    told = ask("run", str(app), superlink)
+    if not told.get("success"):
+        reason = " ".join(told["error-message"].split())
         raise UserError(
-            f"Flower could not start the run on {superlink!r} (exit code {done.returncode}); is it in "
-            "$FLWR_HOME/config.toml, and is its SuperLink up?"
+            f"Flower could not start the run on {superlink!r}: {reason} (is it in "
+            "$FLWR_HOME/config.toml, and is its SuperLink up?)"
         )
+    return told["run-id"]
+
+
+def follow(run: str, superlink: str) -> None:
+    """Show the run's log until it ends. Raises UserError unless it has done all that it should."""
+    try:
+        subprocess.run([flwr(), "log", run, superlink], check=False)
+    except KeyboardInterrupt:
+        print(
+            f"\nthe run goes on without you; flwr log {run} {superlink} shows how, and "
+            f"flwr stop {run} {superlink} ends it",
+            file=sys.stderr,
+        )
+        raise
+    told = ask("list", "--run-id", run, superlink)
+    status = told["runs"][0]["status"] if told.get("success") else "unknown: no answer"
+    if status != "finished:completed":
+        raise UserError(
+            f"run {run} on {superlink!r} is {status}; its log is above. Once the reason is gone, the same "
+            "command goes on with it"
+        )
+
+
+def ask(*arguments: str) -> dict[str, Any]:
+    """What a command of Flower's answers. Raises UserError if that is nothing that can be read."""
+    command = [flwr(), *arguments, "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise UserError(f"flwr {arguments[0]} has failed: {done.stderr or done.stdout}") from None
+
+
+def flwr() -> str:
+    """Flower's command, of this Python before any other. Raises UserError without one."""
+    beside = Path(sys.executable).with_name("flwr")
+    program = str(beside) if beside.exists() else shutil.which("flwr")
+    if program is None:
+        raise UserError("flwr, Flower's command, is not here: pip install 'fedhl[flower]'")
+    return program
