@@ -17,9 +17,8 @@ import hostile
 import pytest
 import tiny
 from certificates import make as make_certificates
+from federation import difference
 from loopback import loopback, wait_until
-from safetensors.torch import load_file
-from torch import Tensor
 
 from fedhl.config import load_config
 from fedhl.folder import read_metrics
@@ -91,18 +90,6 @@ def alone(
     return folder
 
 
-def state(run: Path) -> dict[str, Tensor]:
-    """The tensors of the newest checkpoint, but for what clients keep for themselves."""
-    newest = max((run / "state").glob("round-*"))
-    tensors = load_file(newest / "state.safetensors")
-    return {name: x for name, x in tensors.items() if not name.startswith("client")}
-
-
-def same_state(one: Path, other: Path) -> bool:
-    a, b = state(one), state(other)
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
 # --- Ray ----------------------------------------------------------------------------------------
 
 
@@ -126,7 +113,7 @@ def test_every_kind_of_broken_update_is_refused_and_the_state_is_as_without_its_
         assert [refused["id"] for refused in line["refused"]] == [hostile.MALLORY], kind
         assert reason in line["refused"][0]["reason"], (kind, line["refused"])
     other = alone(project, "hostile", config, lambda id, round: id != hostile.MALLORY, monkeypatch)
-    assert same_state(run, other)
+    assert difference(run, other) == 0
 
 
 @pytest.mark.slow
@@ -154,7 +141,7 @@ def test_with_100_clients_of_which_30_percent_drop_out_each_update_counts_once(
         assert sum(client["weight"] for client in line["clients"]) == pytest.approx(1)
     # to the bit: none is missing, and none counts twice
     other = alone(project, "load", config, lambda *at: not hostile.drops(*at), monkeypatch)
-    assert same_state(run, other)
+    assert difference(run, other) == 0
 
 
 # --- SuperLink and SuperNodes -------------------------------------------------------------------
@@ -257,7 +244,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         assert sum(client["weight"] for client in line["clients"]) == pytest.approx(1)
     there = [accepted(line) for line in lines()]
     other = alone(project, "faults", config, lambda id, round: id in there[round], monkeypatch)
-    assert same_state(run, other)
+    assert difference(run, other) == 0
 
 
 def accepted(line: dict[str, Any]) -> set[str]:

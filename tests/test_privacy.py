@@ -18,7 +18,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_robust import BASE, louder
-from test_server import CLIENTS, FEDHL, HEAD, SEED, SHAPES, TRUNCATION, exact, reply, same, start
+from test_server import (
+    CLIENTS,
+    FEDHL,
+    HEAD,
+    SEED,
+    SHAPES,
+    begun,
+    exact,
+    reply,
+    same,
+    start,
+)
 from test_simulation import federate
 from torch import Tensor
 
@@ -68,11 +79,7 @@ def norm(parts: Sequence[Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def state() -> ServerState:
-    state = start()
-    for _ in range(2):
-        answers = [reply(state, client) for client in CLIENTS]
-        state, _ = server.aggregate(FEDHL, TRUNCATION, state, answers, SEED)
-    return state
+    return begun()
 
 
 # --- sensitivity --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from test_server import (
     SEED,
     SHAPES,
     TRUNCATION,
+    begun,
     draw,
     exact,
     reply,
@@ -40,11 +41,7 @@ sizes = st.integers(1, 7)
 
 @pytest.fixture(scope="module")
 def state() -> ServerState:
-    state = start()
-    for _ in range(2):
-        answers = [reply(state, client) for client in CLIENTS]
-        state, _ = server.aggregate(FEDHL, TRUNCATION, state, answers, SEED)
-    return state
+    return begun()
 
 
 def louder(answer: Reply, times: float) -> Reply:

@@ -73,13 +73,17 @@ def start(method: Any = FEDHL, top: int = TOP, scale: float = 1.0) -> ServerStat
     return server.init(method, adapter, {n: draw(9, *shape) for n, shape in HEAD.items()}, SEED)
 
 
-@pytest.fixture(scope="module")
-def state() -> ServerState:
+def begun() -> ServerState:
     """After two rounds of everybody, so that W has more rank than anyone is sent."""
     state = start()
     for _ in range(2):
         state, _ = play(state, [reply(state, client) for client in CLIENTS])
     return state
+
+
+@pytest.fixture(scope="module")
+def state() -> ServerState:
+    return begun()
 
 
 def exact(lora: LoRA) -> Tensor:

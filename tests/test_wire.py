@@ -570,7 +570,11 @@ def test_random_bytes_are_refused(message: bytes) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
     ),
@@ -584,7 +588,6 @@ def test_forged_headers_are_refused_or_mean_the_same(data: Any) -> None:
     own = {"loss", "steps", "bound"}
     field = data.draw(st.sampled_from([*sorted(opened(valid()[0]).header.keys() - own), "other"]))
     value = data.draw(json_values)
-    assume(not isinstance(value, float) or math.isfinite(value))
     judged(forged(put(**{field: value})))
 
 
@@ -602,6 +605,10 @@ def test_forged_tensors_are_refused_or_mean_the_same(data: Any) -> None:
     def change(held: dict[str, Tensor]) -> None:
         was = held[name]
         other = data.draw(st.text(max_size=9) | st.sampled_from(names))
+        there = held.get(other, torch.zeros(0))
+        assume(
+            (there.shape, there.dtype) != (was.shape, was.dtype)
+        )  # else it is only other numbers
         if kind in ("drop", "rename"):
             del held[name]
         if kind in ("rename", "add"):

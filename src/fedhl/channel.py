@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedhl.diagnostics import moved
-from fedhl.lora import LoRA
+from fedhl.lora import LoRA, plus
 from fedhl.method import Method, Update
 
 
@@ -91,7 +91,7 @@ def received(
     m, n = updates[0].lora.shape
     if products:
         z = deviation * torch.randn(m, n, generator=g)
-        return [replace(u, lora=with_product(u.lora, z)) for u in updates]
+        return [replace(u, lora=plus(u.lora, z)) for u in updates]
     top = max(int(u.components.max()) for u in updates) + 1
     share = torch.zeros(top, dtype=torch.float64)
     for u in updates:
@@ -100,12 +100,6 @@ def received(
     each = torch.where(share > 0, 1 / share, 0.0)[:, None]
     noise = {name: deviation * (each * x).float() for name, x in z.items()}
     return [replace(u, lora=with_factors(u, noise)) for u in updates]
-
-
-def with_product(lora: LoRA, z: Tensor) -> LoRA:
-    """`ΔW + z`, as an adapter of larger rank."""
-    A = torch.cat([lora.A, torch.eye(z.shape[1]).to(lora.A)])
-    return LoRA(A, torch.cat([lora.B, (z / lora.scale).to(lora.B)], dim=1), lora.scale)
 
 
 def with_factors(update: Update, noise: dict[str, Tensor]) -> LoRA:

@@ -103,6 +103,14 @@ def concat(terms: Iterable[tuple[float, LoRA]]) -> LoRA:
     return LoRA(A, B, 1.0)
 
 
+def plus(lora: LoRA, Z: Tensor) -> LoRA:
+    """`ΔW + Z` for a dense Z (m, n), as an adapter whose rank is larger by min(m, n)."""
+    m, n = Z.shape
+    Z, one = (Z / lora.scale).to(lora.B), torch.eye(min(m, n)).to(lora.B)
+    B, A = (Z, one) if n <= m else (one, Z)
+    return LoRA(torch.cat([lora.A, A.to(lora.A)]), torch.cat([lora.B, B], dim=1), lora.scale)
+
+
 def add_products(W: Tensor, terms: Iterable[tuple[float, LoRA]], block: int = 512) -> Tensor:
     """`W + Σ w ΔW` over (weight, adapter) pairs, shape (m, n); `W` itself is not touched.
 

@@ -253,6 +253,23 @@ def checked(updates: Iterable[Update], shape: tuple[int, int]) -> Iterator[Updat
         raise ValueError("the cohort is empty: a round without updates leaves the state as it is")
 
 
+def scaled(update: Update, c: float) -> Update:
+    """The update with `ΔW ← ΔW(sent) + c (ΔW - ΔW(sent))`, as an adapter of both ranks together; for
+    methods that sum products, since factors have no such step."""
+    return replace(update, lora=concat([(c, update.lora), (1 - c, update.sent.lora)]))
+
+
+def changes(updates: Iterable[Update]) -> Iterator[tuple[float, LoRA]]:
+    """The terms of `Σ p_i (ΔW_i - ΔW(sent_i))`: every adapter with its weight, and then what they were
+    sent, once for all who were sent the same object, with minus the sum of their weights."""
+    held: dict[int, tuple[float, Broadcast]] = {}  # by identity
+    for update in updates:
+        yield update.weight, update.lora
+        weight, sent = held.get(id(update.sent), (0.0, update.sent))
+        held[id(sent)] = weight - update.weight, sent
+    yield from ((weight, sent.lora) for weight, sent in held.values())
+
+
 def flatten(state: Any) -> dict[str, Tensor]:
     """A state as named tensors, for safetensors; numbers become 0-d float64 or int64 tensors.
 

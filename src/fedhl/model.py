@@ -86,6 +86,8 @@ def load_model(
         _require_four_bit(target)
     path = locate(source)
     folder, digest = _find(source)
+    if path is not None and digest is None:
+        digest = _hash_folder(path)
     tokenizer = _load_tokenizer(folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
     if labels is not None:
@@ -326,11 +328,11 @@ def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def _find(source: str) -> tuple[str, str | None]:
-    """Where to load `source` from, and the hash of its files; None for a hub id."""
+    """Where to load `source` from; and the hash of a GGUF file, which names its folder in the cache."""
     path = locate(source)
     if path is None:
         return source, None
-    return _from_gguf(path) if path.is_file() else (str(path.resolve()), _hash_folder(path))
+    return _from_gguf(path) if path.is_file() else (str(path.resolve()), None)
 
 
 def _hash_folder(folder: Path) -> str:

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from fedhl.lora import LoRA, concat
-from fedhl.method import Update
+from fedhl.lora import LoRA
+from fedhl.method import Update, scaled
 from fedhl.seeds import generator
 
 
@@ -70,7 +70,7 @@ def corrected(update: Update, silence: float, products: bool) -> Update:
         return update
     sent, lora, c = update.sent.lora, update.lora, 1 / (1 - silence)
     if products:
-        return replace(update, lora=concat([(c, lora), (1 - c, sent)]))
+        return scaled(update, c)
     A, B = (torch.lerp(x.to(y), y, c) for x, y in ((sent.A, lora.A), (sent.B, lora.B)))
     before, magnitudes = update.sent.magnitudes, update.magnitudes
     if before is not None and magnitudes is not None:

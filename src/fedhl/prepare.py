@@ -135,9 +135,7 @@ def mechanism(config: Config, clients: int) -> Mechanism | None:
 
 def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
     """The rows and the ranks of the clients. Raises UserError for all that shows without the model."""
-    if config.privacy is not None:
-        accounting.check_installed()
-    refuse_unseen(config)
+    check_config(config)
     data = shards.read(config)
     clients = list(data.clients)
     ranks = assign_ranks(config.lora, clients, config.seed)
@@ -146,14 +144,15 @@ def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
             f"participation.count: {config.participation.count} clients a round, but there are only "
             f"{len(ranks)}; lower it, or leave participation out for all"
         )
-    for name in config.participation.layers:
-        if name not in clients:
-            raise UserError(f"participation.layers: {unknown(name, clients, 'client')}")
+    refuse_strangers(config, clients)
     return data, ranks
 
 
-def refuse_unseen(config: Config) -> None:
-    """Raises UserError if nobody could evaluate what this method makes."""
+def check_config(config: Config) -> None:
+    """Raises UserError for what shows before any row is read: an extra that is not installed, or a
+    method whose results nobody could evaluate."""
+    if config.privacy is not None:
+        accounting.check_installed()
     method = config.method.build()
     state = method.init(initial(2, 2, 1, 1.0, seed=0))
     if method.delta(state) is None and not config.evaluation.client_fraction:
@@ -161,6 +160,13 @@ def refuse_unseen(config: Config) -> None:
             f"method {config.method.name!r} has no global model, so only the clients can evaluate: set "
             "evaluation.client_fraction, e.g. to 0.2"
         )
+
+
+def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
+    """Raises UserError if participation.layers names a client that is not one of these."""
+    for name in config.participation.layers:
+        if name not in clients:
+            raise UserError(f"participation.layers: {unknown(name, clients, 'client')}")
 
 
 def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
@@ -177,15 +183,13 @@ def prepare_server(
 
     Raises UserError before any training.
     """
-    refuse_unseen(config)
+    check_config(config)
     if config.data.validation is not None:
         raise UserError(
             "data.validation: rows to choose settings by are a part of data.source, which the server "
             "does not have where clients bring their own data; leave it out"
         )
-    for name in config.participation.layers:
-        if name not in clients:
-            raise UserError(f"participation.layers: {unknown(name, sorted(clients), 'client')}")
+    refuse_strangers(config, sorted(clients))
     watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
     return assemble(config, shards.of_server(config, labels), clients, watcher)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA
+from fedhl.lora import plus
 from fedhl.method import Method, Update
 from fedhl.robust import change
 
@@ -93,7 +93,7 @@ class Mechanism:
             B, A = change(update)
             total.addmm_(B.to(total), A.to(total), alpha=c / self.denominator)
         sent = method.broadcast(state, 1, 1.0)
-        return Update(sent, besides(sent.lora, total), 1.0)
+        return Update(sent, plus(sent.lora, total), 1.0)
 
     def released_head(
         self,
@@ -112,15 +112,6 @@ class Mechanism:
                 total += c / self.denominator * (head[name].double() - h.double())
             following[name] = total.to(h)
         return following
-
-
-def besides(lora: LoRA, S: Tensor) -> LoRA:
-    """`ΔW + S`, as an adapter of larger rank."""
-    m, n = S.shape
-    S = (S / lora.scale).to(lora.B)
-    one = torch.eye(min(m, n)).to(lora.B)
-    B, A = (S, one) if n <= m else (one, S)
-    return LoRA(torch.cat([lora.A, A]), torch.cat([lora.B, B], dim=1), lora.scale)
 
 
 def why_not(method: Method[Any]) -> str | None:

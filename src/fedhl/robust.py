@@ -7,15 +7,14 @@ small change of both factors of a large product is a large one. All float64, on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedhl.lora import concat
-from fedhl.method import Update
+from fedhl.method import Update, scaled
 
 
 def change(update: Update) -> tuple[Tensor, Tensor]:
@@ -52,11 +51,8 @@ def clip_factors(norms: Sequence[float], bound: float | None) -> list[float]:
 
 
 def clipped(update: Update, c: float) -> Update:
-    """The update with `ΔW ← ΔW(sent) + c (ΔW - ΔW(sent))`, as one adapter of twice the rank; itself
-    where c = 1. For methods that sum products: factors have no such step."""
-    if c == 1:
-        return update
-    return replace(update, lora=concat([(c, update.lora), (1 - c, update.sent.lora)]))
+    """The update moved by c times as much; itself where c = 1. For methods that sum products."""
+    return update if c == 1 else scaled(update, c)
 
 
 def clipped_head(

@@ -192,11 +192,12 @@ def read_reply(
     `layers`: those of the model; `sent`: what this client was sent for a layer; `head`: the server's. A
     reply may lack layers, of which `fedhl.server.refusals` judges. Raises Malformed, with the reason.
     """
-    by_layer = {name: layer_table(name, sent(name), client.payload) for name in layers}
+    parts = {name: parts_of(sent(name)) for name in layers}
+    by_layer = {name: layer_table(name, known, client) for name, known in parts.items()}
     heads = {f"head::{name}": Entry("F32", tuple(x.shape)) for name, x in head.items()}
     message = opened(source, limit([*by_layer.values(), heads], (*run, client.id)))
     check_header(message.header, run, client)
-    returned = [name for name in by_layer if f"lora::{name}" in message.tensors]
+    returned = {name: known for name, known in parts.items() if f"lora::{name}" in message.tensors}
     asked = heads | {key: x for name in returned for key, x in by_layer[name].items()}
     for name in sorted(asked.keys() ^ message.tensors.keys()):
         what = "missing" if name in asked else "not one of these"
@@ -219,28 +220,35 @@ def read_reply(
     )
 
 
+class Parts(NamedTuple):
+    """What comes back of a layer: factors with `rank` rows each, their widths by name, and how many
+    magnitudes, if it has any."""
+
+    rank: int
+    widths: dict[str, int]
+    magnitudes: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class ReplyAdapter(Mapping[str, LoRA]):
-    """The adapters of a checked reply, read a layer at a time; factors that did not travel are those
-    `sent`."""
+    """The adapters of a checked reply, read a layer at a time; a factor that did not travel is the one
+    `sent`, which is built for that alone."""
 
     message: Message
     client: Client
-    layers: Sequence[str]
+    layers: Mapping[str, Parts]
     sent: Callable[[str], Broadcast]
 
     def __getitem__(self, layer: str) -> LoRA:
-        if layer not in self.layers:
-            raise KeyError(layer)
-        sent, scale, payload = self.sent(layer), self.client.scale, self.client.payload
-        (m, n), leaves = sent.lora.shape, leaving(sent)
-        widths = [{"A": n, "B": m}[factor] for factor in leaves]
-        parts = unpacked(self.message, "lora", layer, widths, payload)
+        widths, scale, payload = self.layers[layer].widths, self.client.scale, self.client.payload
+        blocks = unpacked(self.message, "lora", layer, list(widths.values()), payload)
         back = {
             factor: factor_of(x, factor, scale, payload)
-            for factor, x in zip(leaves, parts, strict=True)
+            for factor, x in zip(widths, blocks, strict=True)
         }
-        return replace(sent.lora, scale=scale, **back)
+        if back.keys() == {"A", "B"}:
+            return LoRA(back["A"], back["B"], scale)
+        return replace(self.sent(layer).lora, scale=scale, **back)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -249,15 +257,21 @@ class ReplyAdapter(Mapping[str, LoRA]):
         return len(self.layers)
 
 
-def layer_table(name: str, sent: Broadcast, payload: str) -> dict[str, Entry]:
+def parts_of(sent: Broadcast) -> Parts:
+    """What comes back of a layer, from what was sent."""
+    (m, n), magnitudes = sent.lora.shape, sent.magnitudes
+    widths = {factor: {"A": n, "B": m}[factor] for factor in leaving(sent)}
+    return Parts(sent.lora.rank, widths, None if magnitudes is None else len(magnitudes))
+
+
+def layer_table(name: str, parts: Parts, client: Client) -> dict[str, Entry]:
     """The tensors that a reply has for a layer."""
-    (m, n), r, leaves = sent.lora.shape, sent.lora.rank, leaving(sent)
-    width = sum({"A": n, "B": m}[factor] for factor in leaves)
-    table = {f"lora::{name}": Entry(NAMES[PAYLOADS[payload]], (r, width))}
-    if payload == "int8":
-        table[f"lora.steps::{name}"] = Entry("BF16", (len(leaves), r))
-    if sent.magnitudes is not None:
-        table[f"magnitudes::{name}"] = Entry("F32", tuple(sent.magnitudes.shape))
+    kind = NAMES[PAYLOADS[client.payload]]
+    table = {f"lora::{name}": Entry(kind, (parts.rank, sum(parts.widths.values())))}
+    if client.payload == "int8":
+        table[f"lora.steps::{name}"] = Entry("BF16", (len(parts.widths), parts.rank))
+    if parts.magnitudes is not None:
+        table[f"magnitudes::{name}"] = Entry("F32", (parts.magnitudes,))
     return table
 
 

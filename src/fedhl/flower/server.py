@@ -194,7 +194,7 @@ class Rounds(Strategy):
         """Whether the clients bring their own rows."""
         return any(member.own for member in self.members.values())
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """What tells this run from all others, for as long as its folder is there."""
         file = self.folder / "run-id"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, concat, own, truncate
-from fedhl.method import Broadcast, Traffic, Update, check_alike, checked
+from fedhl.method import Broadcast, Traffic, Update, changes, check_alike, checked
 from fedhl.methods.one_adapter import whole
 
 
@@ -66,20 +66,19 @@ class FedExLoRA:
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:
         old = state.lora
         A, B = (torch.zeros_like(x, dtype=torch.float64) for x in (old.A, old.B))
-        held: dict[int, tuple[float, Broadcast]] = {}  # what was sent, by identity
 
-        def residual() -> Iterator[tuple[float, LoRA]]:
+        def averaged() -> Iterator[Update]:
             for update in checked(updates, old.shape):
                 lora = LoRA(update.lora.A.double(), update.lora.B.double(), update.lora.scale)
                 check_alike("fedex_lora", lora.rank, lora.scale, old)
                 A.add_(lora.A, alpha=update.weight)
                 B.add_(lora.B, alpha=update.weight)
-                yield update.weight, lora
-                weight, sent = held.get(id(update.sent), (0.0, update.sent))
-                held[id(sent)] = weight - update.weight, sent
-            # What the wire has rounded away of the old mean: in float32 nothing.
+                yield replace(update, lora=lora)
+
+        def residual() -> Iterator[tuple[float, LoRA]]:
+            # The old mean less what was sent of it is what the wire rounded away: in float32 nothing.
             yield 1.0, old
-            yield from ((weight, sent.lora) for weight, sent in held.values())
+            yield from changes(averaged())
             # The mean as it will be sent, so that its rounding is in the residual, too.
             yield -1.0, LoRA(A.to(old.A).double(), B.to(old.B).double(), old.scale)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, own, prefix, refill
-from fedhl.method import Broadcast, Update, check_broadcast, checked
+from fedhl.method import Broadcast, Update, changes, check_broadcast, checked
 from fedhl.seeds import derive
 from fedhl.subspace import energy, leading
 
@@ -89,13 +89,4 @@ def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
     Subtracted is what was sent, whatever the wire has made of it: `ΔW(sent)` times the weight of all who
     were sent the same. The server builds that once for all clients of a rank and scale, so there are few.
     """
-    held: dict[int, tuple[float, Broadcast]] = {}  # by identity
-
-    def terms() -> Iterator[tuple[float, LoRA]]:
-        for update in checked(updates, state.shape):
-            weight, sent = held.get(id(update.sent), (0.0, update.sent))
-            held[id(sent)] = weight - update.weight, sent
-            yield update.weight, update.lora
-        yield from ((weight, sent.lora) for weight, sent in held.values())
-
-    return add_products(state.W, terms())
+    return add_products(state.W, changes(checked(updates, state.shape)))
