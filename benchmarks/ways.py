@@ -28,7 +28,10 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parent / "examples" / "deployment"), str(HERE.parent / "tests")]
+sys.path[:0] = [
+    str(HERE.parent / "examples" / "deployment"),
+    str(HERE.parent / "tests"),
+]  # before this folder, which has another `federation`
 
 import tiny  # noqa: E402
 from federation import difference  # noqa: E402
@@ -44,7 +47,7 @@ WAYS = ("one process", "ray", "network, TLS", "network, plain")
 
 
 class Watch:
-    """Looks at processes and at a run's folder ten times a second: when each round was written, and the
+    """Looks at processes and at a run's folder twenty times a second: when each round was written, and the
     largest proportional set size (PSS: memory shared by n processes counts 1/n in each) of all together, and
     of each group of processes."""
 
