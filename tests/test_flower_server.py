@@ -7,8 +7,9 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
+from fedhl.evaluation import Metrics
 from fedhl.flower.records import TRAIN, pack, unpack
 from fedhl.flower.server import (
     LABEL,
@@ -35,10 +37,12 @@ from fedhl.flower.server import (
     one_line,
 )
 from fedhl.flower.submit import submit, toml, write_app
-from fedhl.folder import file_name, read_metrics
+from fedhl.folder import file_name, read_metrics, read_summary
 from fedhl.message import WHOLE, Malformed
 from fedhl.prepare import Watcher
 from fedhl.run import start_run
+from fedhl.server import ServerState
+from fedhl.simulation import Federation
 
 HELLO = {
     **{"protocol": 1, "client": "a", "rank": 4, "examples": 100, "own": True},
@@ -182,21 +186,30 @@ def test_one_line_can_be_printed_and_written(text: str):
     assert len(one_line(text)) <= 500
 
 
-def test_metrics_are_taken_as_they_are():
-    metrics = {"loss": 0.5, "examples": 3, "accuracy": 1.0}
-    assert metrics_of({"metrics": metrics}) == metrics
+GOOD = {"loss": 0.5, "examples": 3, "accuracy": 1.0}
+
+
+def test_metrics_are_those_of_the_task(project: Path, settings: Config):
+    causal = load_config(project / "lm.yaml")
+    without = {"loss": 0.5, "examples": 3}
+    assert metrics_of({"metrics": GOOD}, settings) == GOOD
+    assert metrics_of({"metrics": without}, causal) == without
+    for metrics, config in ((GOOD, causal), (without, settings)):
+        with pytest.raises(Malformed, match="its metrics are"):
+            metrics_of({"metrics": metrics}, config)
 
 
 @pytest.mark.parametrize(
     "metrics",
     [
-        *(None, 3, [], {}, {"loss": 0.1}, {"loss": 0.1, "examples": 1, "more": 2}),
-        *({"loss": x, "examples": 1} for x in (math.nan, math.inf, True, "0", None, 10**400, [0])),
+        *(None, 3, [], {}, {"loss": 0.1}, GOOD | {"more": 2}),
+        *(GOOD | {"loss": x} for x in (math.nan, math.inf, True, "0", None, 10**400, [0])),
+        *(GOOD | {"accuracy": x} for x in (math.nan, 1.01, -0.5, 9e15, True)),
     ],
 )
-def test_wrong_metrics_are_malformed(metrics: Any):
-    with pytest.raises(Malformed, match=r"its (metrics|loss)"):
-        metrics_of({"metrics": metrics})
+def test_wrong_metrics_are_malformed(settings: Config, metrics: Any):
+    with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy)"):
+        metrics_of({"metrics": metrics}, settings)
 
 
 # --- whole runs ---------------------------------------------------------------------------------
@@ -302,7 +315,11 @@ SPOILT: list[tuple[Callable[..., Answers], str]] = [
     (content(lambda payload: pack({})), "its reply has no payload"),
     (
         content(lambda payload: pack({"next_rank": 5}, payload)),
-        "its next rank is 5, expected 1 to 4",
+        "its next rank is 5, expected 4 to 4",
+    ),
+    (  # only some methods let a client give up rank
+        content(lambda payload: pack({"next_rank": 1}, payload)),
+        "its next rank is 1, expected 4 to 4",
     ),
     (content(lambda payload: pack({"next_rank": True}, payload)), "its next rank is True"),
     (content(lambda payload: pack({"next_rank": [[]]}, payload)), "its next rank is a list"),
@@ -323,6 +340,79 @@ def test_no_reply_stops_the_run(project: Path, settings: Config, tmp_path: Path)
         assert list(found) == ["client-2"]
         assert reason in found["client-2"]
     assert lines[-1]["refused"][0]["bytes_up"] == 10**6  # refused, but paid for
+
+
+def test_what_flower_cannot_read_is_missing_and_takes_nothing_with_it(
+    settings: Config, tmp_path: Path, oracle: Path
+):
+    """As its grid does, this one raises what it meets in a reply, once it has deleted that."""
+
+    class Unreadable(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = super().pull_messages(message_ids)
+            for reply in found:
+                node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+                if (node, kind) == (1, TRAIN):
+                    raise json.JSONDecodeError("Expecting value", "", 0)
+                if node == 9:
+                    raise IndexError("no child")
+            return found
+
+    said: list[str] = []
+    nodes = NODES | {9: NODES[0]}
+    lines = run(settings, tmp_path / "run", Unreadable(nodes), said)
+    assert accepted(lines) == [["client-0", "client-2"]] * 2
+    assert all("cannot read its reply: JSONDecodeError" in r["client-1"] for r in reasons(lines))
+    assert any("a node was refused: Flower cannot read its reply" in line for line in said)
+
+
+def test_a_reply_whose_upload_never_ends_holds_up_nobody(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fedhl.flower.server.STALL", 0.2)
+    over = threading.Event()
+
+    class Stalled(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            (id,) = message_ids
+            message = self.waiting.get(id)
+            meant = message and (message.metadata.dst_node_id, message.metadata.message_type)
+            if meant == (1, TRAIN):
+                over.wait(60)
+                return []
+            return super().pull_messages([id])
+
+    lines = run(settings, tmp_path / "run", Stalled(NODES))
+    over.set()
+    assert accepted(lines) == [["client-0", "client-2"]] * 2
+    assert all("no reply within 2 seconds" in found["client-1"] for found in reasons(lines))
+
+
+def test_a_newcomer_of_another_rank_is_refused_where_all_must_have_one(
+    project: Path, settings: Config, own: dict[int, dict[str, Any]], tmp_path: Path
+):
+    settings = settings_of(
+        project,
+        "alike",
+        method="fedit",
+        weighting="examples",
+        lora={"ranks": 2},
+        data={"held_out": None},
+        federation={"clients": 2},
+    )
+    nodes = {k: own[k] | {"rank": 2} for k in (0, 1)}
+    grid = InProcessGrid(nodes)
+
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        if message.metadata.message_type == TRAIN:
+            grid.nodes[2] = own[2] | {"rank": 1}
+        return [reply]
+
+    grid.between = between
+    said: list[str] = []
+    lines = run(settings, tmp_path / "run", grid, said)
+    assert accepted(lines) == [sorted(ODD[:2])] * 2
+    assert any("has rank 1, but fedit needs rank 2 of every client" in line for line in said)
 
 
 def test_an_answer_given_twice_counts_once(settings: Config, tmp_path: Path, oracle: Path):
@@ -513,6 +603,75 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
         assert len(trained) == asked_again.get(damage, 3), damage.__name__
         assert same(folder, whole), damage.__name__
         assert not list(folder.glob("incoming*")), damage.__name__
+
+
+def test_a_round_that_was_closed_is_not_opened_again(
+    own_settings: Config, own: dict[int, dict[str, Any]], tmp_path: Path
+):
+    """Its sum may have been sent, to be evaluated, when the server was killed: a reply that comes only now
+    would make another one, with the same noise if there is any."""
+
+    class Dying(Rounds):
+        def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+            if state.round == 2:
+                raise Killed
+            return super().evaluate(federation, state)
+
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        late = node == 0 and message.metadata.message_type == TRAIN
+        return [] if late and unpack(message.content)[0]["round"] == 2 else [reply]
+
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        Dying(own_settings, folder, Watcher()).start(InProcessGrid(own, between))
+    grid = InProcessGrid(own)  # in which everybody answers
+    lines = run(own_settings, folder, grid)
+    assert TRAIN not in [kind for _, kind in grid.asked]
+    assert accepted(lines)[1] == sorted(ODD[1:])
+    assert "no reply within 2 seconds" in reasons(lines)[1][ODD[0]]
+
+
+def test_a_client_that_has_left_for_good_is_not_waited_for_after_a_restart(
+    own_settings: Config, own: dict[int, dict[str, Any]], torn: Path
+):
+    lines = run(own_settings, torn, InProcessGrid({k: own[k] for k in (1, 2)}))
+    assert accepted(lines)[1] == sorted(ODD[1:])
+    assert reasons(lines)[1] == {ODD[0]: "its node has left"}
+
+
+def test_the_number_of_registered_clients_stays_after_a_restart(
+    project: Path, settings: Config, own: dict[int, dict[str, Any]], tmp_path: Path
+):
+    pytest.importorskip("dp_accounting")
+    settings = settings_of(
+        project,
+        "private",
+        weighting="uniform",
+        rounds=3,
+        data={"held_out": None},
+        federation={"clients": 3},
+        privacy={"clip": 1.0, "noise": 1.0, "delta": 1e-3},
+        participation={"fraction": 0.5},
+    )
+    folder, late = tmp_path / "run", own[0] | {"client": "late"}
+
+    class Dying(Rounds):
+        def present(self, federation: Federation, round: int) -> Federation:
+            self.grid.nodes[9] = late  # pyright: ignore[reportAttributeAccessIssue]
+            self.look()
+            if round == 3:
+                raise Killed
+            return super().present(federation, round)
+
+    with pytest.raises(Killed):
+        Dying(settings, folder, Watcher()).start(InProcessGrid(own))
+    assert len(read_summary(folder)["clients"]) == 4
+    run(settings, folder, InProcessGrid(own | {9: late}))
+    whole = tmp_path / "whole"
+    run(settings, whole, InProcessGrid(own))
+    then, now = (read_summary(path)["privacy"] for path in (whole, folder))
+    assert now == then
+    assert now["clients"] == 3
 
 
 def test_after_a_restart_clients_must_be_as_they_were(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_a_simulated_node_is_a_client_by_its_number(shared: Config):
         ({"client": "a", "data": "x", "model": 5}, "model must be text, got 5"),
         ({"client": "a", "data": "x", "model": ""}, "model must be text, got ''"),
         ({"client": "a", "data": "x", "state": 5}, "state must be text, got 5"),
+        ({"client": "a", "data": "x", "fields": 5}, "fields must be text, got 5"),
+        ({"client": "a", "data": SHARED, "fields": "text"}, "fields is for a file of its own rows"),
     ],
 )
 def test_a_mistake_in_a_node_config_is_named(shared: Config, settings: Any, reason: str):
@@ -156,12 +159,40 @@ def test_a_rule_for_all_clients_gives_no_rank_to_one(project: Path, ranks: Any):
         rank_of(config_of(project, lora={"ranks": ranks}), "a")
 
 
-def test_a_missing_file_and_a_wrong_row_name_the_nodes_own_file(shared: Config, tmp_path: Path):
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        introduce(shared, Node("a", "nowhere.jsonl", rank=1))
-    file = tiny.write_rows(tmp_path / "odd.jsonl", [{"text": 5, "label": "plant"}] * 9)
-    with pytest.raises(UserError, match=r"odd.jsonl: field 'text' of row 0"):
-        introduce(shared, Node("a", str(file), rank=1))
+def test_what_is_wrong_with_its_own_rows_is_in_the_nodes_log_and_not_told(
+    shared: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def refused(node: Node, config: Config = shared) -> str:
+        caplog.clear()
+        with pytest.raises(UserError) as caught:
+            introduce(config, node)
+        assert str(caught.value) == "its rows do not fit the config; its own log says why"
+        return caplog.text
+
+    assert "nowhere.jsonl" in refused(Node("a", "nowhere.jsonl", rank=1))
+    file = str(tiny.write_rows(tmp_path / "odd.jsonl", [{"text": 5, "label": "plant"}] * 9))
+    assert "odd.jsonl: field 'text' of row 0" in refused(Node("a", file, rank=1))
+    # a config could otherwise ask for any field, and have its values in a message
+    nosy = shared.model_copy(
+        update={"data": shared.data.model_copy(update={"where": {"label": 1}})}
+    )
+    assert "plant" in refused(Node("a", file, rank=1), nosy)
+
+
+def test_a_config_can_use_only_the_fields_that_the_owner_names(
+    shared: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = [row | {"name": f"patient {k % 2}"} for k, row in enumerate(tiny.rows(30))]
+    file = str(tiny.write_rows(tmp_path / "own.jsonl", rows))
+    told = {"client": "a", "data": file, "rank": 1, "fields": "text, label"}
+    node = node_of(told, shared)
+    assert node.fields == ("text", "label")
+    assert introduce(shared, node) == introduce(shared, Node("a", file, rank=1))
+    nosy = shared.model_copy(update={"task": shared.task.model_copy(update={"label": "name"})})
+    assert introduce(nosy, Node("a", file, rank=1))["labels"] == ["patient 0", "patient 1"]
+    with pytest.raises(UserError, match="its own log says why"):
+        introduce(nosy, node)
+    assert "name" in caplog.text and "patient" not in caplog.text
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -272,6 +303,23 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
             assert bool(kept) == (method == "fedsa_lora")
         state, _ = run_round(federation, state)
     assert (ranks[3:] < [client.rank for client in federation.clients]) == (method == PRUNING)
+
+
+def test_a_client_that_diverged_keeps_what_it_had(project: Path):
+    """The server refuses its reply, and it begins again from there."""
+    config = config_of(project, method="fedsa_lora", lora={"ranks": 2}, weighting="examples")
+    prepared = prepare(config)
+    state, client = prepared.initial_state(), prepared.federation.clients[0]
+    here = Node(client.id, SHARED)
+    Post(config, prepared, {client.id: here}).train(state, client)
+    had = Memory(here, "run").before(2)
+    wild = config.model_copy(
+        update={"training": config.training.model_copy(update={"learning_rate": 1e30})}
+    )
+    post = Post(wild, prepared, {client.id: here})
+    reply, _ = post.train(replace(state, round=1), client)
+    assert not math.isfinite(reply.loss)
+    assert had and same_tensors(Memory(here, "run").before(3), had)
 
 
 def test_a_rank_above_its_own_is_refused(shared: Config):

@@ -401,7 +401,8 @@ def test_a_run_reports_what_it_spent(run: Path) -> None:
     assert spent == [epsilon(0.5, 0.8, round, 1e-5) for round in range(4)]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["privacy"] == {
-        **{"clip": 0.5, "noise": 0.8, "delta": 1e-5, "rate": 0.5, "denominator": 3.0},
+        **{"clip": 0.5, "noise": 0.8, "delta": 1e-5},
+        **{"clients": 6, "rate": 0.5, "denominator": 3.0},
         **{"deviation": pytest.approx(0.8 * 0.5 / 3), "epsilon": spent[-1]},
     }
     assert summary["weighting"] == {"name": "uniform"}

@@ -401,6 +401,15 @@ WRONG = {
         with_layer(NAME, lambda x: LoRA(x.A + 1e25, x.B + 1e25, x.scale)),
         LAYER + r"its update may be as large as inf, expected at most 2e\+19",
     ),
+    "absurd factor beside one that is zero": (  # no update at all, but methods may average factors
+        with_layer(NAME, lambda x: LoRA(0 * x.A + 3e38, 0 * x.B, x.scale)),
+        LAYER + r"its update may be as large as inf, expected at most 2e\+19",
+    ),
+    "absurd head": (
+        with_head("classifier.bias", lambda t: poisoned(t, 3e38)),
+        r"^head parameter 'classifier\.bias': its norm is (3e\+38|inf), expected at most 2e\+19$",
+    ),
+    "absurd loss": (lambda r: replace(r, loss=1e300), r"^it reports a loss of 1e\+300"),
     "missing head": (
         lambda r: replace(r, head=without(r.head, "classifier.bias")),
         r"^head parameter 'classifier\.bias' is missing$",

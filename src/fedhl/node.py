@@ -6,13 +6,16 @@ config is the server's; where the rows and the model are is for the machine's ow
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -27,6 +30,8 @@ from fedhl.prepare import examine, load_federation
 from fedhl.server import Client
 from fedhl.simulation import Federation, deployed, measure, train_client
 
+logger = logging.getLogger(__name__)
+
 SHARED = "partition"
 """The value of `Node.data` that stands for this client's part of the config's `data.source`."""
 
@@ -35,13 +40,15 @@ SHARED = "partition"
 class Node:
     """What the owner of a machine says about it: the client's id; `data`, a file of its own rows, or
     `partition` for its part of the config's data; the model's place here, if not as in the config; the
-    rank, likewise; the folder for what it keeps between rounds."""
+    rank, likewise; the folder for what it keeps between rounds; the fields of its rows that a config may
+    use, unless all."""
 
     client: str
     data: str
     model: str | None = None
     rank: int | None = None
     state: Path | None = None
+    fields: tuple[str, ...] | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,7 +59,7 @@ class Node:
 def node_of(settings: Mapping[str, Any], config: Config) -> Node:
     """The node that `--node-config` describes; of a simulated one the client is the so-manieth of the
     config's partition. Raises UserError, naming the key."""
-    known = ["client", "data", "model", "rank", "state"]
+    known = ["client", "data", "fields", "model", "rank", "state"]
     numbered = {"partition-id", "num-partitions"}
     for key in settings:
         if key not in known and key not in numbered:
@@ -73,11 +80,17 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
     rank = given.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise UserError(f"node config: rank must be a whole number of at least 1, got {rank!r}")
-    for key in ("model", "state"):
+    for key in ("fields", "model", "state"):
         if not isinstance(given.get(key, "."), str) or not given.get(key, "."):
             raise UserError(f"node config: {key} must be text, got {given[key]!r}")
     if "state" in given:
         given["state"] = Path(given["state"])
+    if "fields" in given and given["data"] == SHARED:
+        raise UserError(
+            f"node config: fields is for a file of its own rows, but data is {SHARED!r}"
+        )
+    if "fields" in given:
+        given["fields"] = tuple(name.strip() for name in given["fields"].split(","))
     return Node(**given)
 
 
@@ -86,7 +99,8 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
     data, rank = rows_of(config, node)
     source = node.model or config.model.source
     tokenizer = load_tokenizer(source, config.model.revision)
-    tokenised = shards.tokenise(own_config(config, node), data, tokenizer)
+    with unquoted(node):
+        tokenised = shards.tokenise(own_config(config, node), data, tokenizer)
     return {
         "protocol": wire.PROTOCOL,
         "client": node.client,
@@ -113,7 +127,10 @@ def train(
     own = memory.before(header["round"])
     local = train_client(here.federation, client, sent, head, header["round"], own=own)
     rank = int(local.kept.pop("rank", client.rank))
-    if kept := own | local.kept:
+    kept = own | local.kept
+    values = [torch.tensor(local.reply.loss), *kept.values()]
+    # A client whose training diverged is refused, and begins again from what it had.
+    if kept and all(x.isfinite().all() for x in values):
         memory.keep(header["round"], kept)
     run = wire.Run(header["run"], here.loaded.hash, here.tokenizer)
     return {"next_rank": rank}, wire.encode_reply(run, local.reply, sent)
@@ -175,7 +192,8 @@ def participant(
     ranks = partition(settings)[1] if together else {node.client: rank}
     loaded, federation = base(config, node.model, labels, tuple(sorted(ranks.items())))
     data = replace(data, labels=list(labels) or None)
-    own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer)
+    with unquoted(node):
+        own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer)
     clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings
@@ -196,7 +214,8 @@ def _partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
 def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
     """The rows of one client alone, and its rank. Raises UserError if it is not one of the config's."""
     if node.data != SHARED:
-        data = shards.brought(config, node.client, node.data)
+        with unquoted(node):
+            data = shards.brought(config, node.client, node.data, node.fields)
         return data, node.rank or rank_of(config, node.client)
     everyone, ranks = partition(config)
     if node.client not in ranks:
@@ -215,6 +234,19 @@ def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
         validation=everyone.validation[:0],
     )
     return alone, ranks[node.client]
+
+
+@contextmanager
+def unquoted(node: Node) -> Iterator[None]:
+    """What is wrong with a client's own rows is said here, in its own log, and not to the server: the
+    reason may quote them. Raises UserError that says so."""
+    try:
+        yield
+    except UserError as error:
+        if node.data == SHARED:
+            raise
+        logger.error("%s", error)
+        raise UserError("its rows do not fit the config; its own log says why") from error
 
 
 def rank_of(config: Config, client: str) -> int:

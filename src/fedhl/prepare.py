@@ -177,10 +177,15 @@ def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
 
 
 def prepare_server(
-    config: Config, clients: Mapping[str, int], labels: Sequence[str] | None, watcher: Watcher
+    config: Config,
+    clients: Mapping[str, int],
+    labels: Sequence[str] | None,
+    watcher: Watcher,
+    registered: int | None = None,
 ) -> Prepared:
     """The server's part alone, where the clients (id: rank) have the data and the labels are theirs.
 
+    `registered`: how many there were when the run began, if others have joined since: N of its privacy.
     Raises UserError before any training.
     """
     check_config(config)
@@ -191,7 +196,9 @@ def prepare_server(
         )
     refuse_strangers(config, sorted(clients))
     watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
-    return assemble(config, shards.of_server(config, labels), clients, watcher)
+    prepared = assemble(config, shards.of_server(config, labels), clients, watcher)
+    private = mechanism(config, registered or len(clients))
+    return replace(prepared, federation=replace(prepared.federation, privacy=private))
 
 
 def assemble(

@@ -6,7 +6,6 @@ take it and return the next one; nothing here knows about models, files or netwo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,7 @@ from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
 
 HUGE = torch.finfo(torch.float32).max ** 0.5
-"""The largest update that is accepted: the square of a larger one would overflow."""
+"""The largest factor, update, head or loss that is accepted: the square of a larger one would overflow."""
 SMALL = 2**21
 """Up to this many numbers a matrix is too small for two threads to share its products well."""
 
@@ -253,7 +252,9 @@ def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
             )
         if not reply.head[name].isfinite().all():
             return f"head parameter {name!r}: it has a non-finite value (did training diverge?)"
-    if not math.isfinite(reply.loss) or not 0 <= reply.bound < math.inf:
+        if not (size := float(torch.linalg.vector_norm(reply.head[name]))) <= HUGE:
+            return f"head parameter {name!r}: its norm is {size:.0e}, expected at most {HUGE:.0e}"
+    if not abs(reply.loss) <= HUGE or not 0 <= reply.bound <= HUGE:  # also when they are NaN
         return f"it reports a loss of {reply.loss} and a bound of {reply.bound} (did training diverge?)"
     return None
 
@@ -275,9 +276,9 @@ def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
     for factor in sorted({"A", "B"} - (broadcast.train - broadcast.keep)):
         if not torch.equal(getattr(lora, factor).to(sent.A), getattr(sent, factor)):
             return f"factor {factor} was not to be changed, but came back different"
-    norm = torch.linalg.vector_norm
-    size = scale * float(norm(lora.A)) * float(norm(lora.B))
-    if size > HUGE:
+    a, b = (float(torch.linalg.vector_norm(x)) for x in (lora.A, lora.B))
+    size = max(a, b, scale * a * b)  # a large factor is one even where the other is zero
+    if not size <= HUGE:
         return (
             f"its update may be as large as {size:.0e}, expected at most "
             f"{HUGE:.0e} (did training diverge?)"

@@ -121,6 +121,7 @@ def privacy_summary(
         return None
     return {
         **config.model_dump(),
+        "clients": mechanism.clients,
         "rate": mechanism.rate,
         "denominator": mechanism.denominator,
         "deviation": mechanism.deviation,

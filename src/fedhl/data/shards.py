@@ -110,12 +110,18 @@ def read(config: Config) -> Shards:
     return with_tasks(config, shards) if config.tasks else shards
 
 
-def brought(config: Config, client: str, source: str) -> Shards:
+def brought(
+    config: Config, client: str, source: str, fields: Sequence[str] | None = None
+) -> Shards:
     """The rows of a client that has data of its own: all of `source` that `data.where` wants, less those
-    it keeps to evaluate on. `labels` are those of its own rows. Raises UserError as `read` does."""
+    it keeps to evaluate on. `fields`: those that it lets a config use, unless all. `labels` are those of
+    its own rows. Raises UserError as `read` does."""
     data = config.data.model_copy(update={"source": source, "split": None})
     config = config.model_copy(update={"data": data})
-    rows = chosen(config, load_rows(source))
+    rows = load_rows(source)
+    if fields is not None:
+        rows = [{name: row[name] for name in fields if name in row} for row in rows]
+    rows = chosen(config, rows)
     check_fields(config, rows)
     part, held = np.arange(len(rows)), {}
     if config.evaluation.client_fraction:

@@ -12,11 +12,13 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Thread
 from time import monotonic, perf_counter, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -39,17 +41,21 @@ from fedhl.folder import (
     write_bytes,
 )
 from fedhl.message import WHOLE, Malformed, shown
-from fedhl.method import Broadcast
+from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import load_tokenizer, tokenizer_hash
 from fedhl.prepare import Prepared, Watcher, prepare, prepare_server
 from fedhl.run import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
 from fedhl.simulation import Federation, Returned, as_now
 
+T = TypeVar("T")
+
 POLL = 0.5
 """Seconds between two looks at what has arrived."""
 GRACE = 60.0
 """Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
+STALL = 5.0
+"""Seconds that a reply which has been announced may hold up all others."""
 PATIENCE = 30.0
 """Seconds between two notices that clients are still waited for."""
 NAME = 200
@@ -119,8 +125,9 @@ class Turn:
         if len(payload) > most:
             raise Malformed(f"it has {len(payload):,} bytes, expected at most {most:,}")
         rank = header.get("next_rank", client.rank)
-        if type(rank) is not int or not 1 <= rank <= client.rank:
-            raise Malformed(f"its next rank is {shown(rank)}, expected 1 to {client.rank}")
+        least = 1 if isinstance(self.federation.method, SelfPruning) else client.rank
+        if type(rank) is not int or not least <= rank <= client.rank:
+            raise Malformed(f"its next rank is {shown(rank)}, expected {least} to {client.rank}")
         write_atomically(self.file(client).with_suffix(".rank"), json.dumps(rank))
         write_bytes(self.file(client), payload)
 
@@ -149,6 +156,7 @@ class Rounds(Strategy):
         self.members: dict[int, Member] = {}
         self.asked: dict[str, int] = {}  # message: node that has not introduced itself yet
         self.told: set[int] = set()  # nodes that were asked to
+        self.pulling: dict[str, Future[list[Message]]] = {}  # replies whose upload has not ended
         self.ranks: dict[str, int] = {}  # of all who have taken part
         self.prepared: Prepared | None = None
 
@@ -161,9 +169,14 @@ class Rounds(Strategy):
             refuse_taken(self.folder)
         elif load_run_config(self.folder) != with_weighting(self.config):
             raise UserError(f"{self.folder} holds a run of another config; choose another folder")
-        self.wait(self.first, "the first round")
-        if interrupted := self.interrupted():
-            self.wait(interrupted, "the round goes on", self.config.federation.deadline)
+        if self.done():
+            self.wait(
+                self.interrupted() or self.first, "it goes on", self.config.federation.deadline
+            )
+            self.wait(self.config.federation.minimum, "it goes on")
+        else:
+            self.wait(self.first, "the first round")
+            self.wait(self.interrupted(), "the round goes on", self.config.federation.deadline)
         self.prepared = prepared = self.prepare()
         self.ranks |= {client.id: client.rank for client in prepared.federation.clients}
         self.look_again()
@@ -182,12 +195,14 @@ class Rounds(Strategy):
             return prepare(self.config, self.watcher)
         ranks = {id: member.rank for id, member in members.items()}
         labels: set[str] = {name for one in members.values() for name in one.labels or ()}
+        registered = None
         if (self.folder / "summary.json").exists():
             summary = read_summary(self.folder)
             ranks = {client["id"]: client["rank"] for client in summary["clients"]}
             labels = set(summary["labels"] or ())
+            registered = (summary["privacy"] or {}).get("clients")  # N is a constant
         known = sorted_labels(labels) if labels else None
-        return prepare_server(self.config, ranks, known, self.watcher)
+        return prepare_server(self.config, ranks, known, self.watcher, registered)
 
     @property
     def own_data(self) -> bool:
@@ -204,11 +219,14 @@ class Rounds(Strategy):
 
     # --- who is there ---------------------------------------------------------------------------
 
+    def done(self) -> int:
+        """How many rounds are done."""
+        states = checkpoint.stored(self.folder / "state")
+        return int(states[0].name.removeprefix("round-")) if states else 0
+
     def interrupted(self) -> int:
         """How many clients were there when the round began that a restart has cut short."""
-        done = checkpoint.stored(self.folder / "state")
-        last = int(done[0].name.removeprefix("round-")) if done else 0
-        file = self.incoming(last + 1) / "clients.json"
+        file = self.incoming(self.done() + 1) / "clients.json"
         return len(json.loads(file.read_text("utf-8"))) if file.exists() else 0
 
     def wait(self, number: int, what: str, seconds: float = math.inf) -> None:
@@ -237,7 +255,12 @@ class Rounds(Strategy):
             for id in self.push(Message(pack(hello), node, HELLO)):
                 self.asked[id] = node
             self.told.add(node)
-        for message in self.pull(self.asked):
+
+        def unreadable(id: str, reason: str) -> None:
+            del self.asked[id]
+            self.watcher.say(f"warning: a node was refused: {reason}")
+
+        for message in self.pull(self.asked, unreadable):
             node = self.asked.pop(message.metadata.reply_to_message_id, None)
             if node is None:
                 continue  # not an answer, or a second one
@@ -303,6 +326,11 @@ class Rounds(Strategy):
                 )
         if surplus := sorted(set(member.labels or ()) - set(self.prepared.data.labels or ())):
             raise Malformed(f"{who} has label {surplus[0]!r}, unknown when the run began")
+        if member.rank != federation.top_rank and not federation.method.mixed_ranks:
+            raise Malformed(
+                f"{who} has rank {member.rank}, but {self.config.method.name} needs rank "
+                f"{federation.top_rank} of every client"
+            )
         if member.rank > federation.top_rank:
             raise Malformed(
                 f"{who} has rank {member.rank}, expected at most {federation.top_rank}, the largest when "
@@ -355,8 +383,14 @@ class Rounds(Strategy):
             if other != folder:  # in the state by now, or of a later round if its state was lost
                 shutil.rmtree(other, ignore_errors=True)
         self.turn = turn = Turn(federation, state, cohort, folder)
+        closed = folder / "closed.json"
+        if closed.exists():
+            turn.missing.update(json.loads(closed.read_text("utf-8")))
         asked = self.configure_train(turn.round, ArrayRecord(), ConfigRecord(), self.grid)
         self.exchange(asked, cohort, partial(self.aggregate_train, turn.round))
+        # Its result may be sent, to be evaluated, before its checkpoint is on disk: a restart must come to
+        # the same, or two sums with the same noise would have been sent.
+        write_atomically(closed, json.dumps(turn.missing) + "\n")
         replies, kept = [], {}
         for client in cohort:
             if client.id not in turn.missing:
@@ -374,14 +408,15 @@ class Rounds(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """What each client of the cohort is sent, but for those whose reply was there before a restart."""
+        """What each client of the cohort is sent, but for those whose reply, or lack of one, was known before
+        a restart."""
         turn = self.turn
         for client in turn.cohort:
             payload = self.encoded(turn, client)
             turn.traffic[client.id] = (len(payload), 0)
             if turn.file(client).exists():
                 turn.came(client, turn.file(client).stat().st_size)
-            else:
+            elif client.id not in turn.missing:
                 yield from self.message(TRAIN, client, payload)
 
     def aggregate_train(
@@ -427,7 +462,7 @@ class Rounds(Strategy):
             if client is None:
                 continue  # not an answer, or a second one
             try:
-                self.turn.metrics[client.id] = metrics_of(answer(message)[0])
+                self.turn.metrics[client.id] = metrics_of(answer(message)[0], self.config)
             except Malformed as error:
                 self.turn.missing[client.id] = str(error)
         return None
@@ -496,8 +531,12 @@ class Rounds(Strategy):
             self.sent |= dict.fromkeys(pushed, client)
             if not pushed:
                 self.turn.missing[client.id] = "Flower has not taken the message to it"
+
+        def unreadable(id: str, reason: str) -> None:
+            self.turn.missing[self.sent.pop(id).id] = reason
+
         while self.sent:
-            arrived(self.pull(self.sent))
+            arrived(self.pull(self.sent, unreadable))
             self.there = self.look()
             late = monotonic() > end
             for id, client in list(self.sent.items()):
@@ -506,6 +545,7 @@ class Rounds(Strategy):
                     reason = f"no reply within {seconds}" if late else "its node has left"
                     self.turn.missing[client.id] = reason
                     del self.sent[id]
+                    self.pulling.pop(id, None)
             if self.sent:
                 sleep(POLL)
 
@@ -513,10 +553,44 @@ class Rounds(Strategy):
         """Send one message; its id."""
         return [id for id in self.grid.push_messages([message]) if id]
 
-    def pull(self, messages: Iterable[str]) -> list[Message]:
-        """The replies to these messages that have come."""
-        asked = list(messages)
-        return list(self.grid.pull_messages(asked)) if asked else []
+    def pull(
+        self, messages: Iterable[str], unreadable: Callable[[str, str], None]
+    ) -> list[Message]:
+        """The replies to these messages that have come; `unreadable` is told of those that Flower has, but
+        cannot read, with the reason.
+
+        One by one, since Flower deletes a reply before it reads it, and raises what it meets there: one
+        node's must not take others' with it. It also waits for the end of a node's upload, which may never
+        come: such a reply is left to a thread of its own.
+        """
+        found: list[Message] = []
+        for id in list(messages):
+            seconds = 0.0 if id in self.pulling else STALL
+            reply = self.pulling.pop(id, None) or in_background(partial(self.pull_one, id))
+            if not wait([reply], seconds).done:
+                self.pulling[id] = reply
+            elif error := reply.exception():
+                unreadable(id, f"Flower cannot read its reply: {one_line(repr(error))}")
+            else:
+                found += reply.result()
+        return found
+
+    def pull_one(self, id: str) -> list[Message]:
+        return list(self.grid.pull_messages([id]))
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """What comes of `work`, done by a thread that the end of the process does not wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def answer(message: Message) -> tuple[dict[str, Any], bytes | None]:
@@ -569,16 +643,19 @@ def writable(text: str, length: int) -> bool:
     return len(text) <= length and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def metrics_of(header: Mapping[str, Any]) -> Metrics:
-    """A client's metrics. Raises Malformed unless they are finite numbers."""
+def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
+    """A client's metrics. Raises Malformed unless they are those of the task, and finite numbers."""
     metrics = header.get("metrics")
-    names = {"loss", "examples", "accuracy"}
-    if not isinstance(metrics, dict) or not {"loss", "examples"} <= set(metrics) <= names:
-        raise Malformed(f"its metrics are {shown(metrics)}, expected loss, examples and accuracy")
+    names = ["loss", "examples"]
+    names += ["accuracy"] if config.task.kind == "sequence-classification" else []
+    if not isinstance(metrics, dict) or set(metrics) != set(names):
+        raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
     for name, value in metrics.items():
         # so large a number is of no use, and may not even fit a float
         if type(value) not in (int, float) or not abs(value) < WHOLE:
             raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
+    if not 0 <= metrics.get("accuracy", 0) <= 1:
+        raise Malformed(f"its accuracy is {shown(metrics['accuracy'])}, expected 0 to 1")
     return metrics
 
 
