@@ -1,6 +1,6 @@
 """Time and weigh the same rounds in the three ways: one process, Ray, and over the network.
 
-    python benchmarks/ways.py [--model toy minilm] [--rounds 3] [--repeats 1] [--json FILE]
+    python benchmarks/ways.py [--model toy minilm] [--ways WAY ...] [--rounds 3] [--repeats 1] [--json FILE]
 
 Over the network is a SuperLink and a SuperNode for each client, on this machine, once with TLS and node
 authentication and once without. Every way trains all clients in every round and must end in the same server
@@ -136,22 +136,26 @@ def told(watch: Watch, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(config: Config, folder: Path, rounds: int, repeats: int) -> dict[str, Any]:
-    """All ways in turn, as often as is asked for."""
+def measure(
+    config: Config, folder: Path, ways: Sequence[str], rounds: int, repeats: int
+) -> dict[str, Any]:
+    """These ways in turn, as often as is asked for; the first is what the others are compared with."""
     file = folder / "config.yaml"
     file.write_text(dump_config(config), "utf-8")
     clients = sorted(partition(config)[1])
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    first: Path | None = None
     for k in range(repeats):
-        for way in WAYS:
+        for way in ways:
             run = folder / f"{way.replace(' ', '-').replace(',', '')}-{k}"
+            first = first or run
             if way == "one process":
                 watch = one_command(file, run)
             elif way == "ray":
                 watch = one_command(file, run, "--ray", str(ACTORS))
             else:
                 watch = over_network(config, run, clients, "TLS" in way)
-            apart = difference(folder / "one-process-0", run)
+            apart = difference(first, run)
             assert apart == 0, (way, apart)
             found[way].append(told(watch, rounds))
             print(way, json.dumps(found[way][-1]), flush=True)
@@ -199,6 +203,7 @@ def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--model", nargs="+", choices=["toy", "minilm"], default=["toy", "minilm"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--rounds", type=int, default=3, help="that are timed")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -218,7 +223,9 @@ def main() -> None:
             folder = Path(place) / model
             folder.mkdir()
             config = settings(model, folder, given.rounds)
-            result["models"][model] = measure(config, folder, given.rounds, given.repeats)
+            result["models"][model] = measure(
+                config, folder, given.ways, given.rounds, given.repeats
+            )
             if given.json:  # as it comes
                 given.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
