@@ -32,7 +32,8 @@ class InProcessGrid(Grid):
         self.nodes, self.between = dict(nodes), between
         self.number = 0
         self.asked: list[tuple[int, str]] = []
-        self.waiting: dict[str, Message] = {}
+        self.meant: dict[str, tuple[int, str]] = {}  # for whom each message is, and of which type
+        self.waiting: dict[str, Answers] = {}
         self.deaf: set[int] = set()  # nodes that Flower takes no message for
 
     def get_node_ids(self) -> Iterable[int]:
@@ -47,13 +48,13 @@ class InProcessGrid(Grid):
             return ""
         self.number += 1
         message.metadata.__dict__["_message_id"] = id = f"message-{self.number}"
-        self.asked.append((node, message.metadata.message_type))
-        self.waiting[id] = message
+        self.meant[id] = node, message.metadata.message_type
+        self.asked.append(self.meant[id])
+        self.waiting[id] = self.answer(message)  # here, since a pull may be in another thread
         return id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        asked = [self.waiting.pop(id) for id in message_ids if id in self.waiting]
-        return [reply for message in asked for reply in self.answer(message)]
+        return [reply for id in message_ids for reply in self.waiting.pop(id, [])]
 
     def answer(self, message: Message) -> Answers:
         node = message.metadata.dst_node_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,18 @@ def test_check_foresees_the_bytes_of_a_round(bad: Path, runs: Path) -> None:
     for rank, bytes in seen.items():
         row = next(r for r in done.out.splitlines() if r.startswith(f"│    {rank} │"))
         assert row.count(f" {size(bytes)} ") == 2
+
+
+def test_check_counts_what_a_round_sends_and_not_what_all_clients_would(bad: Path) -> None:
+    """flora sends everybody the adapters of the whole cohort."""
+    full = ["check", "tiny.yaml", "--set", "method=flora", "--set", "weighting=uniform"]
+    moves = [
+        re.search(r"moves about (\S+) (\S+) down", fedhl(bad, *full, *more).out)
+        for more in ([], ["--set", "participation={count: 1}"])
+    ]
+    four, one = (float(m[1]) * {"kB": 1, "MB": 1e3}[m[2]] for m in moves if m)
+    # four times as many clients, and each is sent more; were it always the adapters of all, just four times
+    assert four > 5 * one
 
 
 def test_methods_lists_every_method_law_and_weighting(bad: Path) -> None:

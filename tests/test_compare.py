@@ -135,6 +135,13 @@ def test_hyperparameters_in_the_config_stay_with_their_method(project: Path) -> 
     base = load_config(project / "tiny.yaml", ["method={name: florist, threshold: 0.5}"])
     assert parse_variant("florist").config(base, 0).method.hyperparameters == {"threshold": 0.5}
     assert parse_variant("fedhl").config(base, 0).method.hyperparameters == {}
+    for text, count, fraction in (
+        ("fedhl@participation.count=2", 2, None),
+        ("fedhl@participation.count=2@participation.fraction=null", 2, None),
+        ("fedhl@participation.count=2@participation.fraction=0.5", None, 0.5),
+    ):
+        got = parse_variant(text).config(base, 0).participation
+        assert (got.count, got.fraction) == (count, fraction)
     own = parse_variant("florist@method.threshold=0.7").config(base, 0)
     assert own.method.hyperparameters == {"threshold": 0.7}
 

@@ -22,6 +22,7 @@ from in_process import Answers, InProcessGrid
 from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
+from fedhl.deliver import evaluate_run
 from fedhl.errors import UserError
 from fedhl.evaluation import Metrics
 from fedhl.flower.records import TRAIN, pack, unpack
@@ -40,7 +41,7 @@ from fedhl.flower.submit import submit, toml, write_app
 from fedhl.folder import file_name, read_metrics, read_summary
 from fedhl.message import WHOLE, Malformed
 from fedhl.prepare import Watcher
-from fedhl.run import start_run
+from fedhl.run import resume_run, start_run
 from fedhl.server import ServerState
 from fedhl.simulation import Federation
 
@@ -374,13 +375,9 @@ def test_a_reply_whose_upload_never_ends_holds_up_nobody(
 
     class Stalled(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            (id,) = message_ids
-            message = self.waiting.get(id)
-            meant = message and (message.metadata.dst_node_id, message.metadata.message_type)
-            if meant == (1, TRAIN):
+            if any(self.meant[id] == (1, TRAIN) for id in message_ids):
                 over.wait(60)
-                return []
-            return super().pull_messages([id])
+            return super().pull_messages(message_ids)
 
     lines = run(settings, tmp_path / "run", Stalled(NODES))
     over.set()
@@ -631,12 +628,62 @@ def test_a_round_that_was_closed_is_not_opened_again(
     assert "no reply within 2 seconds" in reasons(lines)[1][ODD[0]]
 
 
+@pytest.mark.parametrize("first", [False, True])
 def test_a_client_that_has_left_for_good_is_not_waited_for_after_a_restart(
-    own_settings: Config, own: dict[int, dict[str, Any]], torn: Path
+    own_settings: Config, own: dict[int, dict[str, Any]], torn: Path, first: bool
 ):
+    if first:  # as if it had been killed in its first round
+        shutil.rmtree(torn / "state" / "round-000001")
+        (torn / "incoming" / "round-000002").rename(torn / "incoming" / "round-000001")
+        for file in (torn / "incoming" / "round-000001").glob("*.safetensors"):
+            file.unlink()
     lines = run(own_settings, torn, InProcessGrid({k: own[k] for k in (1, 2)}))
+    then = 0 if first else 1
     assert accepted(lines)[1] == sorted(ODD[1:])
-    assert reasons(lines)[1] == {ODD[0]: "its node has left"}
+    assert reasons(lines)[then] == {ODD[0]: "its node has left"}
+
+
+def test_a_run_of_clients_with_their_own_rows_is_evaluated_and_not_resumed_here(
+    project: Path, settings: Config, own: dict[int, dict[str, Any]], torn: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match="other processes, with rows or factors of their own"):
+        resume_run(torn)
+    rows = str(tiny.write_rows(tmp_path / "test.jsonl", tiny.rows(20, seed=9)))
+    table = evaluate_run(torn, "last", rows)
+    assert table.title == "after round 1"
+    assert table.row_count == 4  # the full update, and three ranks
+
+
+def test_who_keeps_factors_goes_on_where_they_are(project: Path, settings: Config, tmp_path: Path):
+    settings = settings_of(
+        project,
+        "keeping",
+        method="fedsa_lora",
+        weighting="examples",
+        lora={"ranks": 2},
+        evaluation={"client_fraction": 0.2},
+    )
+
+    def listen(line: str) -> None:
+        if line.startswith("round 1"):
+            raise Killed
+
+    dying = Watcher(say=listen)
+    for networked in (True, False):
+        folder = tmp_path / str(networked)
+
+        with pytest.raises(Killed):
+            if networked:
+                Rounds(settings, folder, dying).start(InProcessGrid(NODES))
+            else:
+                start_run(settings, folder, dying)
+        with pytest.raises(UserError, match=r"other processes|begun in one process"):
+            if networked:
+                resume_run(folder)
+            else:
+                Rounds(settings, folder, Watcher()).start(InProcessGrid(NODES))
+    with pytest.raises(UserError, match=r"only the clients of .* can evaluate"):
+        evaluate_run(tmp_path / "True", "last", None)
 
 
 def test_the_number_of_registered_clients_stays_after_a_restart(

@@ -475,6 +475,25 @@ def test_clients_of_unknown_rank_and_a_round_without_clients(tmp_path: Path) -> 
     assert Page(html).open == [] and "data:image/png" in html
 
 
+def test_a_client_that_gives_up_rank_counts_at_the_rank_it_had(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "pruned", clients=3, rounds=4)
+
+    def prune(line: Json) -> None:
+        for client in line["clients"]:
+            if client["id"] == read.clients[-1].id and line["round"] > 2:
+                client["rank"] = 2
+
+    read = read_run(run)
+    last = read.clients[-1]
+    rewrite(run, prune)
+    pruned = next(c for c in read_run(run).clients if c.id == last.id)
+    assert pruned.rank == last.rank
+    assert {n: rank for rank, n, _ in pruned.by_rank()} == {
+        n: last.rank if n <= 2 else 2 for n in last.rounds
+    }
+    assert Page(report(run)).open == []
+
+
 def test_a_torn_last_line_is_ignored(demo: tuple[Path, str], run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"round": 13, "evalu')

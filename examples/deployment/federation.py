@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -39,9 +40,12 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of two runs' server states in any number."""
+    """The largest difference of two runs' server states in any number; infinite if they cannot be
+    compared."""
     a, b = state(one), state(other)
-    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    kinds = [{name: (x.dtype, x.shape) for name, x in those.items()} for those in (a, b)]
+    if kinds[0] != kinds[1] or any(x.isnan().any() for x in (*a.values(), *b.values())):
+        return math.inf
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 

@@ -101,7 +101,8 @@ def clients_table(prepared: Prepared) -> Table:
 def ranks_table(prepared: Prepared) -> Table:
     """For each rank: how many clients, parameters trained, bytes a client moves in a round."""
     federation = prepared.federation
-    traffic = bytes_per_client(federation, federation.clients)
+    ranks = [client.rank for client in federation.cohort(1) or federation.clients]
+    traffic = bytes_per_client(federation, federation.clients, ranks=ranks)
     count = parameters(prepared)
     table = Table(title="Ranks", title_justify="left")
     for name in ("rank", "scale", "clients", "trained", "down / round", "up / round"):

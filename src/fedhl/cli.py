@@ -66,7 +66,7 @@ Round = Annotated[
 
 
 @contextmanager
-def friendly(folder: Path | None = None) -> Iterator[None]:
+def friendly(folder: Path | None = None, ray: int | None = None) -> Iterator[None]:
     """User errors become one message and exit code 2; Ctrl-C says how to go on, with 130."""
     from rich.console import Console
 
@@ -82,7 +82,8 @@ def friendly(folder: Path | None = None) -> Iterator[None]:
         if folder is not None and (folder / "state").is_dir():
             done = max((int(p.name[6:]) for p in (folder / "state").glob("round-*")), default=0)
             console.print(
-                f"\nstopped; {done} finished rounds are saved. Continue with: fedhl resume {folder}",
+                f"\nstopped; {done} finished rounds are saved. Continue with: fedhl resume {folder}"
+                + (f" --ray {ray}" if ray else ""),
                 markup=False,
             )
         else:
@@ -205,7 +206,7 @@ def run(
 
         settings = load_config(config, set or ())
     folder = out or Path("runs") / settings.name
-    with friendly(folder), watching(quiet) as watcher:
+    with friendly(folder, ray), watching(quiet) as watcher:
         from fedhl.run import refuse_taken, start_run
 
         if ray is None:
@@ -260,7 +261,7 @@ def flower(module: str) -> Any:
 @app.command()
 def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
     """Go on with a run that was stopped, to the same result as if it had never been."""
-    with friendly(run), watching(quiet) as watcher:
+    with friendly(run, ray), watching(quiet) as watcher:
         from fedhl.folder import load_run_config
         from fedhl.run import resume_run
 

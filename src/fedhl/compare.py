@@ -40,6 +40,14 @@ DECIDED = {
 # --- variants -----------------------------------------------------------------------------------
 
 
+EITHER = {
+    f"{section}.{one}": f"{section}.{other}"
+    for section in ("participation", "data.held_out")
+    for one, other in (("count", "fraction"), ("fraction", "count"))
+}
+"""Settings of which a config has one; a variant's is in place of the other."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A method with settings of its own: `fedit@lora.ranks=8` is `fedit` at rank 8."""
@@ -61,6 +69,9 @@ class Variant:
             raw["method"] = {"name": self.method}
         for change in (*self.changes, *more):
             set_value(raw, change)
+            key, _, value = change.partition("=")
+            if (other := EITHER.get(key.strip())) and value.strip() != "null":
+                set_value(raw, f"{other}=null")  # the config's, or a default
         try:
             return Config.model_validate(raw)
         except ValidationError as error:

@@ -16,13 +16,13 @@ from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
-from fedhl.folder import load_checkpoint, load_run_config, read_summary
+from fedhl.folder import load_checkpoint, load_run_config, networked, read_summary
 from fedhl.lora import LoRA, dense
 from fedhl.model import Loaded, load_model
-from fedhl.prepare import SILENT, Watcher, load_federation, prepare
+from fedhl.prepare import SILENT, Watcher, clients_keep, load_federation, prepare, prepare_server
 from fedhl.server import ServerState
 from fedhl.simulation import evaluate_round, initial_state, truncation
-from fedhl.summary import check_same
+from fedhl.summary import check_same, clients_own_data
 
 Which = int | Literal["last", "best"]
 
@@ -93,8 +93,17 @@ def left_out(deltas: Mapping[str, Any], adapter: Mapping[str, LoRA]) -> float:
 
 def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher = SILENT) -> Table:
     """The metrics of a checkpoint on the run's held-out rows, or on those of `source`, as a table."""
-    config = load_run_config(run)
-    prepared = prepare(config, watcher)
+    config, summary = load_run_config(run), read_summary(run)
+    if networked(run) and clients_keep(config):
+        raise UserError(
+            f"only the clients of {run} can evaluate: they have kept factors of {config.method.name}'s for "
+            "themselves; metrics.jsonl has what they reported"
+        )
+    if clients_own_data(run):
+        ranks = {client["id"]: client["rank"] for client in summary["clients"]}
+        prepared = prepare_server(config, ranks, summary["labels"], watcher)
+    else:
+        prepared = prepare(config, watcher)
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation = prepared.federation
     if source is not None:

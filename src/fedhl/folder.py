@@ -113,6 +113,11 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     write_atomically(folder / "metrics.jsonl", text)
 
 
+def networked(folder: Path) -> bool:
+    """Whether the clients of this run are other processes, which keep what is theirs."""
+    return (folder / "run-id").exists()
+
+
 def secret_of(folder: Path, fresh: bytes) -> bytes:
     """The secret that the noise of a run with privacy comes from, in `secret.key`, which only its owner
     may read; a run that begins takes `fresh`. Raises UserError if it was lost."""

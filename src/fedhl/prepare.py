@@ -162,6 +162,13 @@ def check_config(config: Config) -> None:
         )
 
 
+def clients_keep(config: Config) -> bool:
+    """Whether clients keep factors for themselves, so that they alone can go on with them."""
+    method = config.method.build()
+    state = method.init(initial(2, 2, 1, 1.0, seed=0))
+    return bool(method.broadcast(state, 1, 1.0).keep)
+
+
 def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
     """Raises UserError if participation.layers names a client that is not one of these."""
     for name in config.participation.layers:

@@ -18,16 +18,17 @@ from fedhl.folder import (
     keep_metrics,
     load_checkpoint,
     load_run_config,
+    networked,
     secret_of,
     uninterrupted,
     write_atomically,
     writing,
 )
-from fedhl.prepare import SILENT, Prepared, Watcher, prepare
+from fedhl.prepare import SILENT, Prepared, Watcher, clients_keep, prepare
 from fedhl.report import write_report
 from fedhl.server import Round, ServerState
 from fedhl.simulation import IN_PROCESS, Engine, Federation, evaluate_round, run_round
-from fedhl.summary import check_same, hashes, mark, write_summary
+from fedhl.summary import check_same, clients_own_data, hashes, mark, write_summary
 from fedhl.training import learning_rate
 
 COLLAPSE = 0.25
@@ -43,6 +44,11 @@ def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
     """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
     config = load_run_config(folder)
+    if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
+        raise UserError(
+            f"the clients of {folder} were other processes, with rows or factors of their own: go on as it "
+            "was begun, with --ray, or with fedhl serve"
+        )
     with alone(folder):
         go_on(prepare(config, watcher), folder, watcher)
 

@@ -409,13 +409,15 @@ def bytes_per_client(
     federation: Federation,
     cohort: Sequence[Client],
     returned: Mapping[str, Collection[str]] | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Bytes down and up for each client of this cohort: adapters in the type of its payload, with int8 the
     steps, too, and the head in float32; without headers.
 
-    `returned`: the layers that each client returned, by id; those that it trains unless given.
+    `returned`: the layers that each client returned, by id; those that it trains unless given. `ranks`:
+    those of the round's cohort, if these clients are not just that.
     """
-    ranks = [client.rank for client in cohort]
+    ranks = [client.rank for client in cohort] if ranks is None else ranks
     head = sum(p.numel() for p in federation.slots.head.values())
     shapes = peft.layers(federation.slots)
     table = {}
@@ -547,18 +549,22 @@ def evaluate_round(
             else {},
             "clients": evaluate_clients(federation, state, engine),
         }
-        | evaluate_validation(federation, state)
+        | evaluate_validation(federation, state, engine)
         | ({"tasks": evaluate_tasks(federation, state)} if federation.tasks else {})
     )
 
 
-def evaluate_validation(federation: Federation, state: ServerState) -> dict[str, Any]:
+def evaluate_validation(
+    federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
+) -> dict[str, Any]:
     """The full update on the rows that settings are chosen by, or, without one, the mean over the
-    clients' models; {} without such rows."""
+    clients' models, if they are in this process; {} without such rows."""
     rows = federation.validation
     if not rows:
         return {}
     metrics = evaluate_global(replace(federation, held_out=rows), state)
+    if metrics is None and not isinstance(engine, InProcess):
+        return {}
     if metrics is None:
         every = replace(federation, own={client.id: rows for client in federation.clients})
         metrics = (evaluate_clients(every, state) or {})["mean"]

@@ -19,6 +19,7 @@ import torch
 
 from fedhl import __version__
 from fedhl.config import Config
+from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
 from fedhl.folder import read_metrics, read_summary, write_atomically
 from fedhl.prepare import Prepared
@@ -190,6 +191,12 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def clients_own_data(folder: Path) -> bool:
+    """Whether the clients of this run have brought their own rows."""
+    file = folder / "summary.json"
+    return file.is_file() and read_summary(folder)["hashes"]["data"].startswith(CLIENTS_OWN)
 
 
 def check_same(folder: Path, config: Config, now: Mapping[str, str]) -> None:

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CLIENTS_OWN = "clients' own"
+"""How the hash of data begins that the clients bring, of which the server knows nothing."""
+
+
 @dataclass(frozen=True)
 class Shards:
     """The rows, and whose they are. `clients` and `client_held_out` index `rows`; `held_out` are
@@ -139,14 +143,14 @@ def of_server(config: Config, labels: Sequence[str] | None) -> Shards:
     rule, nobody = config.data.held_out, np.arange(0)
     names = None if labels is None else list(labels)
     if rule is None:
-        return Shards([], {}, {}, [], nobody, names, "clients' own")
+        return Shards([], {}, {}, [], nobody, names, CLIENTS_OWN)
     if rule.source is None:
         raise UserError(
             "data.held_out: where clients bring their own data, the server's held-out rows need a source "
             "of their own: set data.held_out.source, or held_out: null"
         )
     held = load_rows(rule.source, split=rule.split, limit=rule.count)
-    return Shards([], {}, {}, held, nobody, names, f"clients' own {fingerprint(rule.source)}")
+    return Shards([], {}, {}, held, nobody, names, f"{CLIENTS_OWN} {fingerprint(rule.source)}")
 
 
 def with_tasks(config: Config, shards: Shards) -> Shards:

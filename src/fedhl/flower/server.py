@@ -20,6 +20,7 @@ from threading import Thread
 from time import monotonic, perf_counter, sleep
 from typing import Any, TypeVar
 
+import httpx
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -36,6 +37,7 @@ from fedhl.folder import (
     alone,
     file_name,
     load_run_config,
+    networked,
     read_summary,
     write_atomically,
     write_bytes,
@@ -43,7 +45,7 @@ from fedhl.folder import (
 from fedhl.message import WHOLE, Malformed, shown
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import load_tokenizer, tokenizer_hash
-from fedhl.prepare import Prepared, Watcher, prepare, prepare_server
+from fedhl.prepare import Prepared, Watcher, clients_keep, prepare, prepare_server
 from fedhl.run import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
 from fedhl.simulation import Federation, Returned, as_now
@@ -55,7 +57,7 @@ POLL = 0.5
 GRACE = 60.0
 """Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
 STALL = 5.0
-"""Seconds that a reply which has been announced may hold up all others."""
+"""Seconds that replies which have been announced, but do not come, may hold up all others."""
 PATIENCE = 30.0
 """Seconds between two notices that clients are still waited for."""
 NAME = 200
@@ -169,14 +171,18 @@ class Rounds(Strategy):
             refuse_taken(self.folder)
         elif load_run_config(self.folder) != with_weighting(self.config):
             raise UserError(f"{self.folder} holds a run of another config; choose another folder")
-        if self.done():
+        elif self.done() and not networked(self.folder) and clients_keep(self.config):
+            raise UserError(
+                f"{self.folder} was begun in one process, which has kept the clients' factors: go on with "
+                "fedhl resume"
+            )
+        if self.done() or self.interrupted():
             self.wait(
                 self.interrupted() or self.first, "it goes on", self.config.federation.deadline
             )
             self.wait(self.config.federation.minimum, "it goes on")
         else:
             self.wait(self.first, "the first round")
-            self.wait(self.interrupted(), "the round goes on", self.config.federation.deadline)
         self.prepared = prepared = self.prepare()
         self.ranks |= {client.id: client.rank for client in prepared.federation.clients}
         self.look_again()
@@ -243,7 +249,9 @@ class Rounds(Strategy):
         """The nodes that are there by client id; newcomers are asked who they are."""
         nodes = set(self.grid.get_node_ids())
         # what one that has left would still say of itself is not true of who comes back
-        self.asked = {id: node for id, node in self.asked.items() if node in nodes}
+        for id in [id for id, node in self.asked.items() if node not in nodes]:
+            del self.asked[id]
+            self.pulling.pop(id, None)
         for node in self.told - nodes:
             self.told.discard(node)
             if gone := self.members.pop(node, None):
@@ -536,6 +544,7 @@ class Rounds(Strategy):
             self.turn.missing[self.sent.pop(id).id] = reason
 
         while self.sent:
+            began = monotonic()
             arrived(self.pull(self.sent, unreadable))
             self.there = self.look()
             late = monotonic() > end
@@ -546,8 +555,8 @@ class Rounds(Strategy):
                     self.turn.missing[client.id] = reason
                     del self.sent[id]
                     self.pulling.pop(id, None)
-            if self.sent:
-                sleep(POLL)
+            if self.sent:  # each client asked for costs Flower a request: not all of its time
+                sleep(min(max(POLL, 2 * (monotonic() - began)), STALL))
 
     def push(self, message: Message) -> list[str]:
         """Send one message; its id."""
@@ -564,12 +573,17 @@ class Rounds(Strategy):
         come: such a reply is left to a thread of its own.
         """
         found: list[Message] = []
+        end = monotonic() + STALL
         for id in list(messages):
-            seconds = 0.0 if id in self.pulling else STALL
+            seconds = 0.0 if id in self.pulling else max(0.0, end - monotonic())
             reply = self.pulling.pop(id, None) or in_background(partial(self.pull_one, id))
             if not wait([reply], seconds).done:
                 self.pulling[id] = reply
-            elif error := reply.exception():
+                continue
+            error = reply.exception()
+            if isinstance(error, httpx.HTTPError | MemoryError):  # no fault of the reply's
+                raise error
+            if error is not None:
                 unreadable(id, f"Flower cannot read its reply: {one_line(repr(error))}")
             else:
                 found += reply.result()

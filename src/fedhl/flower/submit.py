@@ -76,7 +76,7 @@ def start(app: Path, superlink: str) -> str:
 
 
 def follow(run: str, superlink: str) -> None:
-    """Show the run's log until it ends. Raises UserError unless it has done all that it should."""
+    """Show the run's log until it ends. Raises UserError unless the run has done all that it should."""
     try:
         subprocess.run([flwr(), "log", run, superlink], check=False)
     except KeyboardInterrupt:
@@ -85,9 +85,14 @@ def follow(run: str, superlink: str) -> None:
             f"flwr stop {run} {superlink} ends it",
             file=sys.stderr,
         )
-        raise
+        raise SystemExit(130) from None
     told = ask("list", "--run-id", run, superlink)
     status = told["runs"][0]["status"] if told.get("success") else "unknown: no answer"
+    if not status.startswith("finished"):
+        raise UserError(
+            f"the log of run {run} on {superlink!r} has broken off, and the run is {status}; "
+            f"flwr log {run} {superlink} shows how it goes on"
+        )
     if status != "finished:completed":
         raise UserError(
             f"run {run} on {superlink!r} is {status}; its log is above. Once the reason is gone, the same "

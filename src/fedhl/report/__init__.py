@@ -27,9 +27,9 @@ def write_report(run: Path) -> Path:
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
     text = page(read_run(run))
-    path = run / "report.html"
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return path
+    path, partial = run / "report.html", run / ".report.html.partial"
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    return partial.replace(path)
 
 
 def final_table(run: Path) -> Table:

@@ -120,10 +120,10 @@ def _rank_ink(steps: dict[int, int], rank: int | None) -> str:
 def _by_rank(run: Run, key: str) -> list[Curve]:
     values: dict[int, dict[int, list[float]]] = {}
     for client in run.clients:
-        for t, entry in client.rounds.items():
+        for rank, t, entry in client.by_rank():
             value = num(entry, key)
-            if value is not None and client.rank is not None:
-                values.setdefault(client.rank, {}).setdefault(t, []).append(value)
+            if value is not None:
+                values.setdefault(rank, {}).setdefault(t, []).append(value)
     colors = {rank: plots.color("r", step) for rank, step in rank_steps(run).items()}
     return plots.rank_curves(values, colors)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ class Client:
     examples: float | None = None
     labels: dict[str, float] = field(default_factory=dict)
     rounds: dict[int, Json] = field(default_factory=dict)
+
+    def by_rank(self) -> Iterator[tuple[int, int, Json]]:
+        """The rank that it had, the round and the entry of every round it took part in, if known."""
+        for number, entry in self.rounds.items():
+            rank = num(entry, "rank")
+            if rank is not None:
+                yield int(rank), number, entry
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,10 @@ def _clients(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
     for number, entry in entries:
         client = clients.setdefault(str(entry.get("id")), Client(str(entry.get("id"))))
         rank, examples = num(entry, "rank"), num(entry, "examples")
-        client.rank = client.rank if rank is None else int(rank)
-        # the summary's, which comes first: with tasks, a round counts the rows of its own task
+        # the summary's, which comes first: a client may give up rank, and with tasks a round counts the rows
+        # of its own task
+        if client.rank is None and rank is not None:
+            client.rank = int(rank)
         client.examples = examples if client.examples is None else client.examples
         if number is not None:
             client.rounds[number] = entry

@@ -124,7 +124,8 @@ def number(value: float | None, show: Callable[[float], str] = general) -> Cell:
 
 def rank_steps(run: Run) -> dict[int, int]:
     """Every rank that occurs, with its place on the colour ramp."""
-    ranks = sorted({c.rank for c in run.clients if c.rank is not None})
+    ranks = {c.rank for c in run.clients if c.rank is not None}
+    ranks = sorted(ranks | {rank for c in run.clients for rank, _, _ in c.by_rank()})
     return {rank: plots.step(i, len(ranks)) for i, rank in enumerate(ranks)}
 
 

@@ -369,14 +369,15 @@ def _phase_seconds(run: Run) -> list[tuple[str, list[float]]]:
 def _rank_traffic(run: Run) -> list[str]:
     rows: list[list[Cell]] = []
     for rank in rank_steps(run):
-        entries = [e for c in run.clients if c.rank == rank for e in c.rounds.values()]
+        those = {c.id: [e for r, _, e in c.by_rank() if r == rank] for c in run.clients}
+        entries = [e for found in those.values() for e in found]
         down = [v for e in entries if (v := num(e, "bytes_down")) is not None]
         up = [v for e in entries if (v := num(e, "bytes_up")) is not None]
         if down or up:
             rows.append(
                 [
                     (rank_chip(run, rank), rank),
-                    number(sum(1 for c in run.clients if c.rank == rank)),
+                    number(sum(1 for found in those.values() if found)),
                     number(sum(down) / len(down) if down else None, size),
                     number(sum(up) / len(up) if up else None, size),
                     number(sum(down), size),
