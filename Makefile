@@ -53,7 +53,7 @@ build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	$(BIN)/python examples/stdlib_functions.py $@
 
 test: .venv/minilm .venv/smollm2 ## all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## format, lint and types
 	$(BIN)/ruff format --check .

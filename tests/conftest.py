@@ -18,8 +18,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, which are those with a time limit of their own: with several processes, what
-    is begun last is what all wait for."""
+    """The longest file first, which has time limits of its own: with several processes, what is begun last
+    is what all wait for."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 

@@ -20,7 +20,7 @@ from fedhl.check import size
 @pytest.fixture(scope="module")
 def bad(project: Path) -> Path:
     """The project, with files that are wrong in one way each."""
-    (project / "full").mkdir()
+    (project / "full").mkdir(exist_ok=True)
     (project / "full/notes.txt").write_text("mine")
     (project / "broken.yaml").write_text("name: [tiny\n")
     made = rows(400)
