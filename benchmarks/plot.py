@@ -45,8 +45,8 @@ def main() -> None:
             f"{row['clients']}" + (" clients" if row is by_clients[-1] else ""),
             (row["total rank"], row["step, s"]),
             textcoords="offset points",
-            xytext=(-5, 6),
-            ha="right",
+            xytext=(0, 7) if row in by_clients[:2] else (-5, 6),  # the first two have little room
+            ha="center" if row in by_clients[:2] else "right",
             fontsize=8,
         )
     axes[0].set_ylabel("seconds")
