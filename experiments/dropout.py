@@ -2,8 +2,8 @@
 
     python experiments/dropout.py [--seeds 0 1 2] [--chance 0.3] [--out experiments/results/dropout.json]
 
-Five of the ten clients of configs/compare.yaml are asked in each round; each one's update is lost with this
-chance, after it has trained. The server goes on with the others, as over the network: that the state is then
+Five of the ten clients of configs/compare.yaml are asked in each round; each one does not answer with this
+chance. The server goes on with the others, as over the network: that the state is then
 the same is what tests/test_flower.py shows. Every run is a folder under runs/dropout/: finished ones are
 kept, interrupted ones resumed.
 """
@@ -12,50 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from demo_comparison import T_95, interval
+from demo_comparison import interval
 
 from fedhl.config import load_config
 from fedhl.folder import alone, read_metrics, read_summary
 from fedhl.prepare import Watcher, prepare
 from fedhl.run import begin, go_on
 from fedhl.seeds import generator
-from fedhl.server import Client, ServerState
-from fedhl.simulation import Federation, InProcess, Returned
+from fedhl.simulation import InProcess
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "compare.yaml"
 RUNS = HERE.parent / "runs" / "dropout"
 CHANGES = ["method=fedhl", "participation.count=5", "training.learning_rate=4e-3"]
-
-
-@dataclass(frozen=True)
-class Losing(InProcess):
-    """All clients in this process; the reply of each is lost with this chance."""
-
-    chance: float
-
-    def train(
-        self,
-        federation: Federation,
-        state: ServerState,
-        cohort: Sequence[Client],
-        on_step: Callable[[], None],
-    ) -> Returned:
-        seed, round = federation.config.seed, state.round + 1
-        arrive = [
-            client
-            for client in cohort
-            if torch.rand((), generator=generator(seed, "dropout", round, client.id)) >= self.chance
-        ]
-        return super().train(federation, state, arrive, on_step)
 
 
 def finish(seed: int, chance: float, threads: int) -> Path:
@@ -66,11 +40,15 @@ def finish(seed: int, chance: float, threads: int) -> Path:
     changes = [*CHANGES, f"seed={seed}", f"compute.threads={threads}"]
     watcher = Watcher(say=lambda line: print(line, flush=True))
     prepared = prepare(load_config(CONFIG, changes), watcher)
+
+    def arrives(id: str, round: int) -> bool:
+        return bool(torch.rand((), generator=generator(seed, "dropout", round, id)) >= chance)
+
     if (folder / "config.yaml").exists():
         with alone(folder):
-            go_on(prepared, folder, watcher, Losing(chance))
+            go_on(prepared, folder, watcher, InProcess(arrives))
     else:
-        begin(prepared, folder, watcher, Losing(chance))
+        begin(prepared, folder, watcher, InProcess(arrives))
     return folder
 
 
@@ -113,9 +91,7 @@ def main() -> None:
     given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     for r in rows:
         print(f"chance {r['chance']:g}: accuracy {interval(r['full'])}, updates {r['updates']}")
-    if len(gains) > 1:
-        half = T_95[len(gains)] * stdev(gains) / math.sqrt(len(gains))
-        print(f"difference {mean(gains):+.3f} ± {half:.3f}")
+    print(f"difference {interval(gains)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,9 @@ from fedhl.config import load_config
 from fedhl.folder import read_metrics
 from fedhl.prepare import Watcher, prepare
 from fedhl.run import begin
-from fedhl.server import Client, ServerState
-from fedhl.simulation import Federation, InProcess, Returned
+from fedhl.simulation import InProcess
 
 TESTS = Path(__file__).parent
-
-
-class Only(InProcess):
-    """All in this process, but of each round only the clients that `answered`: the others are absent."""
-
-    def __init__(self, answered: Callable[[str, int], bool]) -> None:
-        self.answered = answered
-
-    def train(
-        self,
-        federation: Federation,
-        state: ServerState,
-        cohort: Sequence[Client],
-        on_step: Callable[[], None],
-    ) -> Returned:
-        those = [client for client in cohort if self.answered(client.id, state.round + 1)]
-        return super().train(federation, state, those, on_step)
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -86,7 +68,7 @@ def alone(
     monkeypatch.chdir(project)
     folder = project / "runs" / f"{name}-alone"
     settings = load_config(tiny.write_config(project / f"{name}.yaml", config))
-    begin(prepare(settings), folder, Watcher(), Only(answered))
+    begin(prepare(settings), folder, Watcher(), InProcess(answered))
     return folder
 
 

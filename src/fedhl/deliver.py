@@ -19,7 +19,14 @@ from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.folder import load_checkpoint, load_run_config, networked, read_summary
 from fedhl.lora import LoRA, dense
 from fedhl.model import Loaded, load_model
-from fedhl.prepare import SILENT, Watcher, clients_keep, load_federation, prepare, prepare_server
+from fedhl.prepare import (
+    SILENT,
+    Watcher,
+    clients_keep,
+    load_federation,
+    prepare,
+    prepare_server_again,
+)
 from fedhl.server import ServerState
 from fedhl.simulation import evaluate_round, initial_state, truncation
 from fedhl.summary import check_same, clients_own_data
@@ -93,15 +100,14 @@ def left_out(deltas: Mapping[str, Any], adapter: Mapping[str, LoRA]) -> float:
 
 def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher = SILENT) -> Table:
     """The metrics of a checkpoint on the run's held-out rows, or on those of `source`, as a table."""
-    config, summary = load_run_config(run), read_summary(run)
+    config = load_run_config(run)
     if networked(run) and clients_keep(config):
         raise UserError(
             f"only the clients of {run} can evaluate: they have kept factors of {config.method.name}'s for "
             "themselves; metrics.jsonl has what they reported"
         )
     if clients_own_data(run):
-        ranks = {client["id"]: client["rank"] for client in summary["clients"]}
-        prepared = prepare_server(config, ranks, summary["labels"], watcher)
+        prepared = prepare_server_again(config, read_summary(run), watcher)
     else:
         prepared = prepare(config, watcher)
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})

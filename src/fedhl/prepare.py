@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fedhl.config import Config, assign_ranks, unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.lora import LoRA, initial
+from fedhl.method import Method
 from fedhl.model import Loaded, load_model
 from fedhl.participation import matching
 from fedhl.privacy import SECRET_BYTES, Mechanism
@@ -153,8 +155,7 @@ def check_config(config: Config) -> None:
     method whose results nobody could evaluate."""
     if config.privacy is not None:
         accounting.check_installed()
-    method = config.method.build()
-    state = method.init(initial(2, 2, 1, 1.0, seed=0))
+    method, state = smallest(config)
     if method.delta(state) is None and not config.evaluation.client_fraction:
         raise UserError(
             f"method {config.method.name!r} has no global model, so only the clients can evaluate: set "
@@ -162,10 +163,15 @@ def check_config(config: Config) -> None:
         )
 
 
+def smallest(config: Config) -> tuple[Method[Any], Any]:
+    """The method and a state of it for a layer of 2 x 2, to ask what it is like."""
+    method = config.method.build()
+    return method, method.init(initial(2, 2, 1, 1.0, seed=0))
+
+
 def clients_keep(config: Config) -> bool:
     """Whether clients keep factors for themselves, so that they alone can go on with them."""
-    method = config.method.build()
-    state = method.init(initial(2, 2, 1, 1.0, seed=0))
+    method, state = smallest(config)
     return bool(method.broadcast(state, 1, 1.0).keep)
 
 
@@ -204,8 +210,17 @@ def prepare_server(
     refuse_strangers(config, sorted(clients))
     watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
     prepared = assemble(config, shards.of_server(config, labels), clients, watcher)
-    private = mechanism(config, registered or len(clients))
+    if registered is None:
+        return prepared
+    private = mechanism(config, registered)
     return replace(prepared, federation=replace(prepared.federation, privacy=private))
+
+
+def prepare_server_again(config: Config, summary: Mapping[str, Any], watcher: Watcher) -> Prepared:
+    """`prepare_server` for a run that has begun, with the clients, the labels and the N of its summary."""
+    ranks = {client["id"]: client["rank"] for client in summary["clients"]}
+    registered = (summary["privacy"] or {}).get("clients")  # N is a constant
+    return prepare_server(config, ranks, summary["labels"], watcher, registered)
 
 
 def assemble(

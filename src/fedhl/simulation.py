@@ -167,8 +167,12 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class InProcess:
-    """All clients in this process, one after the other, on one model."""
+    """All clients in this process, one after the other, on one model. `answered`: whether this client
+    answers in this round, as one on another machine may not; who does not is as if absent."""
+
+    answered: Callable[[str, int], bool] = lambda id, round: True
 
     def present(self, federation: Federation, round: int) -> Federation:
         return federation
@@ -181,6 +185,7 @@ class InProcess:
         on_step: Callable[[], None],
     ) -> Returned:
         method, seed, round = federation.method, federation.config.seed, state.round + 1
+        cohort = [client for client in cohort if self.answered(client.id, round)]
         seconds = {"broadcast": 0.0, "train": 0.0, "compute": 0.0}
         replies, kept = [], {}
         with training_mode(federation.slots.model):

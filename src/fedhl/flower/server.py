@@ -45,7 +45,14 @@ from fedhl.folder import (
 from fedhl.message import WHOLE, Malformed, shown
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import load_tokenizer, tokenizer_hash
-from fedhl.prepare import Prepared, Watcher, clients_keep, prepare, prepare_server
+from fedhl.prepare import (
+    Prepared,
+    Watcher,
+    clients_keep,
+    prepare,
+    prepare_server,
+    prepare_server_again,
+)
 from fedhl.run import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
 from fedhl.simulation import Federation, Returned, as_now
@@ -199,16 +206,12 @@ class Rounds(Strategy):
         members = {member.client: member for member in self.members.values()}
         if not self.own_data:
             return prepare(self.config, self.watcher)
+        if (self.folder / "summary.json").exists():
+            return prepare_server_again(self.config, read_summary(self.folder), self.watcher)
         ranks = {id: member.rank for id, member in members.items()}
         labels: set[str] = {name for one in members.values() for name in one.labels or ()}
-        registered = None
-        if (self.folder / "summary.json").exists():
-            summary = read_summary(self.folder)
-            ranks = {client["id"]: client["rank"] for client in summary["clients"]}
-            labels = set(summary["labels"] or ())
-            registered = (summary["privacy"] or {}).get("clients")  # N is a constant
         known = sorted_labels(labels) if labels else None
-        return prepare_server(self.config, ranks, known, self.watcher, registered)
+        return prepare_server(self.config, ranks, known, self.watcher)
 
     @property
     def own_data(self) -> bool:

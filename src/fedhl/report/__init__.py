@@ -9,7 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhl.report.files import best, dig, final_evaluation, headline_kinds, num, read_run
+from fedhl.report.files import (
+    best,
+    dig,
+    final_evaluation,
+    headline_kinds,
+    num,
+    read_run,
+    write_whole,
+)
 from fedhl.report.html import metric_text, percent, seconds, size
 from fedhl.report.page import page
 from fedhl.report.tasks import matrix
@@ -27,9 +35,7 @@ def write_report(run: Path) -> Path:
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
     text = page(read_run(run))
-    path, partial = run / "report.html", run / ".report.html.partial"
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    return partial.replace(path)
+    return write_whole(run / "report.html", text)
 
 
 def final_table(run: Path) -> Table:

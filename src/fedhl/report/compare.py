@@ -16,7 +16,17 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from fedhl.errors import UserError
-from fedhl.report.files import Json, Run, dig, final_evaluation, items, num, read_run, total
+from fedhl.report.files import (
+    Json,
+    Run,
+    dig,
+    final_evaluation,
+    items,
+    num,
+    read_run,
+    total,
+    write_whole,
+)
 from fedhl.report.html import MINUS
 
 if TYPE_CHECKING:
@@ -300,9 +310,7 @@ def write_comparison(folder: Path) -> Path:
         "comparison.html": page(comparison),
     }
     for name, text in written.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(folder / name)
+        write_whole(folder / name, text)
     return folder / "comparison.html"
 
 

@@ -57,6 +57,13 @@ class Run:
 # Reading
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file under another name and rename it into place, so that it is never there in part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    return partial.replace(path)
+
+
 def read_run(run: Path) -> Run:
     """Read a run folder; UserError for missing metrics, or anything malformed but a torn last line."""
     rounds = _read_rounds(run / "metrics.jsonl")
