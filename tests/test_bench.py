@@ -19,6 +19,7 @@ FIGURES = {
     },
     "accuracy": {"largest relative excess of the tail", "full SVD, s"},
     "growth": {"step, s", "truncation, s", "clients", "side"},
+    "ceilings": {"copy of W, s", "bare product, s", "step, s", "layers"},
     "model": {"round, s", "diagnostics, s", "reading them from files, s"},
     "disk": {"round, s", "anonymous memory at its peak, GB"},
 }
@@ -62,4 +63,4 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     done = fedhl(tmp_path, "bench", "server", "--parts", "layer,speed")
     assert done.code == 2
-    assert "there is no 'speed', only layer, accuracy, growth, model, disk" in done.err
+    assert "there is no 'speed', only layer, accuracy, growth, ceilings, model, disk" in done.err

@@ -75,12 +75,19 @@ def interleaved(
     return {name: median(times) for name, times in taken.items()}
 
 
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, n, generator=generator(seed, "bench"))).Q
+def orthogonal(n: int, seed: int, columns: int | None = None) -> Tensor:
+    """Orthonormal columns (n, columns), as many as rows unless given."""
+    return torch.linalg.qr(torch.randn(n, columns or n, generator=generator(seed, "bench"))).Q
 
 
 def with_spectrum(sigma: Tensor, bases: tuple[Tensor, Tensor]) -> Tensor:
     return (bases[0] * sigma.float()) @ bases[1].T
+
+
+def harmonic(m: int, n: int) -> Tensor:
+    """W (m, n) with the singular values 1/j."""
+    k = min(m, n)
+    return with_spectrum(1 / torch.arange(1, k + 1), (orthogonal(m, 1, k), orthogonal(n, 2, k)))
 
 
 def state_of(W: Tensor) -> FullRank:
@@ -143,6 +150,22 @@ def dense_step(state: FullRank, updates: Sequence[Update]) -> Tensor:
     return total
 
 
+def difference(W: Tensor, state: FullRank, updates: Sequence[Update]) -> float:
+    """How far the next W is from that of float64, relative. Raises AssertionError beyond what float32
+    sums of inner size `Σ r_i` lose, their rounding errors being of either sign."""
+    want = dense_step(state, updates)
+    off = float((W.double() - want).norm() / want.norm())
+    assert off < 1e-7 * sum(u.lora.rank for u in updates) ** 0.5, off
+    return off
+
+
+def bare(state: FullRank, total_rank: int) -> Callable[[], Tensor]:
+    """The product `B A` that no server can do without."""
+    (m, n), device = state.shape, state.W.device
+    B, A = torch.randn(m, total_rank).to(device), torch.randn(total_rank, n).to(device)
+    return lambda: B @ A
+
+
 def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
     """A step against the bare product, the same with a full SVD, and the literal algorithm."""
     bases, j = (orthogonal(SIDE, 1), orthogonal(SIDE, 2)), torch.arange(1, SIDE + 1)
@@ -152,12 +175,8 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
         for clients in (10, 100):
             updates = cohort(state, drawn(clients), clients)
             total_rank = sum(u.lora.rank for u in updates)
-            B, A = (
-                torch.randn(SIDE, total_rank).to(device),
-                torch.randn(total_rank, SIDE).to(device),
-            )
             works: dict[str, Callable[[], object]] = {
-                "bare product": lambda B=B, A=A: B @ A,
+                "bare product": bare(state, total_rank),
                 "step": partial(step, FedHL(), state, updates),
             }
             full = clients == 10 and name == "1/j"  # the time of a full SVD does not depend on W
@@ -165,10 +184,7 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
                 works["step with a full SVD"] = partial(step, FedHL(exact=True), state, updates)
             taken = interleaved(works, repeats, device)
             after = step(FedHL(), state, updates)
-            want = dense_step(state, updates)
-            off = float((after.W.double() - want).norm() / want.norm())
-            # float32 sums of inner size `total_rank`, their rounding errors of either sign
-            assert off < 1e-7 * total_rank**0.5, off
+            off = difference(after.W, state, updates)
             cold = timed(partial(leading, after.W, TOP), device)[1]
             row: Row = {
                 **{"spectrum": name, "side": SIDE, "clients": clients, "total rank": total_rank},
@@ -251,17 +267,13 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
             repeats,
             device,
         )
-        off = float((after.W.double() - (want := dense_step(state, updates))).norm() / want.norm())
-        assert off < 1e-7 * sum(ranks) ** 0.5, off
+        difference(after.W, state, updates)
         row = {"series": what, "side": side, "clients": len(ranks), "total rank": sum(ranks)}
         rows.append(row | {f"{work}, s": value for work, value in taken.items()})
         say(describe(rows[-1]))
 
-    def build(side: int) -> FullRank:
-        W = with_spectrum(1 / torch.arange(1, side + 1), (orthogonal(side, 1), orthogonal(side, 2)))
-        return to(state_of(W), device)
-
-    states = {side: build(side) for side in (SIDE // 4, SIDE // 2, SIDE)}
+    sides = (SIDE // 4, SIDE // 2, SIDE)
+    states = {side: to(state_of(harmonic(side, side)), device) for side in sides}
     for clients, rank in ((50, 64), (200, 16), (800, 4)):
         measure(SIDE, [rank] * clients + [TOP], f"{clients} of rank {rank}, and one of {TOP}")
     for clients in (10, 30, 100, 300):
@@ -269,6 +281,41 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
     for side in (SIDE // 4, SIDE // 2):
         measure(side, drawn(100), "side")
     return rows
+
+
+def ceilings(repeats: int, say: Say, device: str) -> list[Row]:
+    """A step of each layer shape of Llama-2-7B, 100 clients, against the product and the copy of W that
+    no server can do without; last, all linear layers together, one after the other."""
+    wide, ranks = 11008 * SIDE // 4096, drawn(100)
+    alike = {(SIDE, SIDE): 4, (wide, SIDE): 2, (SIDE, wide): 1}  # layers of this shape in a block
+    rows: list[Row] = []
+    for (m, n), layers in alike.items():
+        state = to(state_of(harmonic(m, n)), device)
+        updates = cohort(state, ranks, len(ranks))
+        works: dict[str, Callable[[], object]] = {
+            "copy of W": state.W.clone,
+            "bare product": bare(state, sum(ranks)),
+            "step": partial(step, FedHL(), state, updates),
+        }
+        taken = interleaved(works, repeats, device)
+        off = difference(FedHL().aggregate(state, updates).W, state, updates)
+        rows.append(
+            {
+                **{"shape": [m, n], "layers": layers * BLOCKS["llama2"], "clients": len(ranks)},
+                **{f"{work}, s": value for work, value in taken.items()},
+                "copy, GB/s": 8e-9 * m * n / taken["copy of W"],
+                "product, TFLOP/s": 2e-12 * m * n * sum(ranks) / taken["bare product"],
+                "step / (product + copy)": taken["step"]
+                / (taken["bare product"] + taken["copy of W"]),
+                "relative difference from float64": off,
+            }
+        )
+        say(describe(rows[-1]))
+    whole: Row = {"model": "Llama-2-7B, all linear", "layers": sum(row["layers"] for row in rows)}
+    for work in ("copy of W, s", "bare product, s", "step, s"):
+        whole[work] = sum(row["layers"] * row[work] for row in rows)
+    say(describe(whole))
+    return [*rows, whole]
 
 
 def whole_model(repeats: int, say: Say) -> list[Row]:
@@ -301,9 +348,7 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
             Update(server.broadcast_layer(method, state, name, r.client, 0), r.adapter[name], p)
             for r, p in zip(replies, weights, strict=True)
         ]
-        want = dense_step(state.layers[name], updates)
-        off = float((following.layers[name].W - want).norm() / want.norm())
-        assert off < 1e-7 * sum(c.rank for c in clients) ** 0.5, off
+        difference(following.layers[name].W, state.layers[name], updates)
     with tempfile.TemporaryDirectory() as folder:
         for r in replies:
             save_adapter(Path(folder) / r.client.id, r.adapter)
@@ -402,9 +447,7 @@ def rounds_from_disk(model: str, shapes: Mapping[str, tuple[int, int]], folder: 
             Update(server.broadcast_layer(method, before, name, r.client, 0), r.adapter[name], p)
             for r, p in zip(replies, weights, strict=True)
         ]
-        want = dense_step(before.layers[name], updates)
-        off = float((state.layers[name].W - want).norm() / want.norm())
-        assert off < 1e-7 * sum(r.client.rank for r in replies) ** 0.5, off
+        difference(state.layers[name].W, before.layers[name], updates)
         row: Row = {
             **{"model": model, "matrices": len(shapes), "clients": clients},
             **{"round, s": taken, "adapters on disk, GB": size / 1e9},
@@ -446,7 +489,7 @@ def describe(row: Row) -> str:
     )
 
 
-PARTS = ("layer", "accuracy", "growth", "model", "disk")
+PARTS = ("layer", "accuracy", "growth", "ceilings", "model", "disk")
 
 
 def bench_server(
@@ -472,6 +515,7 @@ def bench_server(
         "layer": lambda: one_layer(repeats, say, device),
         "accuracy": lambda: accuracy(say, runs),
         "growth": lambda: growth(repeats, say, device),
+        "ceilings": lambda: ceilings(repeats, say, device),
         "model": lambda: whole_model(repeats, say),
         "disk": lambda: from_disk(say, folder),
     }

@@ -550,11 +550,14 @@ def bench_server(
             metavar="A,B,...",
             help="layer: one 4096 x 4096 layer against its bare product, a full SVD and the literal "
             "algorithm. accuracy: truncation against the optimum. growth: time against clients, ranks "
-            "and size. model: a round of SmolLM2-135M. disk: Llama-2-7B's q and v, from disk (25 GB there).",
+            "and size. ceilings: the layers of Llama-2-7B against their bare products and copies. model: a "
+            "round of SmolLM2-135M. disk: Llama-2-7B's q and v, from disk (25 GB there).",
         ),
-    ] = "layer,accuracy,growth,model,disk",
+    ] = "layer,accuracy,growth,ceilings,model,disk",
     repeats: Annotated[int, typer.Option(min=1, help="Medians are of so many.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda; layer and growth only.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; of layer, growth and ceilings.")
+    ] = "cpu",
     run: Annotated[
         list[Path] | None,
         typer.Option(
