@@ -175,7 +175,9 @@ def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
         head: Mapping[str, torch.Tensor],
         round: int,
         *_: object,
+        own: Mapping[str, torch.Tensor],
     ) -> Local:
+        assert not own, f"{client.id} keeps something between rounds, which this way does not know"
         model = auto.from_pretrained(loaded.source_for_adapter, dtype=torch.float32, **settings)
         model = get_peft_model(
             model,
