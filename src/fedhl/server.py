@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from fedhl.seeds import derive, generator
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
 
+Done = TypeVar("Done")
 HUGE = torch.finfo(torch.float32).max ** 0.5
 """The largest factor, update, head or loss that is accepted: the square of a larger one would overflow."""
 SMALL = 2**21
@@ -394,8 +395,9 @@ def aggregate(
     error = relative_error(cohort)
     drifts = drift.sqrt().tolist() if watch else [None] * len(accepted)
     clients = records(accepted, p.tolist(), error.tolist(), drifts, checks)
-    numbers = {"aggregation_error": error_square**0.5, "product_gap": gap_square**0.5}
-    numbers = numbers if watch else {}
+    numbers = {"product_gap": gap_square**0.5} if watch else {}
+    if watch and method.delta(next(iter(state.layers.values()))) is not None:
+        numbers["aggregation_error"] = error_square**0.5
     numbers |= diagnostics.summarise_weights(p, q, error)
     if noise is not None:
         numbers["channel_noise"] = noise
@@ -567,11 +569,11 @@ def observed(done: LayerStep, method: Method[Any], layer: Any, updates: LayerUpd
 
 
 def side_by_side(
-    step: Callable[[str, Any], LayerStep], layers: Mapping[str, Any]
-) -> Iterator[tuple[str, LayerStep]]:
-    """`step` on every layer, in order. Small layers several at a time, each on one thread: their
-    products are too small to be shared out among threads. Large ones, and what is on disk or on an
-    accelerator, one by one."""
+    step: Callable[[str, Any], Done], layers: Mapping[str, Any]
+) -> Iterator[tuple[str, Done]]:
+    """`step` on every layer, in order. Small layers several at a time, each on one thread: their products,
+    and still more their SVDs, are too small to be shared out among threads. Large ones, and what is on
+    disk or on an accelerator, one by one."""
     threads = torch.get_num_threads()
     small = isinstance(layers, dict) and all(
         tensor.device.type == "cpu" and tensor.numel() <= SMALL
@@ -692,5 +694,5 @@ def deltas(method: Method[Any], state: ServerState) -> dict[str, LoRA | Tensor]:
 
 def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:
     """Spectrum, energy, share beyond `rank` and effective rank of the global change; {} if none."""
-    known = {name: diagnostics.spectrum(d) for name, d in deltas(method, state).items()}
+    known = dict(side_by_side(lambda _, delta: diagnostics.spectrum(delta), deltas(method, state)))
     return diagnostics.summarise_spectra(known, rank) if known else {}

@@ -462,10 +462,9 @@ def evaluate_rank(
 
 def truncation(federation: Federation, state: ServerState, rank: int) -> dict[str, LoRA]:
     """`T_rank(W)` of every layer; {} if there is no global model."""
-    return {
-        name: truncate(delta, min(rank, *delta.shape))
-        for name, delta in server.deltas(federation.method, state).items()
-    }
+    deltas = server.deltas(federation.method, state)
+    cut = server.side_by_side(lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas)
+    return dict(cut)
 
 
 def evaluate_change(
