@@ -47,6 +47,8 @@ def federate(
     weighting: Any = None,
     held_out: int = 9,
     own: int = 0,
+    dropout: float = 0.1,
+    device: str = "cpu",
     **settings: Any,
 ) -> Federation:
     """A federation around a tiny model, with dropout in the base and in the adapters."""
@@ -57,7 +59,7 @@ def federate(
         "task": {"kind": "sequence-classification" if classify else "causal-lm"},
         "data": {"source": "none"},
         "partition": {"kind": "iid", "clients": len(ranks)},
-        "lora": {"alpha": 8, "rslora": True, "dropout": 0.1} | settings.pop("lora", {}),
+        "lora": {"alpha": 8, "rslora": True, "dropout": dropout} | settings.pop("lora", {}),
         "rounds": 4,
         "training": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "schedule": "cosine"}
         | settings.pop("training", {}),
@@ -65,7 +67,7 @@ def federate(
     }
     config = Config.model_validate(base | settings)
     slots = peft.attach(
-        build(kind, dropout=0.1),
+        build(kind, dropout).to(device),  # pyright: ignore[reportArgumentType]
         {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
         TARGETS[kind],
         rslora=config.lora.rslora,
@@ -83,7 +85,7 @@ def federate(
         held_out=rows(kind, held_out, seed=99),
         slots=slots,
         pad_id=0,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 

@@ -1,0 +1,129 @@
+"""A second device for machines that have none: the CPU's kernels, and CUDA's rules about where tensors are.
+
+PyTorch leaves a dispatch key to devices that are written outside of it, in Python if need be. Here each
+tensor of such a device holds one of the CPU's, on which the work is done. As on CUDA, what mixes tensors of
+two devices is refused, unless it copies, or what is not there is a 0-d number or an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "elsewhere"
+aten = torch.ops.aten
+COPIES: Any = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
+INDEXED: Any = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+"""Their second argument is a list of indices."""
+
+
+class There(Tensor):
+    """A tensor of the device, around the CPU's tensor `held`."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> There:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.held = held
+        return made
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: There) -> None:
+        self.held = value.held
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return run(operation, *args, **(kwargs or {}))
+
+
+def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """One operation of PyTorch, some of whose tensors are there, or whose result is to be."""
+    leaves = tree_leaves((args, kwargs))
+    there = [x for x in leaves if isinstance(x, There)]
+    wanted = kwargs.get("device")
+    result_there = bool(there) if wanted is None else torch.device(wanted).type == NAME
+    if operation not in COPIES:
+        refuse_mixtures(operation, args, leaves, there, result_there)
+    here = {} if wanted is None else {"device": torch.device("cpu")}
+    args, kwargs = tree_map(held, (args, kwargs | here))
+    if operation is aten._copy_from.default:  # what is copied comes first
+        args, operation = (args[1], args[0]), aten.copy_.default
+    known = {id(x.held): x for x in there}  # what is changed in place is what it was
+    return tree_map(partial(wrapped, known, result_there), operation(*args, **kwargs))
+
+
+def refuse_mixtures(
+    operation: Any, args: tuple[Any, ...], leaves: list[Any], there: list[There], result_there: bool
+) -> None:
+    """Raises RuntimeError for what CUDA refuses."""
+    if operation in INDEXED:
+        leaves = tree_leaves((args[0], args[2:]))
+    for x in leaves:
+        if isinstance(x, Tensor) and x.ndim and not isinstance(x, There) and there:
+            raise RuntimeError(f"{operation}: tensors on {NAME} and on {x.device}")
+        if isinstance(x, torch.Generator) and (there or result_there):
+            raise RuntimeError(f"{operation}: a generator of {x.device} for a tensor on {NAME}")
+
+
+def held(x: Any) -> Any:
+    return x.held if isinstance(x, There) else x
+
+
+def wrapped(known: dict[int, There], there: bool, x: Any) -> Any:
+    if not isinstance(x, Tensor) or not there:
+        return x
+    return known[id(x)] if id(x) in known else There(x)
+
+
+class Rules:
+    """What PyTorch asks the module of a device for."""
+
+    is_available: Callable[[], bool] = staticmethod(lambda: True)
+    is_initialized: Callable[[], bool] = staticmethod(lambda: True)
+    device_count: Callable[[], int] = staticmethod(lambda: 1)
+    current_device: Callable[[], int] = staticmethod(lambda: 0)
+    _is_in_bad_fork: Callable[[], bool] = staticmethod(lambda: False)
+    manual_seed_all: Callable[[int], None] = staticmethod(lambda seed: None)
+    get_rng_state: Callable[..., Tensor] = staticmethod(lambda *_: torch.empty(0))
+    set_rng_state: Callable[..., None] = staticmethod(lambda *_: None)
+
+
+libraries: list[torch.library.Library] = []  # what they define goes when they go
+
+
+def register() -> None:
+    """Add the device to this process. PyTorch believes from then on that the machine has an accelerator, so
+    it should be a process of its own."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Rules())
+    every = torch.library.Library("_", "IMPL")
+    every.fallback(run, "PrivateUse1")
+    # what `torch.tensor` calls where Python's fallback is not looked for
+    some = torch.library.Library("aten", "IMPL")
+    for name in ("empty_strided", "_copy_from"):
+        some.impl(name, partial(run, getattr(aten, name).default), "PrivateUse1")
+    libraries.extend((every, some))
