@@ -134,7 +134,7 @@ def test_a_variant_is_a_method_with_settings_of_its_own(project: Path) -> None:
 def test_hyperparameters_in_the_config_stay_with_their_method(project: Path) -> None:
     base = load_config(project / "tiny.yaml", ["method={name: florist, threshold: 0.5}"])
     assert parse_variant("florist").config(base, 0).method.hyperparameters == {"threshold": 0.5}
-    assert parse_variant("fedhl").config(base, 0).method.hyperparameters == {}
+    assert parse_variant("fedhl").config(base, 0).method.hyperparameters == {"exact": False}
     for text, count, fraction in (
         ("fedhl@participation.count=2", 2, None),
         ("fedhl@participation.count=2@participation.fraction=null", 2, None),

@@ -116,17 +116,32 @@ def test_overrides_change_nest_and_create(tmp_path: Path) -> None:
     assert config.training.steps == 20
     assert config.lora.ranks == {"clients": {"client-0": 2}, "default": 1}
     assert config.method.name == "fedit"
-    assert config.weighting_used.hyperparameters == {"power": 1, "epsilon": 0.5}
+    assert config.weighting_used.hyperparameters == {"power": 1, "epsilon": 0.5, "share": None}
     assert config.data.held_out is not None and config.data.held_out.count == 7
     assert config.evaluation.client_fraction == 0
     assert config.model.source == "some=where"
+
+
+def test_clients_evaluate_where_the_server_has_no_rows(tmp_path: Path) -> None:
+    base = classification()
+    del base["evaluation"]
+    for data, more, fraction in (
+        ({}, {}, 0.0),
+        ({"held_out": None}, {}, 0.1),
+        ({"held_out": None}, {"evaluation": None}, 0.1),
+        ({"held_out": None}, {"evaluation": {"every": 2}}, 0.1),
+        ({"held_out": None}, {"evaluation": {"client_fraction": 0}}, 0.0),
+    ):
+        found = load(tmp_path, {**base, "data": base["data"] | data, **more})
+        assert found.evaluation.client_fraction == fraction
+    assert load(tmp_path, base, "data.held_out=null").evaluation.client_fraction == 0.1
 
 
 def test_a_weighting_named_by_a_word_takes_settings(tmp_path: Path) -> None:
     base = merged(classification(), {"weighting": "truncation"}) | {"weighting": "truncation"}
     config = load(tmp_path, base, "weighting.epsilon=0.25")
     assert config.weighting_used.name == "truncation"
-    assert config.weighting_used.hyperparameters == {"epsilon": 0.25}
+    assert config.weighting_used.hyperparameters == {"power": 2, "epsilon": 0.25, "share": None}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,13 @@ def test_a_bad_override_is_named(override: str, said: str, tmp_path: Path) -> No
         ({"lora": {"ranks": [4, 0, 4, 4, 4, 4]}}, "lora.ranks: expected ranks of at least 1"),
         ({"lora": {"ranks": "many"}}, "lora.ranks: expected ranks of at least 1"),
         ({"lora": {"targets": "query"}}, "lora.targets: expected a list of module names"),
-        ({"weighting": {"name": "truncation", "epsilon": "a"}}, "epsilon='a'"),
+        (
+            {"weighting": {"name": "truncation", "epsilon": "a"}},
+            "epsilon should be a valid number, got 'a'",
+        ),
+        ({"method": {"name": "fedhl", "exact": "no"}}, "exact should be a valid boolean, got 'no'"),
+        ({"method": {"name": "fedsvd", "period": True}}, "period should be a valid integer"),
+        ({"method": "FedHK"}, "did you mean 'fedhl'?"),
         ({"model": "bert"}, "model: input should be a group of settings, got 'bert'"),
         ({"data": {"where": {"a": [1, None]}}}, "data.where: expected a value of the field 'a'"),
         ({"lora": {"alpha": "r2"}}, "lora.alpha: expected a number above 0, or a multiple"),

@@ -141,8 +141,8 @@ def test_the_summary_says_what_made_the_numbers(runs: Path) -> None:
     assert found["status"] == "finished"
     assert found["rounds"] == found["rounds_done"] == 5
     assert found["final"] == lines(runs / "tiny")[-1]["evaluation"]
-    assert found["method"] == {"name": "fedhl"}
-    assert found["weighting"] == {"name": "truncation", "power": 2, "epsilon": 0.1}
+    assert found["method"] == {"name": "fedhl", "exact": False}
+    assert found["weighting"] == {"name": "truncation", "power": 2, "epsilon": 0.1, "share": None}
     assert set(found["hashes"]) == {"config", "model", "data"}
     assert {"python", "torch", "transformers", "peft"} < set(found["versions"])
     assert found["seeds"] == {"root": 0} and found["device"] == "cpu"

@@ -406,7 +406,7 @@ def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     export_adapter(tmp_path / "path/to/this/folder", loaded, adapter, random_head(loaded), card)
     monkeypatch.chdir(tmp_path)
     code = card.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 4
+    assert len(code.splitlines()) == 5
     scope: dict[str, Any] = {}
     exec(code, scope)
-    assert logits(scope["model"]).shape == (1, 3)
+    assert logits(scope["model"]).shape == (1, 3) and scope["tokenizer"]("the cat")["input_ids"]

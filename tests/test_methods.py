@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense as reference
 from test_contract import change, started
+from tiny import classification
 from torch import Tensor
 
 from fedhl import METHODS, Broadcast, Cohort, LoRA, Update, get_method, get_weighting
+from fedhl.config import Config
 from fedhl.diagnostics import truncation_error
 from fedhl.lora import initial, truncate
+from fedhl.methods import flexlora
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.flexlora import FlexLoRA
@@ -384,9 +389,13 @@ def test_subtracted_is_what_was_sent_whatever_that_was():
 # Getting a method by name
 
 
-def test_an_unknown_method_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown method 'flexlra'; did you mean 'flexlora'\?"):
-        get_method("flexlra")
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("flexlra", "flexlora"), ("FedHL", "fedhl"), ("FLoRA", "flora"), ("FedEx-LoRA", "fedex_lora")],
+)
+def test_an_unknown_method_suggests_the_nearest(name: str, nearest: str):
+    with pytest.raises(ValueError, match=f"unknown method '{name}'; did you mean '{nearest}'\\?"):
+        get_method(name)
 
 
 def test_an_unknown_hyperparameter_is_named():
@@ -398,13 +407,26 @@ def test_a_method_from_elsewhere():
     assert get_method("fedhl.methods.flexlora:FlexLoRA") == FlexLoRA()
 
 
+def test_a_method_from_elsewhere_that_names_no_weighting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Clients then count by their rows."""
+    lines = inspect.getsource(flexlora).replace("FlexLoRA", "Silent").splitlines()
+    text = "\n".join(line for line in lines if "weighting: ClassVar" not in line)
+    (tmp_path / "silent.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config.model_validate(classification(weighting=None, method="silent:Silent"))
+    assert not hasattr(config.method.build(), "weighting")
+    assert config.weighting_used.name == "examples"
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [
         ("no_such_package.at_all:Thing", "cannot be imported.*no_such_package"),
         ("fedhl.methods.fedhl:Missing", "cannot be imported.*Missing"),
         ("fedhl.methods.fedhl:send", "must be a dataclass"),
-        ("fedhl.weighting:Uniform", "lacks mixed_ranks, laws, weighting, init, broadcast"),
+        ("fedhl.weighting:Uniform", "lacks mixed_ranks, laws, init, broadcast"),
     ],
 )
 def test_a_method_from_elsewhere_that_is_none(name: str, match: str):

@@ -109,7 +109,8 @@ def test_the_held_out_rows_are_stratified(source: str) -> None:
 
 
 def test_a_client_per_value(source: str) -> None:
-    data = shards.read(config(source, partition=PARTITIONS["by column"], data={"held_out": None}))
+    settings = {"data": {"held_out": None}, "evaluation": {"client_fraction": 0}}
+    data = shards.read(config(source, partition=PARTITIONS["by column"], **settings))
     sizes = {name: len(part) for name, part in data.clients.items()}
     assert sizes == {"site a": 12, "site b": 24, "site c": 36, "site d": 48}
     for name, part in data.clients.items():
@@ -263,7 +264,8 @@ def test_rows_without_room_are_dropped_and_counted(tmp_path: Path) -> None:
 def test_a_client_or_a_server_left_without_rows(tmp_path: Path) -> None:
     by_who = {"kind": "by-column", "column": "who"}
     source = write(tmp_path / "lm.jsonl", lm_rows({"one": [3, 4, 5], "two": [30, 30]}))
-    settings = completions(source, data={"held_out": None}, partition=by_who)
+    nobody = {"data": {"held_out": None}, "evaluation": {"client_fraction": 0}}
+    settings = completions(source, partition=by_who, **nobody)
     with pytest.raises(UserError, match=r"client 'two' has no row left.*max_length = 12"):
         shards.tokenise(settings, shards.read(settings), TOKENIZER)
 

@@ -21,7 +21,7 @@ import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from fedhl import METHODS, get_method, get_weighting, server
@@ -724,6 +724,32 @@ def size_table() -> str:
             found = [f"{sizes(model, rank, payload)[0]:,}" for payload in PAYLOADS]
             lines.append(f"| {model} | {rank} | " + " | ".join(found) + " |")
     return "\n".join(lines)
+
+
+@methods
+def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) -> None:
+    """In numbers, over two rounds, without heads."""
+    method, state = get_method(name), played(name, "float32")
+    clients = cohort(method, "float32")
+    ranks = [client.rank for client in clients]
+
+    def numbers(message: bytes) -> int:
+        factors = {k: x for k, x in load(message).items() if k.startswith(("lora", "base", "past"))}
+        return sum(x.numel() for x in factors.values())
+
+    down, up = [0.0, 0.0], [0.0, 0.0]  # what is sent, and what is counted
+    for _ in range(2):
+        for client in clients:
+            sent = server.broadcast(method, state, client, SEED)
+            counted = [method.traffic(m, n, client.rank, ranks) for m, n in SHAPES.values()]
+            down[0] += numbers(encode_broadcast({}, sent, {}, "float32"))
+            down[1] += sum(traffic.down for traffic in counted)
+            up[0] += numbers(encode_reply(RUN, arrived(method, state, client), sent))
+            up[1] += sum(traffic.up for traffic in counted)
+        state = advance(method, state, "float32")
+    assert up[0] == up[1]
+    section = PAGE.read_text(encoding="utf-8").split("## What the methods count")[1].split("##")[0]
+    assert (down[0] != down[1]) == (f"`{name}`" in section), down
 
 
 def test_the_sizes_in_the_docs_are_those_of_messages() -> None:

@@ -90,12 +90,13 @@ def robust_rules(config: RobustConfig) -> str:
 
 
 def clients_table(prepared: Prepared) -> Table:
-    """Clients by size and label."""
+    """Clients by rank, size and label."""
     data, config = prepared.data, prepared.config
     labels = None
     if not isinstance(config.task, CausalTask):
         labels = column(data.rows, config.task.label, config.data.source)
-    return partition_table(data.clients, labels)
+    ranks = {client.id: client.rank for client in prepared.federation.clients}
+    return partition_table(data.clients, labels, ranks)
 
 
 def ranks_table(prepared: Prepared) -> Table:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -20,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -28,11 +30,11 @@ from pydantic import (
 from fedhl.channel import sends_products
 from fedhl.errors import UserError
 from fedhl.method import Method
-from fedhl.methods import get_method
+from fedhl.methods import METHODS, get_method
 from fedhl.privacy import why_not
 from fedhl.robust import Guard, Median, Trimmed
 from fedhl.seeds import generator
-from fedhl.weighting import Weighting, get_weighting
+from fedhl.weighting import WEIGHTINGS, Weighting, get_weighting
 
 
 class Strict(BaseModel):
@@ -47,7 +49,8 @@ def named(value: Any) -> Any:
 
 
 class Named(BaseModel):
-    """A name and its hyperparameters, e.g. `{name: truncation, power: 2, epsilon: 0.001}`."""
+    """A name and its hyperparameters, e.g. `{name: truncation, power: 2, epsilon: 0.001}`. All of them, also
+    those that were left at their defaults: what a run folder says holds when a default has changed."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -58,13 +61,32 @@ class Named(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+def complete(value: Any, table: Mapping[str, type[Any]], get: Callable[..., Any]) -> Any:
+    """`{name: ..., hyperparameters}` with those that were not given. Raises ValueError for an unknown name,
+    an unknown hyperparameter or a value of the wrong type."""
+    if not (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        return value  # what is wrong with it, the fields say
+    given = {str(key): x for key, x in value.items() if key != "name"}
+    types = get_type_hints(table[value["name"]]) if value["name"] in table else {}
+    for key in sorted(given.keys() & types.keys()):
+        try:
+            TypeAdapter(types[key]).validate_python(given[key], strict=True)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise ValueError(f"{key} should be {said}, got {given[key]!r}") from None
+    built = get(value["name"], **given)
+    return {"name": value["name"]} | {
+        field.name: getattr(built, field.name) for field in fields(built)
+    }
+
+
 class MethodConfig(Named):
     """An aggregation method and its hyperparameters; `fedhl methods` lists them."""
 
-    @model_validator(mode="after")
-    def known(self) -> MethodConfig:
-        self.build()
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def known(cls, value: Any) -> Any:
+        return complete(value, METHODS, get_method)
 
     def build(self) -> Method[Any]:
         return get_method(self.name, **self.hyperparameters)
@@ -73,10 +95,10 @@ class MethodConfig(Named):
 class WeightingConfig(Named):
     """How clients are weighted, and its hyperparameters; `fedhl methods` lists them."""
 
-    @model_validator(mode="after")
-    def known(self) -> WeightingConfig:
-        self.build()
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def known(cls, value: Any) -> Any:
+        return complete(value, WEIGHTINGS, get_weighting)
 
     def build(self) -> Weighting:
         return get_weighting(self.name, **self.hyperparameters)
@@ -153,11 +175,13 @@ class DataConfig(Strict):
     """The rows, and which of them the server keeps for evaluation."""
 
     source: str
-    """A .jsonl, .json, .csv or .parquet file, `package:import_name/path/inside`, or a hub id."""
+    """A .jsonl, .json, .csv, .tsv (all also .gz) or .parquet file, `package:import_name/path/inside`, or a
+    hub id (`owner/name`, `owner/name:configuration`)."""
     split: str | None = None
     """The split of a hub data set (train unless given)."""
     where: dict[str, Any] = {}
-    """Use only rows whose field has this value, or one of these: `{source: rotten_tomatoes}`."""
+    """Use only rows whose field has this value, or one of these: `{source: rotten_tomatoes}`. Also of the
+    files that clients bring; a source of its own in held_out is taken whole."""
     limit: PositiveInt | None = None
     """Use so many rows, drawn at random by the run's seed."""
     held_out: HeldOut | None = HeldOut(fraction=0.1)
@@ -446,7 +470,8 @@ class EvaluationConfig(Strict):
     batch_size: PositiveInt = 64
     """Rows per forward pass."""
     client_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each client's rows that it never trains on, to report the mean and the worst client."""
+    """Share of each client's rows that it never trains on, to report the mean and the worst client. Unless
+    given, 0.1 where the server has no rows (`data.held_out: null`), else 0."""
 
 
 class ComputeConfig(Strict):
@@ -507,7 +532,8 @@ class FederationConfig(Strict):
     """Clients on other machines (`fedhl serve`): whom the server waits for, and how long."""
 
     clients: PositiveInt | None = None
-    """The first round begins when so many clients have reported; null: all that the partition makes."""
+    """The first round begins when so many clients have reported; null: as many as the partition makes, if
+    it says how many (by-column does not: then give it)."""
     minimum: PositiveInt = 1
     """Later rounds begin with at least so many clients there."""
     top_rank: PositiveInt = 256
@@ -525,15 +551,19 @@ class Config(Strict):
     """The root of every random draw."""
     model: ModelConfig
     task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
+    """What is learnt: the labels of texts, or completions."""
     data: DataConfig
     partition: Annotated[
         IIDPartition | DirichletPartition | ColumnPartition, Field(discriminator="kind")
     ]
+    """Which client has which rows: drawn (iid, dirichlet), or by a field (by-column)."""
     lora: LoRAConfig = LoRAConfig()
     method: Annotated[MethodConfig, BeforeValidator(named)] = MethodConfig(name="fedhl")
+    """How updates are combined and what is sent back, by name or as `{name: fedsvd, period: 4}`;
+    [which one](methods.md#which-one)."""
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
     """How clients are weighted, by name or as `{name: balanced, lam: 0.1}`; null: as the method's paper
-    does (`fedhl methods` shows it)."""
+    does (`fedhl methods` shows it). [Which one](methods.md#weights)."""
     rounds: PositiveInt = 10
     """How many times the server and the clients exchange adapters."""
     tasks: TasksConfig | None = None
@@ -552,6 +582,17 @@ class Config(Strict):
     compute: ComputeConfig = ComputeConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     federation: FederationConfig = FederationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def somebody_evaluates(cls, raw: Any) -> Any:
+        data = raw.get("data") if isinstance(raw, dict) else None
+        if not isinstance(data, dict) or data.get("held_out", "by default") is not None:
+            return raw
+        evaluation = raw.get("evaluation") or {}
+        if not isinstance(evaluation, dict):
+            return raw
+        return {**raw, "evaluation": {"client_fraction": 0.1} | evaluation}
 
     @model_validator(mode="after")
     def analog_payload(self) -> Config:
@@ -625,7 +666,8 @@ class Config(Strict):
         """The weighting that was named, or that of the method; with privacy, uniform."""
         if self.privacy is not None:
             return WeightingConfig(name="uniform")
-        return self.weighting or WeightingConfig(name=self.method.build().weighting)
+        theirs = getattr(self.method.build(), "weighting", "examples")
+        return self.weighting or WeightingConfig(name=theirs)
 
 
 def assign_ranks(config: LoRAConfig, clients: Sequence[str], seed: int) -> dict[str, int]:

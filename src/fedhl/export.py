@@ -354,9 +354,10 @@ def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> lis
         count = f", num_labels={len(labels)}" if task == "sequence-classification" else ""
         code = [
             "from peft import PeftModel",
-            f"from transformers import {auto}",
+            f"from transformers import {auto}, AutoTokenizer",
             f"base = {auto}.from_pretrained({json.dumps(base)}{count})",
             f'model = PeftModel.from_pretrained(base, "{folder}")',
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
         ]
     lines = ["```python", *code, "```", ""]
     if labels:
@@ -391,7 +392,8 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _settings(choice: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
+    given = {k: v for k, v in choice.items() if k != "name" and v is not None}
+    settings = ", ".join(f"{k}={v}" for k, v in given.items())
     return f"{choice['name']} ({settings})" if settings else str(choice["name"])
 
 

@@ -136,7 +136,7 @@ class Method(Protocol[State]):
     laws: ClassVar[frozenset[str]]
     """The names of `LAWS` that it claims."""
     weighting: ClassVar[str]
-    """The weighting of its paper, taken when a run names none."""
+    """The weighting of its paper, taken when a run names none; `examples` for a method that does not say."""
     drawn: ClassVar[bool]
     """False: all clients of one rank and scale are sent the same, whatever their key, and the server
     may build it once for all of them. A method that does not say is asked for each."""

@@ -398,7 +398,7 @@ def build(
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among the known ones, with the nearest of them."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.4)
+    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}"
 

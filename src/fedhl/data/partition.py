@@ -67,8 +67,13 @@ def by_column(values: Sequence[Any]) -> Partition:
     return {str(name): np.flatnonzero(group == index) for index, name in enumerate(names)}
 
 
-def partition_table(partition: Mapping[str, Indices], labels: Sequence[Any] | None = None) -> Table:
-    """A table of clients, their sizes and, when `labels` (one per row) are given, label counts.
+def partition_table(
+    partition: Mapping[str, Indices],
+    labels: Sequence[Any] | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> Table:
+    """A table of clients, their ranks, if given, their sizes and, when `labels` (one per row) are given,
+    label counts.
 
     More than 8 labels: the number of labels, the commonest and its share instead. More than 30
     clients: the first 10, the last 3, and the smallest, median and largest size.
@@ -86,23 +91,29 @@ def partition_table(partition: Mapping[str, Indices], labels: Sequence[Any] | No
     sizes = [len(rows) for rows in partition.values()]
     table = Table(title=f"{len(partition)} clients, {sum(sizes)} examples", title_justify="left")
     table.add_column("client")
-    for heading in ["examples", *(["labels", "top label", "share"] if wide else names)]:
+    for heading in [
+        *(["rank"] if ranks else []),
+        "examples",
+        *(["labels", "top label", "share"] if wide else names),
+    ]:
         table.add_column(escape(heading), justify="right")
-    lines = [_cells(client, rows, texts, names, wide) for client, rows in partition.items()]
+    lines = [
+        [client, *([str(ranks[client])] if ranks else []), *_cells(rows, texts, names, wide)]
+        for client, rows in partition.items()
+    ]
     many = len(lines) > MAX_CLIENT_ROWS
     for cells in [*lines[:FIRST_CLIENTS], ["..."], *lines[-LAST_CLIENTS:]] if many else lines:
         table.add_row(*map(escape, cells))
     if many:
         table.add_section()
         median = f"{np.median(sizes):g}"
-        table.add_row("min / median / max", f"{min(sizes)} / {median} / {max(sizes)}")
+        ends = f"{min(sizes)} / {median} / {max(sizes)}"
+        table.add_row("min / median / max", *([""] if ranks else []), ends)
     return table
 
 
-def _cells(
-    client: str, rows: Indices, labels: list[str] | None, names: list[str], wide: bool
-) -> list[str]:
-    cells = [client, str(len(rows))]
+def _cells(rows: Indices, labels: list[str] | None, names: list[str], wide: bool) -> list[str]:
+    cells = [str(len(rows))]
     if labels is None:
         return cells
     counts = Counter(labels[row] for row in rows)

@@ -60,7 +60,6 @@ METHODS: dict[str, type[Any]] = {
 CONTRACT = (
     "mixed_ranks",
     "laws",
-    "weighting",
     "init",
     "broadcast",
     "aggregate",

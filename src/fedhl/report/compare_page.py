@@ -198,7 +198,8 @@ def _weighting(variant: Variant) -> Cell:
     if variant.weighting is None:
         return data(None), ""
     named = str(variant.weighting.get("name"))
-    settings = ", ".join(f"{k} {v}" for k, v in variant.weighting.items() if k != "name")
+    given = {k: v for k, v in variant.weighting.items() if k != "name" and v is not None}
+    settings = ", ".join(f"{k} {v}" for k, v in given.items())
     return f'<span title="{escape(settings)}">{escape(named)}</span>', named
 
 

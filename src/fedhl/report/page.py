@@ -136,7 +136,8 @@ def _call(value: Any) -> str:
     """{"name": "truncation", "power": 2} as "truncation (power 2)"."""
     if not isinstance(value, dict):
         return str(value)
-    settings = ", ".join(f"{key} {setting}" for key, setting in value.items() if key != "name")
+    given = {k: x for k, x in value.items() if k != "name" and x is not None}
+    settings = ", ".join(f"{key} {setting}" for key, setting in given.items())
     return f"{value.get('name')} ({settings})" if settings else str(value.get("name"))
 
 
