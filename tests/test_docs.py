@@ -145,9 +145,18 @@ def test_the_tree_of_the_readme_names_every_module() -> None:
             assert path.name in tree, f"README's tree does not name {path.name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "examples/deployment/own-data.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_configs_are_valid(path: Path) -> None:
     assert isinstance(load_config(path).lora, LoRAConfig)
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml").name == "my-run"
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

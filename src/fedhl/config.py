@@ -207,7 +207,8 @@ class IIDPartition(Strict):
 
     kind: Literal["iid"]
     clients: PositiveInt
-    """How many clients share the rows equally and at random."""
+    """How many clients share the rows equally and at random: client-0, client-1, ..., or, of more than ten,
+    client-00, client-01, ..."""
 
 
 class DirichletPartition(Strict):
@@ -229,7 +230,7 @@ class ColumnPartition(Strict):
 
     kind: Literal["by-column"]
     column: str
-    """One client for each value of this field."""
+    """One client for each value of this field, which is its id."""
 
 
 class LoRAConfig(Strict):
@@ -238,8 +239,8 @@ class LoRAConfig(Strict):
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Module names that get an adapter, e.g. [q_proj, v_proj], or all linear layers."""
     ranks: PositiveInt | list[PositiveInt] | dict[str | int, Any] = 8
-    """One rank for all; a list with one per client (in the order of client ids); `{shares: {4: 0.6, 64:
-    0.4}}` to draw them; or `{clients: {asyncio: 4}, default: 8}` by client id."""
+    """One rank for all; a list with one per client (in the order of their ids as text); `{shares:
+    {4: 0.6, 64: 0.4}}` to draw them; or `{clients: {asyncio: 4}, default: 8}` by client id."""
     alpha: PositiveFloat | str = "2r"
     """LoRA's alpha: a number, or proportional to the rank as in `2r`. The scale is alpha / rank."""
     rslora: bool = False
@@ -317,7 +318,7 @@ class Participation(Strict):
     """Which clients take part in a round, drawn anew by the run's seed."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """This share of the clients, at least one."""
+    """This share of the clients, at least one; all of them unless this or `count` is given."""
     count: PositiveInt | None = None
     """So many clients."""
     stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0

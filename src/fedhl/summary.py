@@ -55,6 +55,7 @@ def write_summary(
         "rounds": config.rounds,
         "rounds_done": lines[-1]["round"] if lines else 0,
         "metric": evaluations[-1]["metric"] if evaluations else None,
+        "start": lines[0]["evaluation"] if lines and lines[0]["round"] == 0 else None,
         "final": evaluations[-1] if evaluations else None,
         "best": best,
         "tasks": tasks_summary(prepared, lines),
