@@ -84,6 +84,8 @@ def pad(lora: LoRA, rank: int) -> LoRA:
     extra = rank - lora.rank
     if extra < 0:
         raise ValueError(f"cannot pad rank {lora.rank} down to {rank}")
+    if not extra:
+        return lora
     m, n = lora.shape
     A = torch.cat([lora.A, lora.A.new_zeros(extra, n)])
     B = torch.cat([lora.B, lora.B.new_zeros(m, extra)], dim=1)
