@@ -36,6 +36,11 @@ ONLY: dict[str, set[str]] = {
     "accounting": {"errors"},
     "methods": {"lora", "method", "weighting", "seeds", "subspace"},
     "catalogue": {"lora", "method", "methods", "weighting"},
+    "tasks": {"seeds"},
+    "participation": {"lora", "method", "seeds"},
+    "channel": {"diagnostics", "lora", "method"},
+    "diagnostics": {"lora", "method", "subspace"},
+    "shelf": {"lora", "method"},
     "report": {"errors"},
 }
 NEVER: dict[str, set[str]] = {
@@ -53,7 +58,6 @@ NEVER: dict[str, set[str]] = {
     "peft": ENGINES,
     "export": FRONT,
     "config": ENGINES,
-    "diagnostics": {"simulation", "flower"} | FRONT,
     "checkpoint": {"simulation", "flower"} | FRONT,
     "wire": {"simulation", "flower"} | FRONT,
 }

@@ -807,6 +807,14 @@ def unknown(name: str, known: Sequence[str], what: str) -> str:
     return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
 
 
+KINDS: dict[str, tuple[type[Strict], ...]] = {
+    "task": (ClassificationTask, CausalTask),
+    "partition": (IIDPartition, DirichletPartition, ColumnPartition),
+    "reject": (MedianRule, TrimmedRule),
+}
+"""The groups of settings that come in several kinds."""
+
+
 def explain(error: ValidationError) -> str:
     """One line per mistake: the field, what was found, what is allowed."""
     return "\n  ".join(dict.fromkeys(explain_one(dict(item)) for item in error.errors()))
@@ -821,6 +829,12 @@ def explain_one(item: dict[str, Any]) -> str:
         return f"{field}: {unknown(location[-1], siblings(item['loc']), 'key')}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        known = [get_args(m.model_fields["kind"].annotation)[0] for m in KINDS[location[-1]]]
+        got = item["input"].get("kind")
+        if got is None:
+            return f"{field}.kind: required, one of {', '.join(known)}"
+        return f"{field}.kind: {unknown(str(got), known, 'kind')}"
     message = item["msg"].removeprefix("Value error, ")
     message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
     message = message[0].lower() + message[1:]

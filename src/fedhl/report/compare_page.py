@@ -198,7 +198,7 @@ def _weighting(variant: Variant) -> Cell:
     if variant.weighting is None:
         return data(None), ""
     named = str(variant.weighting.get("name"))
-    given = {k: v for k, v in variant.weighting.items() if k != "name" and v is not None}
+    given = {k: x for k, x in variant.weighting.items() if k != "name" and x is not None}
     settings = ", ".join(f"{k} {v}" for k, v in given.items())
     return f'<span title="{escape(settings)}">{escape(named)}</span>', named
 

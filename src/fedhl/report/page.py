@@ -136,7 +136,7 @@ def _call(value: Any) -> str:
     """{"name": "truncation", "power": 2} as "truncation (power 2)"."""
     if not isinstance(value, dict):
         return str(value)
-    given = {k: x for k, x in value.items() if k != "name" and x is not None}
+    given = {k: x for k, x in value.items() if k != "name" and x is not None and x is not False}
     settings = ", ".join(f"{key} {setting}" for key, setting in given.items())
     return f"{value.get('name')} ({settings})" if settings else str(value.get("name"))
 
@@ -411,9 +411,9 @@ def refused(run: Run) -> str:
     if not rows:
         return ""
     counted = "1 update" if len(rows) == 1 else f"{len(rows)} updates"
-    note = f"{counted} refused; the rounds went on without."
+    note = f"{counted} did not come, or were refused; the rounds went on without."
     return section(
-        "Refused updates", card(note, "", table(["Round", "Client", "Reason"], rows), "table")
+        "Missing or refused", card(note, "", table(["Round", "Client", "Reason"], rows), "table")
     )
 
 
