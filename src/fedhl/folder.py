@@ -155,6 +155,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
+        checkpoint.flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
