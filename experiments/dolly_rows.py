@@ -20,7 +20,7 @@ def main(file: Path, out: Path) -> None:
     for row in json.loads(file.read_text(encoding="utf-8")):
         context = (row.get("input") or row.get("context") or "").strip()
         asked = "\n\n".join(part for part in (context, row["instruction"].strip()) if part)
-        answer = row.get("output") or row["response"]
+        answer = row["output"] if "output" in row else row["response"]
         rows.append({"prompt": f"{asked}\n\n", "completion": answer, "category": row["category"]})
     random.Random(0).shuffle(rows)
     out.parent.mkdir(parents=True, exist_ok=True)

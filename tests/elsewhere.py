@@ -2,7 +2,8 @@
 
 PyTorch leaves a dispatch key to devices that are written outside of it, in Python if need be. Here each
 tensor of such a device holds one of the CPU's, on which the work is done. As on CUDA, what mixes tensors of
-two devices is refused, unless it copies, or what is not there is a 0-d number or an index.
+two devices is refused, unless it copies, or what is not there is an index or a 0-d number that is only read.
+Nothing else of a GPU is here: not its kernels, which round in another order, nor its generators.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
+SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+"""What lets a device be written in Python; PyTorch 2.13 has it, and the oldest that fedhl allows does not."""
 aten = torch.ops.aten
 COPIES: Any = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 INDEXED: Any = {
@@ -26,6 +29,7 @@ INDEXED: Any = {
     aten._index_put_impl_.default,
 }
 """Their second argument is a list of indices."""
+JOINED: Any = {aten.cat.default, aten.stack.default}
 
 
 class There(Tensor):
@@ -83,8 +87,15 @@ def refuse_mixtures(
     """Raises RuntimeError for what CUDA refuses."""
     if operation in INDEXED:
         leaves = tree_leaves((args[0], args[2:]))
+    written = [
+        x
+        for argument, x in zip(operation._schema.arguments, args, strict=False)
+        if argument.is_write
+    ]
     for x in leaves:
-        if isinstance(x, Tensor) and x.ndim and not isinstance(x, There) and there:
+        number = isinstance(x, Tensor) and not x.ndim and operation not in JOINED
+        number = number and not any(x is target for target in written)
+        if isinstance(x, Tensor) and not isinstance(x, There) and there and not number:
             raise RuntimeError(f"{operation}: tensors on {NAME} and on {x.device}")
         if isinstance(x, torch.Generator) and (there or result_there):
             raise RuntimeError(f"{operation}: a generator of {x.device} for a tensor on {NAME}")
@@ -119,7 +130,8 @@ libraries: list[torch.library.Library] = []  # what they define goes when they g
 def register() -> None:
     """Add the device to this process. PyTorch believes from then on that the machine has an accelerator, so
     it should be a process of its own."""
-    _setup_privateuseone_for_python_backend(NAME, backend_module=Rules())
+    assert SETUP is not None
+    SETUP(NAME, backend_module=Rules())
     every = torch.library.Library("_", "IMPL")
     every.fallback(run, "PrivateUse1")
     # what `torch.tensor` calls where Python's fallback is not looked for

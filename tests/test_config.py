@@ -186,6 +186,10 @@ def test_a_bad_override_is_named(override: str, said: str, tmp_path: Path) -> No
         ({"method": {"name": "fedhl", "exact": "no"}}, "exact should be a valid boolean, got 'no'"),
         ({"method": {"name": "fedsvd", "period": True}}, "period should be a valid integer"),
         ({"method": "FedHK"}, "did you mean 'fedhl'?"),
+        (
+            {"method": {"name": "fedhl", "weighting": "uniform"}},
+            "has no hyperparameter 'weighting'",
+        ),
         ({"task": {"kind": "classification"}}, "task.kind: unknown kind 'classification'; did you"),
         (
             {"partition": {"kind": None}},

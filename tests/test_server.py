@@ -292,6 +292,20 @@ def test_what_a_round_reports(state: ServerState) -> None:
     assert outcome.refused == [] and set(outcome.seconds) == {"aggregate", "diagnostics"}
 
 
+def test_there_is_no_aggregation_error_without_a_global_model() -> None:
+    for name, known in (("fedsa_lora", False), ("fedit", True)):
+        method = get_method(name)
+        adapter = {layer: initial(*shape, TOP, 2.0, seed=0) for layer, shape in SHAPES.items()}
+        state = server.init(method, adapter, {}, SEED)
+        client = replace(CLIENTS[0], rank=TOP, scale=2.0)
+        sent = server.broadcast(method, state, client, SEED)
+        unmoved = {layer: b.lora for layer, b in sent.items()}
+        outcome = play(state, [Reply(client, 1, unmoved, {}, loss=0.5, steps=3)], method)[1]
+        assert not outcome.refused
+        assert ("aggregation_error" in outcome.diagnostics) == known
+        assert "product_gap" in outcome.diagnostics
+
+
 @pytest.mark.parametrize("name", ["fedhl", "flexlora"])
 def test_the_order_of_arrival_changes_no_bit(state: ServerState, name: str) -> None:
     method = get_method(name)

@@ -314,6 +314,8 @@ def ceilings(repeats: int, say: Say, device: str) -> list[Row]:
     whole: Row = {"model": "Llama-2-7B, all linear", "layers": sum(row["layers"] for row in rows)}
     for work in ("copy of W, s", "bare product, s", "step, s"):
         whole[work] = sum(row["layers"] * row[work] for row in rows)
+    ceiling = whole["bare product, s"] + whole["copy of W, s"]
+    whole["step / (product + copy)"] = whole["step, s"] / ceiling
     say(describe(whole))
     return [*rows, whole]
 

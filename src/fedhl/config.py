@@ -62,22 +62,25 @@ class Named(BaseModel):
 
 
 def complete(value: Any, table: Mapping[str, type[Any]], get: Callable[..., Any]) -> Any:
-    """`{name: ..., hyperparameters}` with those that were not given. Raises ValueError for an unknown name,
-    an unknown hyperparameter or a value of the wrong type."""
+    """`{name: ..., hyperparameters}` with those that were not given; a class from elsewhere is left as it is.
+    Raises ValueError for an unknown name, an unknown hyperparameter or a value of the wrong type."""
     if not (isinstance(value, dict) and isinstance(value.get("name"), str)):
         return value  # what is wrong with it, the fields say
     given = {str(key): x for key, x in value.items() if key != "name"}
-    types = get_type_hints(table[value["name"]]) if value["name"] in table else {}
-    for key in sorted(given.keys() & types.keys()):
+    if value["name"] not in table:
+        get(value["name"], **given)
+        return value
+    cls = table[value["name"]]
+    types = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    for key in (name for name in names if name in given):
         try:
             TypeAdapter(types[key]).validate_python(given[key], strict=True)
         except ValidationError as error:
             said = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise ValueError(f"{key} should be {said}, got {given[key]!r}") from None
     built = get(value["name"], **given)
-    return {"name": value["name"]} | {
-        field.name: getattr(built, field.name) for field in fields(built)
-    }
+    return {"name": value["name"]} | {name: getattr(built, name) for name in names}
 
 
 class MethodConfig(Named):
@@ -472,7 +475,7 @@ class EvaluationConfig(Strict):
     """Rows per forward pass."""
     client_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each client's rows that it never trains on, to report the mean and the worst client. Unless
-    given, 0.1 where the server has no rows (`data.held_out: null`), else 0."""
+    given, 0.1 where the server has no rows (`data.held_out: null`) and without privacy, else 0."""
 
 
 class ComputeConfig(Strict):
@@ -577,7 +580,7 @@ class Config(Strict):
     robust: RobustConfig | None = None
     """Clip or refuse clients who move too far; null: all count as they are."""
     privacy: PrivacyConfig | None = None
-    """Client-level differential privacy, with `pip install 'fedhl[dp]'`; null: none."""
+    """Client-level differential privacy, with the extra `fedhl[dp]`; null: none."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -589,6 +592,8 @@ class Config(Strict):
     def somebody_evaluates(cls, raw: Any) -> Any:
         data = raw.get("data") if isinstance(raw, dict) else None
         if not isinstance(data, dict) or data.get("held_out", "by default") is not None:
+            return raw
+        if raw.get("privacy"):  # what clients report of themselves is not covered by it
             return raw
         evaluation = raw.get("evaluation") or {}
         if not isinstance(evaluation, dict):
@@ -815,14 +820,17 @@ KINDS: dict[str, tuple[type[Strict], ...]] = {
 """The groups of settings that come in several kinds."""
 
 
+def kinds(name: str) -> list[str]:
+    return [get_args(member.model_fields["kind"].annotation)[0] for member in KINDS[name]]
+
+
 def explain(error: ValidationError) -> str:
     """One line per mistake: the field, what was found, what is allowed."""
     return "\n  ".join(dict.fromkeys(explain_one(dict(item)) for item in error.errors()))
 
 
 def explain_one(item: dict[str, Any]) -> str:
-    unsaid = {"sequence-classification", "causal-lm", "iid", "dirichlet", "by-column", "[key]"}
-    unsaid |= {"median", "trimmed"}
+    unsaid = {"[key]", *(kind for name in KINDS for kind in kinds(name))}
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
@@ -830,7 +838,7 @@ def explain_one(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        known = [get_args(m.model_fields["kind"].annotation)[0] for m in KINDS[location[-1]]]
+        known = kinds(location[-1])
         got = item["input"].get("kind")
         if got is None:
             return f"{field}.kind: required, one of {', '.join(known)}"

@@ -392,8 +392,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _settings(choice: Mapping[str, Any]) -> str:
-    given = {k: v for k, v in choice.items() if k != "name" and v is not None and v is not False}
-    settings = ", ".join(f"{k}={v}" for k, v in given.items())
+    settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
     return f"{choice['name']} ({settings})" if settings else str(choice["name"])
 
 

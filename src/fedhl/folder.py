@@ -141,7 +141,7 @@ def secret_of(folder: Path, fresh: bytes) -> bytes:
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write a file under another name, flush it, and rename it into place."""
+    """Write a file under another name, flush it, rename it into place, and flush the folder."""
     write_bytes(path, text.encode(), mode)
 
 

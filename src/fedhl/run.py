@@ -201,7 +201,7 @@ def finish_round(
         write_summary(prepared, folder, "running", best)
     watcher.say(describe(line, config.rounds))
     for refused in outcome.refused:
-        watcher.say(f"warning: client {refused['id']!r} refused: {refused['reason']}")
+        watcher.say(f"warning: client {refused['id']!r} does not count: {refused['reason']}")
     if not outcome.clients and round:
         left = "only moves by its noise" if spent else "stays as it was"
         watcher.say(f"warning: no update was accepted in this round; the model {left}")

@@ -371,12 +371,14 @@ def aggregate(
         return observed(done, method, layer, updates) if watch else done
 
     layers: MutableMapping[str, Any] = {} if into is None else into
-    error_square = gap_square = spent = watched = 0.0
+    gap_square = spent = watched = 0.0
+    error_square = None
     drift = torch.zeros(len(accepted), dtype=torch.float64)
     began = perf_counter()
     for name, done in side_by_side(step, state.layers):
         layers[name] = done.following
-        error_square += done.aggregation_error
+        if done.aggregation_error is not None:
+            error_square = (error_square or 0.0) + done.aggregation_error
         gap_square += done.product_gap
         for k, square in done.moved.items():
             drift[k] += square
@@ -396,7 +398,7 @@ def aggregate(
     drifts = drift.sqrt().tolist() if watch else [None] * len(accepted)
     clients = records(accepted, p.tolist(), error.tolist(), drifts, checks)
     numbers = {"product_gap": gap_square**0.5} if watch else {}
-    if watch and method.delta(next(iter(state.layers.values()))) is not None:
+    if error_square is not None:
         numbers["aggregation_error"] = error_square**0.5
     numbers |= diagnostics.summarise_weights(p, q, error)
     if noise is not None:
@@ -539,12 +541,13 @@ def records(
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One layer's next state and the seconds that it took; what `observed` adds: squared diagnostics,
-    how far each client moved, by its place among the accepted, and the seconds that this took."""
+    """One layer's next state and the seconds that it took; what `observed` adds: squared diagnostics (the
+    first is None without a global model), how far each client moved, by its place among the accepted, and
+    the seconds that this took."""
 
     following: Any
     seconds: float = 0.0
-    aggregation_error: float = 0.0
+    aggregation_error: float | None = None
     product_gap: float = 0.0
     moved: Mapping[int, float] = field(default_factory=dict)
     watched: float = 0.0
@@ -557,7 +560,7 @@ def observed(done: LayerStep, method: Method[Any], layer: Any, updates: LayerUpd
     products = diagnostics.of_products(updates)
     return replace(
         done,
-        aggregation_error=0.0
+        aggregation_error=None
         if before is None or after is None
         else diagnostics.aggregation_error(before, after, updates, products),
         product_gap=diagnostics.product_gap(updates, products),
@@ -583,11 +586,11 @@ def side_by_side(
     if threads == 1 or not small:
         yield from ((name, step(name, layer)) for name, layer in layers.items())
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from zip(layers, pool.map(step, layers, layers.values()), strict=True)
-        finally:
-            torch.set_num_threads(threads)  # threads begun later take the number set last
+    finally:
+        torch.set_num_threads(threads)  # threads begun later take the number set last
 
 
 def arrivals(

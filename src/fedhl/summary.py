@@ -21,7 +21,7 @@ from fedhl import __version__
 from fedhl.config import Config
 from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
-from fedhl.folder import networked, read_metrics, read_summary, write_atomically
+from fedhl.folder import read_metrics, read_summary, write_atomically
 from fedhl.prepare import Prepared
 from fedhl.tasks import forgetting, mean_accuracy
 
@@ -83,7 +83,6 @@ def write_summary(
             **{
                 name: version(name)
                 for name in ("torch", "transformers", "peft", "safetensors", "numpy")
-                + (("flwr",) if networked(folder) else ())
             },
             "platform": platform.platform(),
             "threads": str(torch.get_num_threads()),

@@ -100,7 +100,7 @@ class Weighting(Protocol):
     def __call__(self, cohort: Cohort) -> Tensor: ...
 
 
-# What the server knows by itself
+# What no update has a say in
 
 
 @dataclass(frozen=True)

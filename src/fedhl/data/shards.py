@@ -300,8 +300,9 @@ def keep_back(config: Config, client: str, part: Indices) -> tuple[Indices, Indi
     if round(fraction * len(part)) in (0, len(part)):
         raise UserError(
             f"evaluation.client_fraction: client {client!r} has {len(part)} rows, and holding out "
-            f"{fraction:g} of them leaves one side empty; change the fraction, or give every client more "
-            "rows (in a Dirichlet split with partition.min_examples)"
+            f"{fraction:g} of them leaves one side empty; change the fraction (it is 0.1 unless given where "
+            "data.held_out is null; 0: none), or give every client more rows (in a Dirichlet split with "
+            "partition.min_examples)"
         )
     seed = derive(config.seed, "client held out", client)
     kept, held = hold_out(len(part), fraction=fraction, seed=seed)

@@ -24,7 +24,7 @@ class FedHL:
     Before W has rank, the initial adapter's A serves (`A_r` = its first r rows, `B = 0`); later,
     components with σ_j = 0 get seeded random rows of A, so that no rank is ever dead.
 
-    `exact` takes a full SVD each round; otherwise layers beyond 512 go by `fedhl.subspace.leading`.
+    `exact` takes a full SVD each round; otherwise larger layers go by `fedhl.subspace.leading`.
 
     Source: arXiv 2505.18494. Inferred: the split `U S, Vᵀ`, the first round, and scales that differ.
     Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once.

@@ -36,6 +36,7 @@ from fedhl.report.html import (
     number,
     plot,
     section,
+    settings,
     table,
 )
 from fedhl.report.plots import Curve, Dots
@@ -198,9 +199,7 @@ def _weighting(variant: Variant) -> Cell:
     if variant.weighting is None:
         return data(None), ""
     named = str(variant.weighting.get("name"))
-    given = {k: x for k, x in variant.weighting.items() if k != "name" and x is not None}
-    settings = ", ".join(f"{k} {v}" for k, v in given.items())
-    return f'<span title="{escape(settings)}">{escape(named)}</span>', named
+    return f'<span title="{escape(settings(variant.weighting))}">{escape(named)}</span>', named
 
 
 def final(comparison: Comparison) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from fedhl.report import plots
 from fedhl.report.files import Run
@@ -30,6 +31,12 @@ def general(value: float) -> str:
         power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         text = f"{mantissa}×10{power}"
     return text.replace("-", MINUS)
+
+
+def settings(choice: Mapping[str, Any]) -> str:
+    """{"name": "truncation", "power": 2, "share": None} as "power 2": what is off or not set goes unsaid."""
+    said = {k: x for k, x in choice.items() if k != "name" and x is not None and x is not False}
+    return ", ".join(f"{key} {value}" for key, value in said.items())
 
 
 def percent(value: float) -> str:

@@ -44,6 +44,7 @@ from fedhl.report.html import (
     rank_steps,
     seconds,
     section,
+    settings,
     size,
     table,
 )
@@ -136,9 +137,8 @@ def _call(value: Any) -> str:
     """{"name": "truncation", "power": 2} as "truncation (power 2)"."""
     if not isinstance(value, dict):
         return str(value)
-    given = {k: x for k, x in value.items() if k != "name" and x is not None and x is not False}
-    settings = ", ".join(f"{key} {setting}" for key, setting in given.items())
-    return f"{value.get('name')} ({settings})" if settings else str(value.get("name"))
+    said = settings(value)
+    return f"{value.get('name')} ({said})" if said else str(value.get("name"))
 
 
 def _privacy(run: Run) -> list[str]:
