@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedhl import subspace
 from fedhl.seeds import generator
-from fedhl.subspace import FLOOR, TOLERANCE, Leading, energy, iterate, leading
+from fedhl.subspace import FLOOR, TOLERANCE, Leading, energy, full, iterate, leading
 
 RANK = 24
 J = torch.arange(1, 201, dtype=torch.float64)
@@ -70,34 +70,65 @@ def test_every_prefix_is_optimal(spectrum: str, shape: tuple[int, int], start: s
     W = matrix(spectrum, *shape)
     starts = {
         "cold": None,
-        "warm": iterate(W + 0.01 * matrix("slow", *shape), RANK, 2 * RANK, None),
+        "warm": iterate(W + 0.01 * matrix("slow", *shape), RANK, None),
         "wrong": Leading(torch.empty(0), orthogonal(shape[1], RANK, 9).T.float(), 0.0),
         "of another rank": Leading(torch.empty(0), orthogonal(shape[1], 5, 9).T.float(), 0.0),
     }
     given_rows = starts[start]
-    found = iterate(W, RANK, 2 * RANK, None if given_rows is None else given_rows.A)
+    found = iterate(W, RANK, None if given_rows is None else given_rows.A)
     assert found is not None, "it did not settle"
     check(found, W, RANK)
 
 
-@given(m=st.integers(8, 40), n=st.integers(8, 40), seed=st.integers(0, 2**31), data=st.data())
-def test_any_shape_and_rank(m: int, n: int, seed: int, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, min(m, n) // 4))
+@given(
+    m=st.integers(8, 160),
+    n=st.integers(8, 160),
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+)
+@example(m=9, n=27, seed=403, share=1.0)  # rank 2: the tail was 1% too large with four columns
+def test_any_shape_and_rank(m: int, n: int, seed: int, share: float) -> None:
+    rank = 1 + round(share * (min(m, n) // 4 - 1))
     W = torch.randn(m, n, generator=generator(seed))
-    found = iterate(W, rank, 2 * rank, None)
-    assert found is not None
-    check(found, W, rank)
+    # A few do not settle: then there is a full SVD, as in `leading`.
+    check(iterate(W, rank, None) or full(W, rank), W, rank)
+
+
+# Neighbours on a plateau are told apart slowly, and where it ends the tail is small, so that it matters.
+@pytest.mark.parametrize("slope", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("rank", [1, 2, 4, 16])
+def test_neighbours_on_a_plateau_are_told_apart(rank: int, slope: float) -> None:
+    n = 160
+    for seed in range(12):
+        length = 2 * rank + 4 * seed
+        sigma = torch.where(J[:n] <= length, 1 - slope * J[:n] / length, 1e-3)
+        W = (orthogonal(n, n, seed) * sigma @ orthogonal(n, n, 100 + seed).T).float()
+        check(iterate(W, rank, None) or full(W, rank), W, rank)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("power", [0.1, 0.3, 1.0])
+def test_what_the_start_hides_is_found(rank: int, power: float) -> None:
+    """A start that is converged, but for one leading direction to which all of it is orthogonal."""
+    n = 530
+    sigma, right = torch.arange(1, n + 1, dtype=torch.float64) ** -power, orthogonal(n, n, 2)
+    W = (orthogonal(n, n, 1) * sigma @ right.T).float()
+    for missing in {0, rank // 2, rank - 1}:
+        start = right.T[[j for j in range(rank + 1) if j != missing]].float()
+        found = iterate(W, rank, start)
+        assert found is not None
+        check(found, W, rank)
 
 
 def test_a_new_direction_is_found_from_an_old_subspace() -> None:
     """What the last round knew nothing of, and what is orthogonal to all it knew."""
     old = matrix("1/j", 300, 250)
-    known = iterate(old, RANK, 2 * RANK, None)
+    known = iterate(old, RANK, None)
     assert known is not None
     u, v = orthogonal(300, 300, 1)[:, 250:251], orthogonal(250, 250, 2)[:, 240:241]
     for size in (0.03, 0.3, 3.0):
         W = old + size * (u @ v.T).float()
-        found = iterate(W, RANK, 2 * RANK, known.A)
+        found = iterate(W, RANK, known.A)
         assert found is not None
         check(found, W, RANK)
 
@@ -122,7 +153,7 @@ def test_large_ones_are_not_but_agree_with_it() -> None:
 def test_what_does_not_settle_is_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     W = matrix("gaussian", 560, 530)
     monkeypatch.setattr(subspace, "LIMIT", 2)
-    assert iterate(W, RANK, 2 * RANK, None) is None
+    assert iterate(W, RANK, None) is None
     assert torch.equal(leading(W, RANK).A, leading(W, RANK, exact=True).A)
 
 
@@ -136,7 +167,7 @@ def test_the_same_matrix_gives_the_same_bits() -> None:
 
 def test_a_float64_matrix_is_resolved_as_such() -> None:
     W = matrix("faster", 230, 200, torch.float64)
-    found = iterate(W, RANK, 2 * RANK, None)
+    found = iterate(W, RANK, None)
     assert found is not None and found.A.dtype == torch.float64
     check(found, W, RANK)
 

@@ -229,7 +229,7 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
     rows: list[Row] = []
     for name, W in cases.items():
         top = min(TOP, min(W.shape) // 4)
-        found, cold = timed(partial(iterate, W, top, 2 * top, None))
+        found, cold = timed(partial(iterate, W, top, None))
         full = timed(partial(svd, W))[1]
         if found is None:
             raise AssertionError(f"{name}: it did not settle")

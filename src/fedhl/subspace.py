@@ -19,6 +19,9 @@ EXACT = 512
 TOLERANCE, FLOOR = 1e-3, 1e-12
 """The tail energy may exceed the optimum by `TOLERANCE` of itself, or by `FLOOR · ||W||_F²`: what a
 float32 W does not resolve."""
+FRESH = 32
+"""Random columns at least. A direction is overlooked if it is nearly orthogonal to all of them, which
+is the rarer the more there are; with one or two it happens."""
 LIMIT = 64
 """Iterations after which a full SVD is taken."""
 
@@ -35,8 +38,8 @@ class Leading(NamedTuple):
 def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = False) -> Leading:
     """`T_rank(W)` as `B A`, of which every prefix `B[:, :r] A[:r]` is `T_r(W)`.
 
-    W is (m, n). `start` (k, n): rows whose span is near that of A, say the A of the last round;
-    it saves iterations and changes the result within the tolerance only. The tail energy
+    W is (m, n). `start` (k, n), k <= rank: rows whose span is near that of A, say the A of the last
+    round; it saves iterations and changes the result within the tolerance only. The tail energy
     `||W - T_r(W)||_F²` is within 1e-3 of the optimum, or within `1e-12 ||W||_F²`, for every r <= rank.
     `exact`, and small or hardly wider matrices: a full SVD. Raises ValueError unless rank is in
     1..min(m, n).
@@ -45,10 +48,9 @@ def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = Fal
     """
     m, n = W.shape
     check_rank(rank, m, n)
-    width = 2 * rank  # the wider, the fewer iterations: each shrinks the error by (σ_width / σ_r)⁴
-    if exact or min(m, n) <= max(EXACT, 2 * width):
+    if exact or min(m, n) <= max(EXACT, 2 * columns(rank)):
         return full(W, rank)
-    found = iterate(W, rank, width, start)
+    found = iterate(W, rank, start)
     return full(W, rank) if found is None else found
 
 
@@ -69,18 +71,27 @@ def full(W: Tensor, rank: int) -> Leading:
     )
 
 
-def iterate(W: Tensor, rank: int, width: int, start: Tensor | None) -> Leading | None:
-    """Subspace iteration on `width` columns; None if it has not settled after `LIMIT` iterations.
+def columns(rank: int) -> int:
+    """How many columns to iterate on. The more, the fewer iterations: each shrinks the error by
+    `(σ_columns / σ_rank)⁴`. `FRESH` at least are not from `start`, so that something finds what is new."""
+    return rank + max(rank, FRESH)
 
-    What has `width` columns is in float64: only the products with W are in W's own precision.
+
+def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
+    """Subspace iteration; None if it has not settled after `LIMIT` iterations.
+
+    What is as tall as W is in float64: only the products with W are in W's own precision.
     """
-    n = W.shape[1]
-    V = torch.randn(width, n, generator=generator(0, "subspace", n), dtype=torch.float64).to(
-        W.device
-    )
+    n, known = W.shape[1], 0 if start is None else len(start)
+    V = torch.randn(
+        columns(rank), n, generator=generator(0, "subspace", n), dtype=torch.float64
+    ).to(W.device)
     if start is not None:
-        V[: len(start)] = start
+        V[:known] = start
     V = torch.linalg.qr(V.T).Q
+    # What the start does not know can only come of the random columns: they go ahead by an iteration.
+    Q = torch.linalg.qr((W @ V[:, known:].to(W.dtype)).double()).Q
+    V = torch.linalg.qr(torch.cat([V[:, :known], (W.T @ Q.to(W.dtype)).double()], dim=1)).Q
     U = S = None
     whole = energy(W)
     for _ in range(LIMIT):
@@ -103,17 +114,24 @@ def settled(W: Tensor, whole: float, V: Tensor, S: Tensor, U: Tensor, Y: Tensor,
 
     For Ritz triplets with `Wᵀu_j = σ_j v_j` and `ρ_j = ||W v_j - σ_j u_j||²`, the eigenvalue of `W Wᵀ`
     exceeds σ_j² by about `σ_j² ρ_j / (σ_j² - d)`, d being the largest that is left out, for which the
-    smallest Ritz value stands (Kato and Temple). Their sum is what the tail is too large by. Half the
-    tolerance is asked for, since d is an estimate. `Y = W V`.
+    smallest Ritz value stands (Kato and Temple). Their sum is what the tail is too large by. A quarter
+    of the tolerance is asked for, since d is an estimate.
+
+    A pair beyond `rank` may be an eigenvector on its way to the front. So the tail must also be within
+    tolerance if each of these turned out as large as its residual allows, `σ_j² + σ_j √ρ_j` (Weinstein).
+    `Y = W V`.
     """
     theta, residual = S.square(), (Y - U * S).square().sum(0)
     gap = (theta - theta[-1]).clamp(min=torch.finfo(torch.float64).tiny)
-    excess = (theta * residual / gap)[:rank].cumsum(0)
-    if float(excess[-1]) <= FLOOR * whole / 2:
+    growth = (theta * residual / gap)[:rank]
+    possible = torch.cat([theta[:rank] + growth, theta[rank:] + (theta * residual)[rank:].sqrt()])
+    overtaken = possible.sort(descending=True).values[:rank] - theta[:rank]
+    excess = torch.maximum(4 * growth.cumsum(0), overtaken.cumsum(0))
+    if float(excess.max()) <= FLOOR * whole:
         return True
     last = beyond(W, whole, S[:rank], Y[:, :rank], V.T[:rank])
     tails = last + theta[:rank].flip(0).cumsum(0).flip(0) - theta[:rank]
-    return bool((excess <= (TOLERANCE * tails).clamp(min=FLOOR * whole) / 2).all())
+    return bool((excess <= (TOLERANCE * tails).clamp(min=FLOOR * whole)).all())
 
 
 def beyond(W: Tensor, whole: float, S: Tensor, B: Tensor, A: Tensor) -> float:
