@@ -38,15 +38,17 @@ def main() -> None:
                 color=colour,
                 label=work.removesuffix(", s"),
             )
-        axis.set(xlabel=label, ylim=(0, None), xlim=(0, 1.2 * max(row[x] for row in rows)))
+        axis.set(xlabel=label, xlim=(0, 1.2 * max(row[x] for row in rows)))
+        axis.set_ylim(0, 1.1 * max(row["step, s"] for row in rows))
         axis.grid(alpha=0.3)
     for row in by_clients:
         axes[0].annotate(
             f"{row['clients']}" + (" clients" if row is by_clients[-1] else ""),
             (row["total rank"], row["step, s"]),
             textcoords="offset points",
-            xytext=(0, 7) if row in by_clients[:2] else (-5, 6),  # the first two have little room
-            ha="center" if row in by_clients[:2] else "right",
+            # the first two are neighbours
+            xytext={10: (0, 7), 30: (6, -10)}.get(row["clients"], (-5, 6)),
+            ha={10: "center", 30: "left"}.get(row["clients"], "right"),
             fontsize=8,
         )
     axes[0].set_ylabel("seconds")

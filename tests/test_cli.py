@@ -187,6 +187,19 @@ def test_merges_that_make_no_sense(arguments: list[str], said: str, bad: Path) -
     assert not (bad / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--parts", "layer,modle"], "there is no 'modle', only layer"),
+        (["--device", "gpu"], "'gpu' is not one of cpu, cuda, mps"),
+        (["--run", "full"], "full has no finished round"),
+        (["--folder", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_benchmarks_that_cannot_start(arguments: list[str], said: str, bad: Path) -> None:
+    assert said in refused(fedhl(bad, "bench", "server", *arguments))
+
+
 def test_usage_errors_have_the_same_exit_code(bad: Path) -> None:
     for arguments in (["run"], ["frobnicate"], ["run", "tiny.yaml", "--sett", "rounds=1"]):
         done = fedhl(bad, *arguments)

@@ -570,15 +570,22 @@ def bench_server(
 ) -> None:
     """Time a round of the server, with correctness checked in the same run.
 
-    Takes about a quarter of an hour on two cores and 16 GB of memory; nothing else should run beside it.
+    Takes about 25 minutes on two cores and 16 GB of memory; nothing else should run beside it.
     """
     with friendly():
         from fedhl.bench import PARTS
         from fedhl.bench import bench_server as measure
+        from fedhl.model import device_named
 
+        device_named(device)
         chosen = [part.strip() for part in parts.split(",")]
         if unknown := [part for part in chosen if part not in PARTS]:
             raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
+        for each in run or []:
+            if not any(each.glob("state/round-*/state.safetensors")):
+                raise UserError(f"--run: {each} has no finished round")
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--folder: {folder} is not a folder")
         measure(chosen, repeats, device, run or [], folder, json, partial(print, flush=True))
 
 

@@ -81,7 +81,7 @@ def load_model(
     `dropout`, if given, replaces every dropout probability of the model.
     Raises UserError for a source, device or setting that cannot work.
     """
-    target = _device(device)
+    target = device_named(device)
     if four_bit:
         _require_four_bit(target)
     path = locate(source)
@@ -274,7 +274,8 @@ def quiet() -> Iterator[None]:
 # --- devices and quantisation -------------------------------------------------------------------
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of this name. Raises UserError unless it is here."""
     available = ["cpu"]
     available += ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
