@@ -38,8 +38,12 @@ def matrix(name: str, m: int, n: int, dtype: torch.dtype = torch.float32) -> Ten
     """A matrix of this spectrum, or of Gaussian numbers."""
     if name == "gaussian":
         return torch.randn(m, n, generator=generator(3), dtype=torch.float64).to(dtype)
-    sigma = SPECTRA[name]
-    return (orthogonal(m, 200, 1) * sigma @ orthogonal(n, 200, 2).T).to(dtype)
+    return with_spectrum(SPECTRA[name], m, n).to(dtype)
+
+
+def with_spectrum(sigma: Tensor, m: int, n: int, left: int = 1, right: int = 2) -> Tensor:
+    """`U diag(sigma) Vᵀ` (m, n) in float64, U and V drawn with the seeds `left` and `right`."""
+    return orthogonal(m, len(sigma), left) * sigma @ orthogonal(n, len(sigma), right).T
 
 
 def check(found: Leading, W: Tensor, rank: int) -> None:
@@ -54,7 +58,7 @@ def check(found: Leading, W: Tensor, rank: int) -> None:
     whole = float((W.double() - B @ A).square().sum())
     assert found.tail == pytest.approx(whole, rel=1e-5, abs=FLOOR * float(sigma2.sum()))
     # rows of A orthonormal, columns of B orthogonal and falling, to the rounding of W's own numbers:
-    # each comes of a rotation of up to 2 rank others
+    # each comes of a rotation of some 2 rank others
     rounding = 2 * RANK * torch.finfo(W.dtype).eps
     assert float((A @ A.T - torch.eye(rank)).abs().max()) <= rounding
     lengths = B.norm(dim=0)
@@ -102,7 +106,7 @@ def test_neighbours_on_a_plateau_are_told_apart(rank: int, slope: float) -> None
     for seed in range(12):
         length = 2 * rank + 4 * seed
         sigma = torch.where(J[:n] <= length, 1 - slope * J[:n] / length, 1e-3)
-        W = (orthogonal(n, n, seed) * sigma @ orthogonal(n, n, 100 + seed).T).float()
+        W = with_spectrum(sigma, n, n, seed, 100 + seed).float()
         check(iterate(W, rank, None) or full(W, rank), W, rank)
 
 
@@ -111,8 +115,8 @@ def test_neighbours_on_a_plateau_are_told_apart(rank: int, slope: float) -> None
 def test_what_the_start_hides_is_found(rank: int, power: float) -> None:
     """A start that is converged, but for one leading direction to which all of it is orthogonal."""
     n = 530
-    sigma, right = torch.arange(1, n + 1, dtype=torch.float64) ** -power, orthogonal(n, n, 2)
-    W = (orthogonal(n, n, 1) * sigma @ right.T).float()
+    W = with_spectrum(torch.arange(1, n + 1, dtype=torch.float64) ** -power, n, n).float()
+    right = orthogonal(n, n, 2)
     for missing in {0, rank // 2, rank - 1}:
         start = right.T[[j for j in range(rank + 1) if j != missing]].float()
         found = iterate(W, rank, start)

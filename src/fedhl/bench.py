@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedhl import __version__, server
+from fedhl.checkpoint import stored
 from fedhl.lora import LoRA, initial, refill, svd
 from fedhl.method import Update
 from fedhl.methods import get_method
@@ -220,7 +221,7 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
     cases["none, all equal"] = with_spectrum(torch.ones(side), bases)
     cases["rank 30"] = with_spectrum((j <= 30).double(), bases)
     for run in runs:
-        newest = sorted((run / "state").glob("round-*/state.safetensors"))[-1]
+        newest = stored(run / "state")[0] / "state.safetensors"
         cases |= {
             f"{run.name}, {key.split('::')[1]}": tensor
             for key, tensor in load_file(newest).items()

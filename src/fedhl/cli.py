@@ -575,14 +575,17 @@ def bench_server(
     with friendly():
         from fedhl.bench import PARTS
         from fedhl.bench import bench_server as measure
+        from fedhl.checkpoint import stored
         from fedhl.model import device_named
 
         device_named(device)
+        if device not in ("cpu", "cuda"):  # what the clock knows to wait for
+            raise UserError(f"--device: expected cpu or cuda, got {device!r}")
         chosen = [part.strip() for part in parts.split(",")]
         if unknown := [part for part in chosen if part not in PARTS]:
             raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
         for each in run or []:
-            if not any(each.glob("state/round-*/state.safetensors")):
+            if not stored(each / "state"):
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")

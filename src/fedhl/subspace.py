@@ -90,16 +90,16 @@ def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
         V[:known] = start
     V = torch.linalg.qr(V.T).Q
     # What the start does not know can only come of the random columns: they go ahead by an iteration.
-    Q = torch.linalg.qr((W @ V[:, known:].to(W.dtype)).double()).Q
-    V = torch.linalg.qr(torch.cat([V[:, :known], (W.T @ Q.to(W.dtype)).double()], dim=1)).Q
+    Q = torch.linalg.qr(times(W, V[:, known:])).Q
+    V = torch.linalg.qr(torch.cat([V[:, :known], times(W.T, Q)], dim=1)).Q
     U = S = None
     whole = energy(W)
     for _ in range(LIMIT):
-        Y = (W @ V.to(W.dtype)).double()
+        Y = times(W, V)
         if S is not None and U is not None and settled(W, whole, V, S, U, Y, rank):
             break
         Q = torch.linalg.qr(Y).Q
-        V, S, Pt = torch.linalg.svd((W.T @ Q.to(W.dtype)).double(), full_matrices=False)
+        V, S, Pt = torch.linalg.svd(times(W.T, Q), full_matrices=False)
         U = Q @ Pt.T
     else:
         return None
@@ -107,6 +107,11 @@ def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
     _, S, Gt = torch.linalg.svd(Y, full_matrices=False)
     B, A = (Y @ Gt.T)[:, :rank].to(W.dtype).contiguous(), (V @ Gt.T).T[:rank].to(W.dtype)
     return Leading(B, A.contiguous(), beyond(W, whole, S, B, A))
+
+
+def times(W: Tensor, V: Tensor) -> Tensor:
+    """`W V`, multiplied in W's own precision, in float64."""
+    return (W @ V.to(W.dtype)).double()
 
 
 def settled(W: Tensor, whole: float, V: Tensor, S: Tensor, U: Tensor, Y: Tensor, rank: int) -> bool:
