@@ -27,14 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedhl import peft
-from fedhl.config import TrainingConfig, load_config
+from fedhl.config import load_config
+from fedhl.config.schema import TrainingConfig
 from fedhl.data.prompts import IGNORED, Example, collate
+from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA, initial, pad, prefix
-from fedhl.prepare import Prepared, prepare
+from fedhl.model import peft
+from fedhl.model.training import batches, train, training_mode
+from fedhl.run.summary import commit
 from fedhl.seeds import derive
-from fedhl.summary import commit
-from fedhl.training import batches, train, training_mode
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 SETTINGS = {  # rows per client and step, steps, and the most clients that fit the memory

@@ -34,17 +34,19 @@ from peft import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fedhl import peft, server, simulation, training
+from fedhl import server
 from fedhl.config import dump_config, load_config
 from fedhl.data.prompts import collate
+from fedhl.federation import simulation
+from fedhl.federation.prepare import SILENT, Prepared, prepare
+from fedhl.federation.simulation import Federation, Local, run_round
 from fedhl.lora import LoRA
-from fedhl.prepare import SILENT, Prepared, prepare
-from fedhl.run import finish_round
+from fedhl.model import peft, training
+from fedhl.model.training import batches, learning_rate
+from fedhl.run.loop import finish_round
+from fedhl.run.summary import commit
 from fedhl.seeds import derive
-from fedhl.server import Client, Reply, ServerState
-from fedhl.simulation import Federation, Local, run_round
-from fedhl.summary import commit
-from fedhl.training import batches, learning_rate
+from fedhl.server import Client, Reply, ServerState, rounds
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 TOLERANCE = 1e-2
@@ -89,7 +91,7 @@ def watched(prepared: Prepared) -> Iterator[list[Span]]:
         clock(simulation, "train_client"),
         clock(training, "collate"),
         clock(server, "broadcast"),
-        clock(server, "refusals"),
+        clock(rounds, "refusals"),
     ):
         yield spans
     forward.remove()
@@ -153,7 +155,7 @@ def switches(spans: Sequence[Span]) -> list[tuple[float, float]]:
 
 
 def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
-    """`fedhl.simulation.train_client` as it is usually written: everything anew."""
+    """`fedhl.federation.simulation.train_client` as it is usually written: everything anew."""
     config, loaded = prepared.config, prepared.loaded
     classify = loaded.task == "sequence-classification"
     auto: Any = (

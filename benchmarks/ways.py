@@ -38,8 +38,8 @@ from federation import difference  # noqa: E402
 from loopback import Loopback, family, wait_until  # noqa: E402
 
 from fedhl.config import Config, dump_config, load_config  # noqa: E402
-from fedhl.node import partition  # noqa: E402
-from fedhl.summary import commit  # noqa: E402
+from fedhl.network.node import partition  # noqa: E402
+from fedhl.run.summary import commit  # noqa: E402
 
 ACTORS = 2
 """Processes for the clients of Ray: as many as the machine this is run on has processors."""

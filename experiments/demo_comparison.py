@@ -40,7 +40,7 @@ def folder(variant: str, seed: int) -> Path:
 def finish(variant: str, seed: int) -> dict[str, Any]:
     """The summary of this run, which is started, resumed or only read."""
     run = folder(variant, seed)
-    command = [sys.executable, "-m", "fedhl.cli"]
+    command = [sys.executable, "-m", "fedhl"]
     if (run / "config.yaml").exists():
         summary = run / "summary.json"
         if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":

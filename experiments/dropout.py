@@ -20,11 +20,11 @@ import torch
 from demo_comparison import interval
 
 from fedhl.config import load_config
-from fedhl.folder import alone, read_metrics, read_summary
-from fedhl.prepare import Watcher, prepare
-from fedhl.run import begin, go_on
+from fedhl.federation.prepare import Watcher, prepare
+from fedhl.federation.simulation import InProcess
+from fedhl.run.folder import alone, read_metrics, read_summary
+from fedhl.run.loop import begin, go_on
 from fedhl.seeds import generator
-from fedhl.simulation import InProcess
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "compare.yaml"

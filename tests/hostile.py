@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedhl.flower import client
 from fedhl.flower.records import pack, unpack
-from fedhl.message import opened, sealed
+from fedhl.network.message import opened, sealed
 
 MALLORY = "client-5"
 

@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from fedhl.config import load_config
-from fedhl.flower.simulation import simulate
-from fedhl.prepare import Watcher
+from fedhl.federation.prepare import Watcher
+from fedhl.flower.ray import simulate
 
 if __name__ == "__main__":
     config, folder, client = sys.argv[1:]

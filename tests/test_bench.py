@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import fedhl
 
-from fedhl import bench
+from fedhl.bench import bench
 
 FIGURES = {
     "layer": {

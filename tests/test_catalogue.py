@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedhl import LAWS, METHODS, WEIGHTINGS, cli
-from fedhl.catalogue import (
+from fedhl import LAWS, METHODS, WEIGHTINGS
+from fedhl.cli import commands
+from fedhl.method import Traffic
+from fedhl.methods.catalogue import (
     COHORT,
     MODELS,
     NOTES,
@@ -35,7 +37,6 @@ from fedhl.catalogue import (
     state_of,
     text,
 )
-from fedhl.method import Traffic
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -316,7 +317,7 @@ def test_ideas_are_shown_as_written():
 
 
 def methods(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(cli.app, ["methods", *arguments])
+    done = CliRunner().invoke(commands.app, ["methods", *arguments])
     return done.exit_code, done.output
 
 

@@ -12,10 +12,10 @@ from test_participation import obedient
 from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, start
 
 from fedhl import METHODS, get_method, get_weighting, server
-from fedhl.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.lora import dense
 from fedhl.method import Method, Update
 from fedhl.seeds import generator
+from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
 
 
 def updates(method: Method[Any]) -> tuple[Any, list[Update]]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhl import checkpoint, get_method, server
-from fedhl.checkpoint import CorruptCheckpoint
+from fedhl import get_method, server
 from fedhl.lora import LoRA, initial
 from fedhl.method import flatten
+from fedhl.run import checkpoint
+from fedhl.run.checkpoint import CorruptCheckpoint
 from fedhl.seeds import generator
 from fedhl.server import ServerState
 

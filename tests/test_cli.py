@@ -14,7 +14,7 @@ import tiny
 from tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
-from fedhl.check import size
+from fedhl.run.overview import size
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import yaml
 from test_report import Page, fake_run
 from tiny import classification, fedhl, start, write_config
 
-from fedhl.compare import (
+from fedhl.compare import compare
+from fedhl.compare.study import (
     Study,
     choose,
-    compare,
     difference,
     parse_numbers,
     parse_variant,
@@ -27,8 +27,7 @@ from fedhl.compare import (
 )
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.folder import load_run_config, read_metrics, read_summary
-from fedhl.prepare import Watcher
+from fedhl.federation.prepare import Watcher
 from fedhl.report.compare import (
     comparison_tables,
     mean_interval,
@@ -37,6 +36,7 @@ from fedhl.report.compare import (
     t_quantile,
     write_comparison,
 )
+from fedhl.run.folder import load_run_config, read_metrics, read_summary
 
 Json = dict[str, Any]
 METHODS = ["fedhl", "flexlora"]

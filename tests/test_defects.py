@@ -32,12 +32,12 @@ from fedhl import (
     dense,
     get_method,
     get_weighting,
-    peft,
     server,
 )
 from fedhl.errors import UserError
 from fedhl.export import merge_folders
 from fedhl.lora import initial
+from fedhl.model import peft
 from fedhl.seeds import generator
 
 # PEFT asks transformers for a property that a newer transformers has renamed.

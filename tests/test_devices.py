@@ -21,14 +21,15 @@ from test_server import CLIENTS, HEAD, OF_RANK_4, SEED, SHAPES, TOP, draw, reply
 from test_simulation import RANKS, federate
 from torch import Tensor
 
-from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting, peft, server
-from fedhl.channel import AirComp
+from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting, server
+from fedhl.federation.simulation import evaluate_round, initial_state, run_round
+from fedhl.federation.simulation import measure as metrics
 from fedhl.lora import LoRA, initial
-from fedhl.privacy import SECRET_BYTES, Mechanism, why_not
-from fedhl.robust import Guard, Median
+from fedhl.model import peft
 from fedhl.server import Round, ServerState
-from fedhl.simulation import evaluate_round, initial_state, run_round
-from fedhl.simulation import measure as metrics
+from fedhl.server.channel import AirComp
+from fedhl.server.privacy import SECRET_BYTES, Mechanism, why_not
+from fedhl.server.robust import Guard, Median
 
 DEVICES = [elsewhere.NAME] if elsewhere.SETUP is not None else []
 DEVICES += ["cuda"] if torch.cuda.is_available() else []

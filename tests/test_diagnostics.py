@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from reference import dense as reference
 from torch import Tensor
 
-from fedhl import METHODS, diagnostics, get_method
-from fedhl.diagnostics import Spectrum
+from fedhl import METHODS, get_method
 from fedhl.lora import LoRA, initial
 from fedhl.method import Broadcast, Truncating, Update
 from fedhl.seeds import generator
+from fedhl.server import diagnostics
+from fedhl.server.diagnostics import Spectrum
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 TOP = 6

@@ -16,14 +16,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from fedhl import peft
 from fedhl.data.prompts import collate
-from fedhl.evaluation import evaluate
-from fedhl.folder import load_checkpoint, load_run_config
+from fedhl.federation.prepare import Prepared, prepare
+from fedhl.federation.simulation import deployed, evaluate_round, server
 from fedhl.lora import dense
-from fedhl.prepare import Prepared, prepare
+from fedhl.model import peft
+from fedhl.model.evaluation import evaluate
+from fedhl.run.folder import load_checkpoint, load_run_config
 from fedhl.server import ServerState
-from fedhl.simulation import deployed, evaluate_round, server
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -178,7 +178,7 @@ def test_what_a_run_prints(runs: Path) -> None:
 def test_a_terminal_gets_progress_bars(project: Path) -> None:
     """The one run through the interpreter, on a terminal, like a user's."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "fedhl.cli", "run", "tiny.yaml", "--out", "runs/terminal"]
+    command = [sys.executable, "-m", "fedhl", "run", "tiny.yaml", "--out", "runs/terminal"]
     changes = ["--set", "rounds=1", "--set", "training.steps=40"]
     environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     process = subprocess.Popen(

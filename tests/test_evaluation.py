@@ -10,9 +10,9 @@ import torch
 from test_training import CLASSES, LONGEST, VOCABULARY, both, build, rows
 from transformers import PreTrainedModel
 
-from fedhl import evaluation
 from fedhl.data.prompts import IGNORED, Example
-from fedhl.evaluation import Metrics, evaluate, score
+from fedhl.model import evaluation
+from fedhl.model.evaluation import Metrics, evaluate, score
 
 EPS32 = torch.finfo(torch.float32).eps
 

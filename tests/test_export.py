@@ -29,7 +29,6 @@ from transformers import (
 )
 from transformers.utils import logging as noise
 
-from fedhl import peft
 from fedhl.errors import UserError
 from fedhl.export import (
     export_adapter,
@@ -39,7 +38,8 @@ from fedhl.export import (
     model_card,
 )
 from fedhl.lora import LoRA, truncate
-from fedhl.model import Loaded, load_model
+from fedhl.model import peft
+from fedhl.model.loading import Loaded, load_model
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 RENAMED = "`is_gradient_checkpointing` is deprecated"

@@ -21,10 +21,10 @@ from federation import difference
 from loopback import loopback, wait_until
 
 from fedhl.config import load_config
-from fedhl.folder import read_metrics
-from fedhl.prepare import Watcher, prepare
-from fedhl.run import begin
-from fedhl.simulation import InProcess
+from fedhl.federation.prepare import Watcher, prepare
+from fedhl.federation.simulation import InProcess
+from fedhl.run.folder import read_metrics
+from fedhl.run.loop import begin
 
 TESTS = Path(__file__).parent
 

@@ -22,9 +22,9 @@ from in_process import Answers, InProcessGrid
 from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
-from fedhl.deliver import evaluate_run
 from fedhl.errors import UserError
-from fedhl.evaluation import Metrics
+from fedhl.federation.prepare import Watcher
+from fedhl.federation.simulation import Federation
 from fedhl.flower.records import TRAIN, pack, unpack
 from fedhl.flower.server import (
     LABEL,
@@ -38,12 +38,12 @@ from fedhl.flower.server import (
     one_line,
 )
 from fedhl.flower.submit import submit, toml, write_app
-from fedhl.folder import file_name, read_metrics, read_summary
-from fedhl.message import WHOLE, Malformed
-from fedhl.prepare import Watcher
+from fedhl.model.evaluation import Metrics
+from fedhl.network.message import WHOLE, Malformed
 from fedhl.run import resume_run, start_run
+from fedhl.run.delivery import evaluate_run
+from fedhl.run.folder import file_name, read_metrics, read_summary
 from fedhl.server import ServerState
-from fedhl.simulation import Federation
 
 HELLO = {
     **{"protocol": 1, "client": "a", "rank": 4, "examples": 100, "own": True},

@@ -15,7 +15,7 @@ import pytest
 import test_contract as contract
 
 from fedhl import LAWS, METHODS, WEIGHTINGS, Method, get_method
-from fedhl.catalogue import markdown
+from fedhl.methods.catalogue import markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"

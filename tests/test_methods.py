@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fedhl import METHODS, Broadcast, Cohort, LoRA, Update, get_method, get_weighting
 from fedhl.config import Config
-from fedhl.diagnostics import truncation_error
 from fedhl.lora import initial, truncate
 from fedhl.methods import flexlora
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.flexlora import FlexLoRA
 from fedhl.methods.full_rank import FullRank
+from fedhl.server.diagnostics import truncation_error
 
 EPS64 = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps

@@ -17,7 +17,6 @@ from test_contract import change, started
 from torch import Tensor
 
 from fedhl import LoRA, Method, Update, get_method
-from fedhl.diagnostics import truncation_error
 from fedhl.lora import initial
 from fedhl.methods.fed_plora import FedPLoRA
 from fedhl.methods.fedhera import FedHera
@@ -27,6 +26,7 @@ from fedhl.methods.flora import FLoRA
 from fedhl.methods.florist import FLoRIST
 from fedhl.methods.hlora import HLoRA
 from fedhl.methods.raflora import RaFLoRA
+from fedhl.server.diagnostics import truncation_error
 
 EPS = torch.finfo(torch.float64).eps
 

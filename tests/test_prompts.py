@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedhl.data.locate import locate
 from fedhl.data.prompts import (
     IGNORED,
     Encoded,
@@ -25,7 +26,6 @@ from fedhl.data.prompts import (
     label_ids,
 )
 from fedhl.errors import UserError
-from fedhl.locate import locate
 
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 TEMPLATE = (

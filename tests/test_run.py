@@ -12,8 +12,8 @@ import pytest
 from tiny import Done, fedhl
 
 from fedhl.errors import UserError
-from fedhl.folder import keep_metrics, read_metrics, uninterrupted, write_atomically, writing
-from fedhl.run import better, describe, headline
+from fedhl.run.folder import keep_metrics, read_metrics, uninterrupted, write_atomically, writing
+from fedhl.run.loop import better, describe, headline
 
 
 def evaluation(metric: str, full: float | None, truncated: float | None, mean: float | None) -> Any:

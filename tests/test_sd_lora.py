@@ -17,15 +17,17 @@ from test_tasks import federate, play
 from test_training import TARGETS, build, rows
 from torch import Tensor
 
-from fedhl import LoRA, Update, checkpoint, dense, diagnostics, peft, server
+from fedhl import LoRA, Update, dense, server
 from fedhl.data.prompts import collate
+from fedhl.federation.simulation import initial_state, run_round, train_client
 from fedhl.method import TaskSequence
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.sd_lora import Directions, SDLoRA
-from fedhl.participation import corrected
+from fedhl.model import peft
+from fedhl.run import checkpoint
 from fedhl.seeds import generator
-from fedhl.server import Reply, ServerState
-from fedhl.simulation import initial_state, run_round, train_client
+from fedhl.server import Reply, ServerState, diagnostics, rounds
+from fedhl.server.participation import corrected
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
@@ -261,7 +263,7 @@ def test_magnitudes_nobody_asked_for_are_refused() -> None:
     reply = train_client(now, client, sent, state.head, 1).reply
     assert reply.magnitudes == {}
     reply = replace(reply, magnitudes={name: torch.ones(1) for name in state.layers})
-    said = server.refusal(federation.method, state, reply, 0)
+    said = rounds.refusal(federation.method, state, reply, 0)
     assert said is not None and "got magnitudes of shape (1,), expected None" in said
 
 

@@ -20,17 +20,19 @@ from test_training import HEADS, TARGETS, build, rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedhl import METHODS, get_method, get_weighting, peft, server, simulation
+from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.config import Config
 from fedhl.data.prompts import Example, collate
-from fedhl.evaluation import Metrics, evaluate
+from fedhl.federation import simulation
+from fedhl.federation.prepare import prepare
+from fedhl.federation.simulation import Federation, initial_state, run_round
 from fedhl.lora import LoRA, add_products, dense, initial, own, prefix
 from fedhl.method import Broadcast, Traffic, Update, checked
-from fedhl.prepare import prepare
+from fedhl.model import peft
+from fedhl.model.evaluation import Metrics, evaluate
+from fedhl.model.training import batches, learning_rate
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
-from fedhl.simulation import Federation, initial_state, run_round
-from fedhl.training import batches, learning_rate
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

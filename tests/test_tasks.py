@@ -29,20 +29,22 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedhl import METHODS, get_method, get_weighting, peft, simulation
+from fedhl import METHODS, get_method, get_weighting
 from fedhl.config import Config, load_config
 from fedhl.data import shards
+from fedhl.data.label_groups import begins, forgetting, mean_accuracy, split_labels, task_of
 from fedhl.data.prompts import Example, collate
 from fedhl.errors import UserError
+from fedhl.federation import simulation
+from fedhl.federation.prepare import Watcher
+from fedhl.federation.simulation import Federation, initial_state, run_round
 from fedhl.lora import dense
-from fedhl.prepare import Watcher
+from fedhl.model import peft
+from fedhl.model.training import batches, learning_rate
 from fedhl.report import final_table, write_report
-from fedhl.run import steps
+from fedhl.run.loop import steps
 from fedhl.seeds import derive, generator
 from fedhl.server import Client, ServerState
-from fedhl.simulation import Federation, initial_state, run_round
-from fedhl.tasks import begins, forgetting, mean_accuracy, split_labels, task_of
-from fedhl.training import batches, learning_rate
 
 EPS32 = torch.finfo(torch.float32).eps
 

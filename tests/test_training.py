@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedhl import peft
-from fedhl.config import TrainingConfig
+from fedhl.config.schema import TrainingConfig
 from fedhl.data.prompts import IGNORED, Example
+from fedhl.model import peft
+from fedhl.model.training import Trained, batches, learning_rate, targets, train
 from fedhl.seeds import generator
-from fedhl.training import Trained, batches, learning_rate, targets, train
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

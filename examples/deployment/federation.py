@@ -23,10 +23,10 @@ from meter import Meter
 from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
-from fedhl.folder import read_metrics
-from fedhl.node import partition
-from fedhl.prepare import Watcher
+from fedhl.federation.prepare import Watcher
+from fedhl.network.node import partition
 from fedhl.run import start_run
+from fedhl.run.folder import read_metrics
 
 
 def state(run: Path) -> dict[str, Any]:

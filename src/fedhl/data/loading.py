@@ -16,8 +16,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhl.data.locate import locate, nearest
 from fedhl.errors import UserError
-from fedhl.locate import locate, nearest
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedhl.config import (
+from fedhl.config import Config
+from fedhl.config.schema import (
     CausalTask,
     ClassificationTask,
     ColumnPartition,
-    Config,
     DirichletPartition,
     unknown,
 )
+from fedhl.data.label_groups import split_labels
 from fedhl.data.loading import Indices, Rows, column, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid
 from fedhl.data.prompts import (
@@ -30,7 +31,6 @@ from fedhl.data.prompts import (
 )
 from fedhl.errors import UserError
 from fedhl.seeds import derive
-from fedhl.tasks import split_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Flower's ClientApp: gives each message to `fedhl.node`, and its answer back."""
+"""Flower's ClientApp: gives each message to `fedhl.network.node`, and its answer back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from fedhl import node, wire
-from fedhl.config import Config, explain
+from fedhl.config import Config
+from fedhl.config.schema import explain
 from fedhl.errors import UserError
 from fedhl.flower.records import pack, unpack
-from fedhl.message import Malformed
-from fedhl.node import Node
+from fedhl.network import node, wire
+from fedhl.network.message import Malformed
+from fedhl.network.node import Node
 
 app = ClientApp()
 

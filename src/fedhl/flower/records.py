@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedhl.message import Malformed
+from fedhl.network.message import Malformed
 
 HELLO = "query"
 TRAIN = "train"

@@ -27,13 +27,27 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedhl import checkpoint, server, wire
+from fedhl import server
 from fedhl.config import Config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
-from fedhl.evaluation import Metrics
+from fedhl.federation.prepare import (
+    Prepared,
+    Watcher,
+    clients_keep,
+    prepare,
+    prepare_server,
+    prepare_server_again,
+)
+from fedhl.federation.simulation import Federation, Returned, as_now
 from fedhl.flower.records import EVALUATE, HELLO, TRAIN, pack, unpack
-from fedhl.folder import (
+from fedhl.method import Broadcast, SelfPruning
+from fedhl.model.evaluation import Metrics
+from fedhl.model.loading import load_tokenizer, tokenizer_hash
+from fedhl.network import wire
+from fedhl.network.message import WHOLE, Malformed, shown
+from fedhl.run import checkpoint
+from fedhl.run.folder import (
     alone,
     file_name,
     load_run_config,
@@ -42,20 +56,8 @@ from fedhl.folder import (
     write_atomically,
     write_bytes,
 )
-from fedhl.message import WHOLE, Malformed, shown
-from fedhl.method import Broadcast, SelfPruning
-from fedhl.model import load_tokenizer, tokenizer_hash
-from fedhl.prepare import (
-    Prepared,
-    Watcher,
-    clients_keep,
-    prepare,
-    prepare_server,
-    prepare_server_again,
-)
-from fedhl.run import begin, go_on, refuse_taken
+from fedhl.run.loop import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
-from fedhl.simulation import Federation, Returned, as_now
 
 T = TypeVar("T")
 

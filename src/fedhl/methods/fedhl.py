@@ -18,7 +18,7 @@ class FedHL:
     """Unbiased aggregation of adapters of any ranks.
 
     `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`.
-    Subtracted is what was sent, after the rounding of its payload (see `fedhl.payload`), once for all
+    Subtracted is what was sent, after the rounding of its payload (see `fedhl.server.payload`), once for all
     clients of one rank and scale: a thin product, however many clients.
 
     Before W has rank, the initial adapter's A serves (`A_r` = its first r rows, `B = 0`); later,

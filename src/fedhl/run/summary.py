@@ -19,11 +19,11 @@ import torch
 
 from fedhl import __version__
 from fedhl.config import Config
+from fedhl.data.label_groups import forgetting, mean_accuracy
 from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
-from fedhl.folder import read_metrics, read_summary, write_atomically
-from fedhl.prepare import Prepared
-from fedhl.tasks import forgetting, mean_accuracy
+from fedhl.federation.prepare import Prepared
+from fedhl.run.folder import read_metrics, read_summary, write_atomically
 
 
 def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:

@@ -9,16 +9,17 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fedhl import accounting, peft
-from fedhl.config import CausalTask, RobustConfig
+from fedhl.config.schema import CausalTask, RobustConfig
 from fedhl.data.loading import column
 from fedhl.data.partition import partition_table
 from fedhl.data.prompts import collate
+from fedhl.federation.prepare import Prepared
+from fedhl.federation.simulation import bytes_per_client
 from fedhl.method import flatten
-from fedhl.prepare import Prepared
+from fedhl.model import peft
 from fedhl.report.html import size
-from fedhl.simulation import bytes_per_client
-from fedhl.summary import parameters
+from fedhl.run.summary import parameters
+from fedhl.server import accounting
 
 
 def overview(prepared: Prepared) -> Iterator[str]:

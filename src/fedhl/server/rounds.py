@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fedhl import diagnostics, robust
-from fedhl.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.lora import LoRA, dense, squared_norm
 from fedhl.method import (
     Broadcast,
@@ -28,11 +26,13 @@ from fedhl.method import (
     flatten,
     with_past,
 )
-from fedhl.participation import corrected
-from fedhl.payload import carried
-from fedhl.privacy import Mechanism
-from fedhl.robust import Guard
 from fedhl.seeds import derive, generator
+from fedhl.server import diagnostics, robust
+from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
+from fedhl.server.participation import corrected
+from fedhl.server.payload import carried
+from fedhl.server.privacy import Mechanism
+from fedhl.server.robust import Guard
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort, Weighting, data_share, relative_error
 
@@ -47,7 +47,7 @@ SMALL = 2**21
 class Client:
     """Who takes part: an id, the rank and LoRA scale of its adapters, its number of training rows,
     the only layers that it trains (None: all), and the type that its numbers travel in (see
-    `fedhl.payload`)."""
+    `fedhl.server.payload`)."""
 
     id: str
     rank: int
@@ -319,7 +319,7 @@ def aggregate(
     one that nobody returned stays as it is.
 
     `silence`: clients may return fewer layers than asked for, and this is the chance, by layer, that
-    none returns it (see `fedhl.participation`). `channel`: the updates are summed over the air.
+    none returns it (see `fedhl.server.participation`). `channel`: the updates are summed over the air.
     `head_rows`: the only rows of these head parameters that this round trains; the others stay as they
     are, to the bit, whatever was returned. `guard`: who moved too far is refused as if it had not
     arrived, or clipped, before anything is weighted. `into`: where the next layer states are put, each
@@ -416,7 +416,7 @@ def release(
     into: MutableMapping[str, Any] | None = None,
 ) -> tuple[ServerState, Round]:
     """`aggregate` with client-level differential privacy: the method is given the noisy sum of the
-    clipped updates in place of the updates, and the head moves by such a sum, too; see `fedhl.privacy`.
+    clipped updates in place of the updates, and the head moves by such a sum, too (`fedhl.server.privacy`).
 
     Also when nobody arrived, or nobody is accepted: the noise hides that. What the round reports is of
     the clients' own numbers, and for the server alone.

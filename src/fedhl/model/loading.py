@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from fedhl.data.locate import locate
 from fedhl.errors import UserError
-from fedhl.locate import locate
 from fedhl.seeds import seeded
 
 if TYPE_CHECKING:

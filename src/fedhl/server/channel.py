@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.diagnostics import moved
 from fedhl.lora import LoRA, plus
 from fedhl.method import Method, Update
+from fedhl.server.diagnostics import moved
 
 
 class Signal(NamedTuple):

@@ -20,10 +20,10 @@ try:
 except ImportError:  # there is no such lock on Windows
     fcntl = None
 
-from fedhl import checkpoint
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.prepare import SILENT, Watcher
+from fedhl.federation.prepare import SILENT, Watcher
+from fedhl.run import checkpoint
 from fedhl.server import ServerState
 
 

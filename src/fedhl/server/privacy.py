@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedhl.lora import plus
 from fedhl.method import Method, Update
-from fedhl.robust import change
+from fedhl.server.robust import change
 
 SECRET_BYTES = 32
 """The length of the secret: 256 bits, as many as SHAKE-256 has strength."""

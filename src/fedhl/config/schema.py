@@ -27,13 +27,13 @@ from pydantic import (
     model_validator,
 )
 
-from fedhl.channel import sends_products
 from fedhl.errors import UserError
 from fedhl.method import Method
 from fedhl.methods import METHODS, get_method
-from fedhl.privacy import why_not
-from fedhl.robust import Guard, Median, Trimmed
 from fedhl.seeds import generator
+from fedhl.server.channel import sends_products
+from fedhl.server.privacy import why_not
+from fedhl.server.robust import Guard, Median, Trimmed
 from fedhl.weighting import WEIGHTINGS, Weighting, get_weighting
 
 

@@ -19,16 +19,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedhl import wire
-from fedhl.config import Config, assign_ranks, unknown
+from fedhl.config import Config
+from fedhl.config.schema import assign_ranks, unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
-from fedhl.evaluation import Metrics
-from fedhl.folder import file_name, write_bytes
-from fedhl.model import Loaded, load_tokenizer, tokenizer_hash
-from fedhl.prepare import examine, load_federation
+from fedhl.federation.prepare import examine, load_federation
+from fedhl.federation.simulation import Federation, deployed, measure, train_client
+from fedhl.model.evaluation import Metrics
+from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
+from fedhl.network import wire
+from fedhl.run.folder import file_name, write_bytes
 from fedhl.server import Client
-from fedhl.simulation import Federation, deployed, measure, train_client
 
 logger = logging.getLogger(__name__)
 

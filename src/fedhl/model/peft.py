@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from fedhl.data.locate import nearest
 from fedhl.errors import UserError
-from fedhl.locate import nearest
 from fedhl.lora import LoRA
 
 if TYPE_CHECKING:

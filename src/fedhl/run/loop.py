@@ -9,10 +9,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fedhl import checkpoint, server
+from fedhl import server
 from fedhl.config import Config, dump_config
 from fedhl.errors import UserError
-from fedhl.folder import (
+from fedhl.federation.prepare import SILENT, Prepared, Watcher, clients_keep, prepare
+from fedhl.federation.simulation import IN_PROCESS, Engine, Federation, evaluate_round, run_round
+from fedhl.model.training import learning_rate
+from fedhl.report import write_report
+from fedhl.run import checkpoint
+from fedhl.run.folder import (
     alone,
     append_line,
     keep_metrics,
@@ -24,12 +29,8 @@ from fedhl.folder import (
     write_atomically,
     writing,
 )
-from fedhl.prepare import SILENT, Prepared, Watcher, clients_keep, prepare
-from fedhl.report import write_report
+from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
 from fedhl.server import Round, ServerState
-from fedhl.simulation import IN_PROCESS, Engine, Federation, evaluate_round, run_round
-from fedhl.summary import check_same, clients_own_data, hashes, mark, write_summary
-from fedhl.training import learning_rate
 
 COLLAPSE = 0.25
 """Warn when the effective clients are less than this share of the way from one to all."""

@@ -1,4 +1,4 @@
-"""What crosses the network: broadcasts and replies as messages (see `fedhl.message` and docs/wire.md).
+"""What crosses the network: broadcasts and replies as messages (`fedhl.network.message`, docs/wire.md).
 
 What a reply says is never believed: its size, fields and tensors are compared with what was sent, and a
 mistake is `Malformed`, with its reason. What the numbers mean is judged by `fedhl.server.refusals`.
@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.message import NAMES, WHOLE, Entry, Limit, Malformed, Message, opened, sealed, shown
 from fedhl.method import Broadcast
-from fedhl.payload import PAYLOADS, carried_lora, factor_of, restored, rows, stored
+from fedhl.network.message import (
+    NAMES,
+    WHOLE,
+    Entry,
+    Limit,
+    Malformed,
+    Message,
+    opened,
+    sealed,
+    shown,
+)
 from fedhl.server import Client, Reply
+from fedhl.server.payload import PAYLOADS, carried_lora, factor_of, restored, rows, stored
 
 PROTOCOL = 1
 """The version of the format; both ends must have the same."""
@@ -52,7 +62,7 @@ def encode_broadcast(
 ) -> bytes:
     """What a client is sent, for every layer, and the head; `header`: what else it must know, as JSON.
 
-    `decode_broadcast` gives `fedhl.payload.carried` of each broadcast, to the bit; the head travels as
+    `decode_broadcast` gives `fedhl.server.payload.carried` of each broadcast, to the bit; the head travels as
     float32. Raises ValueError or TypeError for a header that is not JSON.
     """
     tensors, layers = head_tensors(head), {}

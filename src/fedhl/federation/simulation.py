@@ -16,23 +16,24 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedhl import peft, server
-from fedhl.channel import AirComp
+from fedhl import server
 from fedhl.config import Config
+from fedhl.data.label_groups import begins, task_of
 from fedhl.data.prompts import Example
-from fedhl.evaluation import Metrics, evaluate
 from fedhl.lora import LoRA, dense, initial, pad, prefix, truncate
 from fedhl.method import Broadcast, Method, SelfPruning
-from fedhl.participation import reached, silence
-from fedhl.payload import number_bytes
-from fedhl.privacy import Mechanism
-from fedhl.robust import Guard
+from fedhl.model import peft
+from fedhl.model.evaluation import Metrics, evaluate
+from fedhl.model.training import learning_rate, train, training_mode
+from fedhl.network.wire import carried_reply
 from fedhl.seeds import derive
-from fedhl.server import Client, Reply, Round, ServerState
-from fedhl.tasks import begins, task_of
-from fedhl.training import learning_rate, train, training_mode
+from fedhl.server import Client, Reply, Round, ServerState, rounds
+from fedhl.server.channel import AirComp
+from fedhl.server.participation import reached, silence
+from fedhl.server.payload import number_bytes
+from fedhl.server.privacy import Mechanism
+from fedhl.server.robust import Guard
 from fedhl.weighting import Weighting, moment_bounds
-from fedhl.wire import carried_reply
 
 
 @dataclass(frozen=True)
@@ -463,7 +464,7 @@ def evaluate_rank(
 def truncation(federation: Federation, state: ServerState, rank: int) -> dict[str, LoRA]:
     """`T_rank(W)` of every layer; {} if there is no global model."""
     deltas = server.deltas(federation.method, state)
-    cut = server.side_by_side(lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas)
+    cut = rounds.side_by_side(lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas)
     return dict(cut)
 
 

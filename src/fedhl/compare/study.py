@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fedhl.config import Config, LoRAConfig, explain, set_value
+from fedhl.config import Config
+from fedhl.config.schema import LoRAConfig, explain, set_value
 from fedhl.errors import UserError
-from fedhl.folder import load_run_config, read_summary, write_atomically
+from fedhl.federation.prepare import SILENT, Watcher, examine
 from fedhl.methods import METHODS
-from fedhl.prepare import SILENT, Watcher, examine
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
+from fedhl.run.folder import load_run_config, read_summary, write_atomically
 
 Number = TypeVar("Number", int, float)
 

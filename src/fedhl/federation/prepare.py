@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedhl import accounting, peft
-from fedhl.channel import AirComp
-from fedhl.config import Config, assign_ranks, unknown
+from fedhl.config import Config
+from fedhl.config.schema import assign_ranks, unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
+from fedhl.federation.simulation import Federation, initial_state
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
-from fedhl.model import Loaded, load_model
-from fedhl.participation import matching
-from fedhl.privacy import SECRET_BYTES, Mechanism
-from fedhl.server import Client, ServerState
-from fedhl.simulation import Federation, initial_state
+from fedhl.model import peft
+from fedhl.model.loading import Loaded, load_model
+from fedhl.server import Client, ServerState, accounting
+from fedhl.server.channel import AirComp
+from fedhl.server.participation import matching
+from fedhl.server.privacy import SECRET_BYTES, Mechanism
 
 
 @dataclass(frozen=True)

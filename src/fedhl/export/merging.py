@@ -17,11 +17,11 @@ from torch import Tensor
 
 import fedhl
 from fedhl import lora as algebra
+from fedhl.data.locate import locate
 from fedhl.errors import UserError
-from fedhl.locate import locate
 from fedhl.lora import LoRA
-from fedhl.model import Loaded, quiet
-from fedhl.peft import (
+from fedhl.model.loading import Loaded, quiet
+from fedhl.model.peft import (
     TASK_TYPES,
     AdapterFolder,
     is_conv1d,

@@ -11,15 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedhl import server
-from fedhl.config import ComputeConfig
+from fedhl.config.schema import ComputeConfig
 from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
-from fedhl.folder import load_checkpoint, load_run_config, networked, read_summary
-from fedhl.lora import LoRA, dense
-from fedhl.model import Loaded, load_model
-from fedhl.prepare import (
+from fedhl.federation.prepare import (
     SILENT,
     Watcher,
     clients_keep,
@@ -27,9 +24,12 @@ from fedhl.prepare import (
     prepare,
     prepare_server_again,
 )
+from fedhl.federation.simulation import evaluate_round, initial_state, truncation
+from fedhl.lora import LoRA, dense
+from fedhl.model.loading import Loaded, load_model
+from fedhl.run.folder import load_checkpoint, load_run_config, networked, read_summary
+from fedhl.run.summary import check_same, clients_own_data
 from fedhl.server import ServerState
-from fedhl.simulation import evaluate_round, initial_state, truncation
-from fedhl.summary import check_same, clients_own_data
 
 Which = int | Literal["last", "best"]
 

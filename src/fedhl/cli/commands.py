@@ -20,7 +20,7 @@ from fedhl.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedhl.prepare import Watcher
+    from fedhl.federation.prepare import Watcher
 
 app = typer.Typer(
     name="fedhl",
@@ -103,7 +103,7 @@ def watching(quiet: bool) -> Iterator[Watcher]:
         TimeRemainingColumn,
     )
 
-    from fedhl.prepare import SILENT, Watcher
+    from fedhl.federation.prepare import SILENT, Watcher
 
     if quiet:
         yield SILENT
@@ -170,9 +170,9 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
     the parameters trained at each rank, the bytes per client and round, the memory needed.
     """
     with friendly(), watching(quiet=False) as watcher:
-        from fedhl import check as examine
         from fedhl.config import load_config
-        from fedhl.prepare import prepare
+        from fedhl.federation.prepare import prepare
+        from fedhl.run import overview as examine
 
         prepared = prepare(load_config(config, set or ()), watcher)
         tables = (examine.clients_table, examine.ranks_table, examine.memory_table)
@@ -207,7 +207,8 @@ def run(
         settings = load_config(config, set or ())
     folder = out or Path("runs") / settings.name
     with friendly(folder, ray), watching(quiet) as watcher:
-        from fedhl.run import refuse_taken, start_run
+        from fedhl.run import start_run
+        from fedhl.run.loop import refuse_taken
 
         if ray is None:
             start_run(settings, folder, watcher)
@@ -262,8 +263,8 @@ def flower(module: str) -> Any:
 def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
     """Go on with a run that was stopped, to the same result as if it had never been."""
     with friendly(run, ray), watching(quiet) as watcher:
-        from fedhl.folder import load_run_config
         from fedhl.run import resume_run
+        from fedhl.run.folder import load_run_config
 
         if ray is None:
             resume_run(run, watcher)
@@ -323,7 +324,7 @@ def compare(
     """
     with friendly():
         from fedhl.compare import compare as run_all
-        from fedhl.compare import parse_numbers, parse_variants
+        from fedhl.compare.study import parse_numbers, parse_variants
         from fedhl.config import load_config
         from fedhl.report.compare import comparison_tables, read_comparison
 
@@ -383,7 +384,7 @@ def methods(
     from rich.table import Table
     from rich.text import Text
 
-    from fedhl import catalogue
+    from fedhl.methods import catalogue
 
     def show(title: str, rows: Sequence[dict[str, str]]) -> None:
         headers = (column.replace(" ", "\n") for column in rows[0])
@@ -493,7 +494,7 @@ def export(
 ) -> None:
     """Write what a run learned: a PEFT adapter of any rank, or the merged model, with a model card."""
     with friendly(), watching(quiet=False) as watcher:
-        from fedhl.deliver import export_run
+        from fedhl.run.delivery import export_run
 
         if (rank is None) != merged:
             raise UserError(
@@ -515,7 +516,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run again: the full-rank update, and its truncation to every deployed rank."""
     with friendly(), watching(quiet=False) as watcher:
-        from fedhl.deliver import evaluate_run
+        from fedhl.run.delivery import evaluate_run
 
         table = evaluate_run(run, parse_round(round), data, watcher)
         stdout().print(table)
@@ -573,10 +574,10 @@ def bench_server(
     Takes about 25 minutes on two cores and 16 GB of memory; nothing else should run beside it.
     """
     with friendly():
-        from fedhl.bench import PARTS
-        from fedhl.bench import bench_server as measure
-        from fedhl.checkpoint import stored
-        from fedhl.model import device_named
+        from fedhl.bench.bench import PARTS
+        from fedhl.bench.bench import bench_server as measure
+        from fedhl.model.loading import device_named
+        from fedhl.run.checkpoint import stored
 
         device_named(device)
         if device not in ("cpu", "cuda"):  # what the clock knows to wait for

@@ -23,17 +23,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedhl import __version__, server
-from fedhl.checkpoint import stored
 from fedhl.lora import LoRA, initial, refill, svd
 from fedhl.method import Update
 from fedhl.methods import get_method
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.full_rank import FullRank
+from fedhl.run.checkpoint import stored
+from fedhl.run.summary import commit
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, Round, ServerState
 from fedhl.shelf import AdapterFile, Shelf, save_adapter
 from fedhl.subspace import FLOOR, TOLERANCE, iterate, leading
-from fedhl.summary import commit
 from fedhl.weighting import get_weighting
 
 RANKS = (4, 8, 16, 32, 64)

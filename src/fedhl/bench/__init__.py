@@ -1,0 +1,1 @@
+"""Timings, each checked for correctness in the run that makes it."""

@@ -1,0 +1,1 @@
+"""One round of clients and server, in this process or through any other engine."""

@@ -1,0 +1,1 @@
+"""The base model: loaded, given adapter slots, trained and evaluated."""
