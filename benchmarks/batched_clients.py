@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedhl.config import load_config
-from fedhl.config.schema import TrainingConfig
+from fedhl.config.conduct import TrainingConfig
 from fedhl.data.prompts import IGNORED, Example, collate
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA, initial, pad, prefix

@@ -26,27 +26,24 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedhl import server
 from fedhl.config import dump_config, load_config
 from fedhl.data.prompts import collate
-from fedhl.federation import simulation
+from fedhl.federation import engine
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import Federation
+from fedhl.federation.local import Local
 from fedhl.federation.prepare import SILENT, Prepared, prepare
-from fedhl.federation.simulation import Federation, Local, run_round
 from fedhl.lora import LoRA
-from fedhl.model import peft, training
+from fedhl.model import adapters, training
 from fedhl.model.training import batches, learning_rate
 from fedhl.run.loop import finish_round
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
-from fedhl.server import Client, Reply, ServerState, rounds
+from fedhl.server import Client, Reply, ServerState, refusals
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 TOLERANCE = 1e-2
@@ -88,10 +85,10 @@ def watched(prepared: Prepared) -> Iterator[list[Span]]:
     forward = model.register_forward_pre_hook(lambda *_: mark("forward"))
     step = register_optimizer_step_post_hook(lambda *_: mark("step"))
     with (
-        clock(simulation, "train_client"),
+        clock(engine, "train_client"),
         clock(training, "collate"),
         clock(server, "broadcast"),
-        clock(rounds, "refusals"),
+        clock(refusals, "refusals"),
     ):
         yield spans
     forward.remove()
@@ -155,7 +152,7 @@ def switches(spans: Sequence[Span]) -> list[tuple[float, float]]:
 
 
 def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
-    """`fedhl.federation.simulation.train_client` as it is usually written: everything anew."""
+    """`fedhl.federation.local.train_client` as it is usually written: everything anew."""
     config, loaded = prepared.config, prepared.loaded
     classify = loaded.task == "sequence-classification"
     auto: Any = (
@@ -184,7 +181,7 @@ def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
         model = get_peft_model(
             model,
             LoraConfig(
-                task_type=peft.TASK_TYPES[loaded.task],
+                task_type=adapters.TASK_TYPES[loaded.task],
                 r=client.rank,
                 lora_alpha=config.lora.alpha_of(client.rank),  # pyright: ignore[reportArgumentType]
                 use_rslora=config.lora.rslora,
@@ -316,7 +313,7 @@ def measure(model: str, rounds: int, overrides: Sequence[str]) -> dict[str, Any]
             return done
 
         def theirs() -> Done:
-            with patch.object(simulation, "train_client", usual(prepared, Path(folder))):
+            with patch.object(engine, "train_client", usual(prepared, Path(folder))):
                 return one_round(prepared, state, Path(folder) / "usual")
 
         for round in range(rounds + 1):

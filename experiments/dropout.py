@@ -20,8 +20,8 @@ import torch
 from demo_comparison import interval
 
 from fedhl.config import load_config
+from fedhl.federation.engine import InProcess
 from fedhl.federation.prepare import Watcher, prepare
-from fedhl.federation.simulation import InProcess
 from fedhl.run.folder import alone, read_metrics, read_summary
 from fedhl.run.loop import begin, go_on
 from fedhl.seeds import generator

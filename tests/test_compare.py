@@ -16,15 +16,8 @@ from test_report import Page, fake_run
 from tiny import classification, fedhl, start, write_config
 
 from fedhl.compare import compare
-from fedhl.compare.study import (
-    Study,
-    choose,
-    difference,
-    parse_numbers,
-    parse_variant,
-    parse_variants,
-    tell_of_others,
-)
+from fedhl.compare.study import Study, choose, difference, tell_of_others
+from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.prepare import Watcher

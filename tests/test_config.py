@@ -14,7 +14,9 @@ from pydantic import BaseModel
 from tiny import causal, classification, merged
 
 from fedhl.config import Config, dump_config, load_config
-from fedhl.config.schema import LoRAConfig, Participation, TrainingConfig, assign_ranks
+from fedhl.config.conduct import Participation, TrainingConfig
+from fedhl.config.inputs import LoRAConfig
+from fedhl.config.ranks import assign_ranks
 from fedhl.errors import UserError
 
 
@@ -71,7 +73,7 @@ def test_a_saved_config_loads_as_it_was(config: dict[str, Any], tmp_path: Path) 
 @given(st.text())
 def test_any_text_survives_the_file(text: str) -> None:
     from fedhl.config import dump_config
-    from fedhl.config.schema import ConfigLoader
+    from fedhl.config.text import ConfigLoader
 
     config = Config.model_validate(causal(data={"where": {"field": text}}))
     assert yaml.load(dump_config(config), Loader=ConfigLoader)["data"]["where"] == {"field": text}

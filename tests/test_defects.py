@@ -38,6 +38,7 @@ from fedhl.errors import UserError
 from fedhl.export import merge_folders
 from fedhl.lora import initial
 from fedhl.model import peft
+from fedhl.model.adapters import load_adapter, save_adapter
 from fedhl.seeds import generator
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
@@ -465,7 +466,7 @@ def test_keys_silently_unmatched_in_a_file(tmp_path: Path):
     `default` (RB-LoRA @99cdb5a). Unknown, missing and renamed tensors are errors."""
     slots = attach("linear")
     adapters = {name: adapter(m, n) for name, (m, n) in peft.layers(slots).items()}
-    peft.save_adapter(tmp_path, adapters, {}, base="some/base", task_type="CAUSAL_LM")
+    save_adapter(tmp_path, adapters, {}, base="some/base", task_type="CAUSAL_LM")
     file = tmp_path / "adapter_model.safetensors"
     good = load_file(file)
     layer = next(iter(adapters))
@@ -475,13 +476,13 @@ def test_keys_silently_unmatched_in_a_file(tmp_path: Path):
     for names in (renamed, outside, dict([*renamed.items()][:1])):
         save_file({names.get(k, k): x for k, x in good.items()}, file)
         with pytest.raises(UserError, match="lora_"):
-            peft.load_adapter(tmp_path)
+            load_adapter(tmp_path)
     one = next(iter(renamed))
     save_file({k: x for k, x in good.items() if k != one}, file)
     with pytest.raises(UserError, match=f"{layer} has only lora_"):
-        peft.load_adapter(tmp_path)
+        load_adapter(tmp_path)
     save_file(good, file)
-    for name, lora in peft.load_adapter(tmp_path).adapter.items():
+    for name, lora in load_adapter(tmp_path).adapter.items():
         assert close(lora.delta(), adapters[name].delta().float())
 
 
@@ -512,18 +513,18 @@ def test_rslora_and_rank_pattern_lost_on_the_way(tmp_path: Path):
     }
     want = {name: module.get_delta_weight("default").detach() for name, module in layers.items()}  # pyright: ignore
 
-    read = peft.load_adapter(tmp_path / "theirs").adapter
+    read = load_adapter(tmp_path / "theirs").adapter
     assert {name: lora.rank for name, lora in read.items()} == {
         name: module.r["default"]  # pyright: ignore
         for name, module in layers.items()
     }
     assert {lora.rank for lora in read.values()} == {2, 3, 4}
-    peft.save_adapter(tmp_path / "ours", read, {}, base="", task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "ours", read, {}, base="", task_type="CAUSAL_LM")
     merge_folders([str(tmp_path / "theirs")] * 2, [0.25, 0.75], None, tmp_path / "merged")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["rank_pattern"]
     for folder in ("ours", "merged"):
         again = PeftModel.from_pretrained(llama(), str(tmp_path / folder))
-        loaded = peft.load_adapter(tmp_path / folder).adapter
+        loaded = load_adapter(tmp_path / folder).adapter
         assert set(loaded) == set(want)
         for name, delta in want.items():
             assert close(loaded[name].delta(), delta)

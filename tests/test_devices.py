@@ -22,8 +22,10 @@ from test_simulation import RANKS, federate
 from torch import Tensor
 
 from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting, server
-from fedhl.federation.simulation import evaluate_round, initial_state, run_round
-from fedhl.federation.simulation import measure as metrics
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import initial_state
+from fedhl.federation.local import measure as metrics
+from fedhl.federation.scores import evaluate_round
 from fedhl.lora import LoRA, initial
 from fedhl.model import peft
 from fedhl.server import Round, ServerState

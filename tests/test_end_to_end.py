@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from fedhl.data.prompts import collate
+from fedhl.federation.engine import server
+from fedhl.federation.local import deployed
 from fedhl.federation.prepare import Prepared, prepare
-from fedhl.federation.simulation import deployed, evaluate_round, server
+from fedhl.federation.scores import evaluate_round
 from fedhl.lora import dense
-from fedhl.model import peft
+from fedhl.model import adapters, peft
 from fedhl.model.evaluation import evaluate
 from fedhl.run.folder import load_checkpoint, load_run_config
 from fedhl.server import ServerState
@@ -340,14 +342,14 @@ def test_merging_two_exports_is_their_weighted_sum(runs: Path, tmp_path: Path) -
             runs.parent, "export", "runs/tiny", "--rank", rank, "--round", which, "--out", out
         )
         assert done.code == 0, done.err
-        parts.append(peft.load_adapter(out))
+        parts.append(adapters.load_adapter(out))
     folders = [tmp_path / "rank2", tmp_path / "rank6"]
     done = tiny.fedhl(
         runs.parent, "merge", *folders, "--weights", "3,7", "--out", tmp_path / "merged"
     )
     assert (done.code, done.err) == (0, ""), done.err
     assert "0.3000" in done.out and "rank 8" in done.out
-    merged = peft.load_adapter(tmp_path / "merged")
+    merged = adapters.load_adapter(tmp_path / "merged")
     for name, lora in merged.adapter.items():
         sum_of_both = 0.3 * parts[0].adapter[name].delta() + 0.7 * parts[1].adapter[name].delta()
         assert (lora.delta() - sum_of_both).abs().max() < 1e-6
@@ -356,7 +358,7 @@ def test_merging_two_exports_is_their_weighted_sum(runs: Path, tmp_path: Path) -
 
     done = tiny.fedhl(runs.parent, "merge", *folders, "--rank", "4", "--out", tmp_path / "small")
     assert done.code == 0 and "truncation lost" in done.out
-    assert {lora.rank for lora in peft.load_adapter(tmp_path / "small").adapter.values()} == {4}
+    assert {lora.rank for lora in adapters.load_adapter(tmp_path / "small").adapter.values()} == {4}
 
 
 # --- starting from an adapter -------------------------------------------------------------------

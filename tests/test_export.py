@@ -30,15 +30,9 @@ from transformers import (
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
-from fedhl.export import (
-    export_adapter,
-    export_merged,
-    merge_adapters,
-    merge_folders,
-    model_card,
-)
+from fedhl.export import export_adapter, export_merged, merge_adapters, merge_folders, model_card
 from fedhl.lora import LoRA, truncate
-from fedhl.model import peft
+from fedhl.model import adapters, peft, targets
 from fedhl.model.loading import Loaded, load_model
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
@@ -159,7 +153,7 @@ def test_an_exported_adapter_computes_what_the_run_computed(
 
 def test_an_export_is_the_same_to_the_byte(tmp_path: Path) -> None:
     loaded = load(save("llama", tmp_path / "llama"))
-    names = peft.find_targets(loaded.model, ["q_proj", "v_proj"])
+    names = targets.find_targets(loaded.model, ["q_proj", "v_proj"])
     adapter = {
         n: LoRA(torch.ones(2, 32), torch.ones(32 if "q" in n else 16, 2), 1.0) for n in names
     }
@@ -204,7 +198,7 @@ def test_a_merged_model_computes_what_the_run_computed(
 
 def test_an_export_never_overwrites(tmp_path: Path) -> None:
     loaded = load(save("llama", tmp_path / "llama"))
-    name = peft.find_targets(loaded.model, ["0.self_attn.q_proj"])[0]
+    name = targets.find_targets(loaded.model, ["0.self_attn.q_proj"])[0]
     adapter = {name: LoRA(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
     (tmp_path / "empty").mkdir()
     export_adapter(tmp_path / "empty", loaded, adapter, {}, "card")
@@ -284,7 +278,7 @@ def test_merging_averages_heads_and_patterns(
     merge = merge_folders(folders, [1, 1, 2], None, tmp_path / "out")
     assert merge.weights == (0.25, 0.25, 0.5)
     assert set(merge.ranks.values()) == {10, 13}
-    adapter, head, config = peft.load_adapter(tmp_path / "out")
+    adapter, head, config = adapters.load_adapter(tmp_path / "out")
     for layer, lora in adapter.items():
         module = oracle.get_submodule(f"base_model.model.{layer}")
         parts = [module.get_delta_weight(name) for name in NAMES]  # pyright: ignore
@@ -303,9 +297,9 @@ def test_merging_at_a_rank_is_the_best_approximation(tmp_path: Path) -> None:
     base = save("llama", tmp_path / "llama")
     trained("llama", base, tmp_path)
     folders = [str(tmp_path / name) for name in NAMES]
-    exact = merge_adapters([peft.load_adapter(Path(f)).adapter for f in folders], [1 / 3] * 3)
+    exact = merge_adapters([adapters.load_adapter(Path(f)).adapter for f in folders], [1 / 3] * 3)
     merge = merge_folders(folders, None, 4, tmp_path / "out")
-    got = peft.load_adapter(tmp_path / "out").adapter
+    got = adapters.load_adapter(tmp_path / "out").adapter
     lost, total = 0.0, 0.0
     for layer, lora in exact.items():
         sigma = torch.linalg.svdvals(lora.delta().double())
@@ -328,7 +322,7 @@ def test_unnormalised_weights_are_used_as_they_are(tmp_path: Path) -> None:
     base = save("bert", tmp_path / "bert")
     trained("bert", base, tmp_path)
     merge_folders([str(tmp_path / "one")], [3], None, tmp_path / "out", normalize=False)
-    before, after = peft.load_adapter(tmp_path / "one"), peft.load_adapter(tmp_path / "out")
+    before, after = adapters.load_adapter(tmp_path / "one"), adapters.load_adapter(tmp_path / "out")
     for layer, lora in after.adapter.items():
         torch.testing.assert_close(lora.delta(), 3 * before.adapter[layer].delta())
     torch.testing.assert_close(after.head, before.head)
@@ -399,7 +393,7 @@ def test_the_card_says_how_it_was_made(kind: Any) -> None:
 
 def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(save("bert", tmp_path / "bert"))
-    layer = peft.find_targets(loaded.model, ["0.attention.self.query"])[0]
+    layer = targets.find_targets(loaded.model, ["0.attention.self.query"])[0]
     adapter = {layer: LoRA(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
     base = loaded.source_for_adapter
     card = model_card(SUMMARY, "adapter", 1, base=base, labels=LABELS)

@@ -21,8 +21,8 @@ from federation import difference
 from loopback import loopback, wait_until
 
 from fedhl.config import load_config
+from fedhl.federation.engine import InProcess
 from fedhl.federation.prepare import Watcher, prepare
-from fedhl.federation.simulation import InProcess
 from fedhl.run.folder import read_metrics
 from fedhl.run.loop import begin
 

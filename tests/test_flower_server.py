@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
+from fedhl.federation.federation import Federation
 from fedhl.federation.prepare import Watcher
-from fedhl.federation.simulation import Federation
 from fedhl.flower.records import TRAIN, pack, unpack
 from fedhl.flower.server import (
     LABEL,

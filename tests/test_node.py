@@ -20,8 +20,10 @@ from fedhl import server
 from fedhl.config import Config, load_config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import as_now
+from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import SILENT, Prepared, prepare, prepare_server
-from fedhl.federation.simulation import as_now, evaluate_client, run_round, train_client
 from fedhl.method import Broadcast, flatten
 from fedhl.model.loading import tokenizer_hash
 from fedhl.network import node, wire

@@ -10,10 +10,11 @@ from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, draw, exact, reply, st
 from test_simulation import RANKS, federate, kinds
 
 from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
-from fedhl.federation import simulation
-from fedhl.federation.simulation import initial_state, run_round
+from fedhl.federation import engine
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import initial_state
 from fedhl.method import Broadcast, flatten
-from fedhl.server import Reply, ServerState, rounds
+from fedhl.server import Reply, ServerState, refusals
 from fedhl.server.participation import corrected, matching, reached, silence
 
 LAYERS = [f"encoder.layer.{k}.{part}" for k in (1, 10) for part in ("query", "value")] + ["pooler"]
@@ -145,12 +146,12 @@ def test_a_layer_that_nobody_returned_stays():
 def test_a_missing_layer_is_refused_unless_stragglers_are_expected():
     state, first = start(), next(iter(SHAPES))
     partial = without(reply(state, CLIENTS[0]), first)
-    assert rounds.refusal(get_method("fedhl"), state, partial, SEED) == (
+    assert refusals.refusal(get_method("fedhl"), state, partial, SEED) == (
         f"layer {first!r} is missing"
     )
-    assert rounds.refusal(get_method("fedhl"), state, partial, SEED, stragglers=True) is None
+    assert refusals.refusal(get_method("fedhl"), state, partial, SEED, stragglers=True) is None
     nothing = replace(partial, adapter={})
-    assert rounds.refusal(get_method("fedhl"), state, nothing, SEED, stragglers=True) == (
+    assert refusals.refusal(get_method("fedhl"), state, nothing, SEED, stragglers=True) == (
         f"layer {first!r} is missing"
     )
 
@@ -160,9 +161,9 @@ def test_a_client_that_trains_some_layers_returns_exactly_those():
     client = replace(CLIENTS[0], layers=frozenset(others))
     full = replace(reply(state, client), client=client)
     method = get_method("fedhl")
-    assert rounds.refusal(method, state, full, SEED) == f"layer {first!r} is not one it trains"
-    assert rounds.refusal(method, state, without(full, first), SEED) is None
-    assert rounds.refusal(method, state, without(full, first, others[0]), SEED) == (
+    assert refusals.refusal(method, state, full, SEED) == f"layer {first!r} is not one it trains"
+    assert refusals.refusal(method, state, without(full, first), SEED) is None
+    assert refusals.refusal(method, state, without(full, first, others[0]), SEED) == (
         f"layer {min(others)!r} is missing"
     )
 
@@ -187,11 +188,11 @@ def test_a_frozen_factor_that_came_back_changed_is_refused():
     method = get_method("ffa_lora")
     state = start(method, top=4, scale=2.0)
     good = obedient(method, state, OF_RANK_4[0])
-    assert rounds.refusal(method, state, good, SEED) is None
+    assert refusals.refusal(method, state, good, SEED) is None
     first = sorted(SHAPES)[0]
     x = good.adapter[first]
     bad = replace(good, adapter={**good.adapter, first: replace(x, A=x.A * 1.01)})
-    assert rounds.refusal(method, state, bad, SEED) == (
+    assert refusals.refusal(method, state, bad, SEED) == (
         f"layer {first!r}: factor A was not to be changed, but came back different"
     )
 
@@ -221,7 +222,7 @@ def test_the_weights_of_norms_do_not_depend_on_how_many_layers_came_back():
 @pytest.mark.parametrize("method", ["fedhl", "flora"])
 def test_clients_of_some_layers_leave_the_others_alone(kind: str, method: str):
     federation = federate(kind, method=method)
-    layers = list(simulation.peft.layers(federation.slots))
+    layers = list(engine.peft.layers(federation.slots))
     ours = frozenset(layers[:1])
     federation = replace(
         federation, clients=[replace(client, layers=ours) for client in federation.clients]
@@ -233,7 +234,7 @@ def test_clients_of_some_layers_leave_the_others_alone(kind: str, method: str):
         assert (following.layers[name] is state.layers[name]) == (name not in ours)
     whole = run_round(federate(kind, method=method), state)[1]
     head = 4 * sum(p.numel() for p in federation.slots.head.values())
-    m, n = simulation.peft.layers(federation.slots)[layers[0]]
+    m, n = engine.peft.layers(federation.slots)[layers[0]]
     for one, other in zip(outcome.clients, whole.clients, strict=True):
         assert one["bytes_down"] == other["bytes_down"]
         assert one["bytes_up"] == 4 * one["rank"] * (m + n) + head < other["bytes_up"]
@@ -250,7 +251,7 @@ def test_stragglers_train_only_what_they_reach_and_are_reproducible():
             counts += [c["layers"] for c in outcome.clients]
         return states, counts
 
-    layers = len(simulation.peft.layers(federate("bert").slots))
+    layers = len(engine.peft.layers(federate("bert").slots))
     states, counts = play(0.9)
     assert min(counts) < layers and set(counts) <= set(range(1, layers + 1))
     again, _ = play(0.9)
@@ -267,6 +268,6 @@ def test_the_last_layers_are_those_nearest_to_the_output(kind: str):
     """`query` before `value` in a block, block 0 before block 1, whatever the alphabet says."""
     federation = federate(kind)
     got = federation.slots.order
-    assert sorted(got) == sorted(simulation.peft.layers(federation.slots))
+    assert sorted(got) == sorted(engine.peft.layers(federation.slots))
     blocks = [[int(part) for part in name.split(".") if part.isdigit()] for name in got]
     assert blocks == sorted(blocks)

@@ -23,7 +23,7 @@ from transformers import (
 
 from fedhl.errors import UserError
 from fedhl.lora import LoRA
-from fedhl.model import peft
+from fedhl.model import adapters, peft, targets
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -265,7 +265,7 @@ def test_the_head_is_one_for_all_slots() -> None:
 
 def test_targets_by_name() -> None:
     model = bert()
-    names = peft.find_targets(model, ["query", "1.intermediate.dense"], HEAD)
+    names = targets.find_targets(model, ["query", "1.intermediate.dense"], HEAD)
     start = "bert.encoder.layer"
     assert names == [
         f"{start}.0.attention.self.query",
@@ -273,8 +273,8 @@ def test_targets_by_name() -> None:
         f"{start}.1.intermediate.dense",
     ]
     pooler = "bert.pooler.dense"
-    assert pooler in peft.find_targets(model, ["dense"], HEAD)
-    assert pooler not in peft.find_targets(model, ["dense"], (*HEAD, f"{pooler}.weight"))
+    assert pooler in targets.find_targets(model, ["dense"], HEAD)
+    assert pooler not in targets.find_targets(model, ["dense"], (*HEAD, f"{pooler}.weight"))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def peft_folder(folder: Path, make: Any = llama, **config: Any) -> Any:
 )
 def test_load_adapter_reads_what_peft_computes(tmp_path: Path, config: dict[str, Any]) -> None:
     model = peft_folder(tmp_path, **config)
-    adapter, head, _ = peft.load_adapter(tmp_path)
+    adapter, head, _ = adapters.load_adapter(tmp_path)
     assert head == {}
     assert len(adapter) == 4
     for name, lora in adapter.items():
@@ -367,7 +367,7 @@ def test_load_adapter_finds_the_head(tmp_path: Path) -> None:
         "modules_to_save": ["pooler"],
     }
     model = peft_folder(tmp_path, bert, **saved)
-    _, head, _ = peft.load_adapter(tmp_path)
+    _, head, _ = adapters.load_adapter(tmp_path)
     assert head.keys() == {*HEAD, "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     kept = model.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(head["classifier.weight"], kept)
@@ -378,10 +378,10 @@ def test_save_then_load(tmp_path: Path, model: PreTrainedModel) -> None:
     adapter = random_adapter(slots, 2)
     first = next(iter(adapter))
     adapter[first] = random_adapter(slots, 4)[first]
-    peft.save_adapter(
+    adapters.save_adapter(
         tmp_path / "a", adapter, peft.read_head(slots), base="some/base", task_type="CAUSAL_LM"
     )
-    loaded, head, config = peft.load_adapter(tmp_path / "a")
+    loaded, head, config = adapters.load_adapter(tmp_path / "a")
     assert loaded.keys() == adapter.keys() and head.keys() == set(head_of(model))
     for name, lora in loaded.items():
         assert lora.scale == 1.0
@@ -404,7 +404,7 @@ def test_load_adapter_refuses_what_is_not_plain_lora(
 ) -> None:
     peft_folder(tmp_path, **config)
     with pytest.raises(UserError, match=message):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
 
 
 def test_load_adapter_refuses_a_folder_that_contradicts_itself(tmp_path: Path) -> None:
@@ -413,22 +413,22 @@ def test_load_adapter_refuses_a_folder_that_contradicts_itself(tmp_path: Path) -
         (tmp_path / "adapter_config.json").write_text(json.dumps(raw | change))
 
     with pytest.raises(UserError, match=r"holds no adapter_config.json"):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
     peft_folder(tmp_path, r=4)
     edit(r=5)
     with pytest.raises(UserError, match="the config says rank 5"):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
     edit(peft_type="LOHA")
     with pytest.raises(UserError, match="is a LOHA adapter"):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
     edit(peft_type="LORA")
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(UserError, match="is it complete"):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match=r"holds no adapter_model.safetensors"):
-        peft.load_adapter(tmp_path)
+        adapters.load_adapter(tmp_path)
 
 
 def test_a_head_of_a_narrow_base_is_trained_in_float32() -> None:

@@ -18,29 +18,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_robust import BASE, louder
-from test_server import (
-    CLIENTS,
-    FEDHL,
-    HEAD,
-    SEED,
-    SHAPES,
-    begun,
-    exact,
-    reply,
-    same,
-    start,
-)
+from test_server import CLIENTS, FEDHL, HEAD, SEED, SHAPES, begun, exact, reply, same, start
 from test_simulation import federate
 from torch import Tensor
 
 from fedhl import METHODS, LoRA, dense, get_method, server
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import initial_state
 from fedhl.federation.prepare import Watcher
-from fedhl.federation.simulation import initial_state, run_round
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import secret_of
-from fedhl.server import Client, Reply, ServerState, rounds
+from fedhl.server import Client, Reply, ServerState, arrivals, rounds
 from fedhl.server.accounting import ORDERS, epsilon
 from fedhl.server.privacy import Mechanism, normals, uniforms, why_not
 
@@ -110,7 +100,7 @@ def test_one_client_moves_the_sum_by_at_most_c_over_d(
         for name, layer in state.layers.items():
             alone = replace(state, layers={name: layer})
             p = torch.ones(len(accepted), dtype=torch.float64)
-            updates = rounds.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
+            updates = arrivals.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
             terms = [(c.factor, u) for c, u in zip(checks, updates, strict=True)]
             released = private.released(FEDHL, layer, terms, 1, name)
             parts.append(exact(released.lora) - exact(released.sent.lora))

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
 from fedhl.config import Config
-from fedhl.federation.simulation import initial_state, run_round
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import initial_state
 from fedhl.method import Broadcast
-from fedhl.server import Reply, ServerState, robust, rounds
+from fedhl.server import Reply, ServerState, measures, robust
 from fedhl.server.channel import AirComp, sends_products
 from fedhl.server.robust import Guard, Median, Trimmed
 
@@ -101,7 +102,7 @@ def test_what_is_clipped_is_the_change_of_the_product(state: ServerState) -> Non
     """`W + Σ p_i c_i (ΔW_i - ΔW(sent_i))`, and the head alike, against the dense formula."""
     answers = [louder(reply(state, client), k + 1) for k, client in enumerate(CLIENTS)]
     uniform = get_weighting("uniform")
-    bound = min(rounds.change_norms(FEDHL, state, answers, SEED))
+    bound = min(measures.change_norms(FEDHL, state, answers, SEED))
     following, outcome = server.aggregate(
         FEDHL, uniform, state, answers, SEED, guard=Guard(clip=bound)
     )
@@ -132,9 +133,9 @@ def test_a_clipped_update_is_that_of_a_client_who_moved_less(name: str) -> None:
     answers = [reply(state, client, method) for client in CLIENTS]
     state, _ = server.aggregate(method, uniform, state, answers, SEED)
     loud, *others = [louder(reply(state, client, method), 3) for client in CLIENTS]
-    bound = max(rounds.change_norms(method, state, others, SEED))
+    bound = max(measures.change_norms(method, state, others, SEED))
     loud = louder(loud, 50)
-    (norm,) = rounds.change_norms(method, state, [loud], SEED)
+    (norm,) = measures.change_norms(method, state, [loud], SEED)
     after, outcome = server.aggregate(
         method, uniform, state, [loud, *others], SEED, guard=Guard(clip=bound)
     )
@@ -158,7 +159,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
     """A client cannot buy weight, nor drown the others' signals, by an update that is cut anyway."""
     answers = [reply(state, client) for client in CLIENTS]
     attack = [louder(answers[0], 1e6), *answers[1:]]
-    bound = max(rounds.change_norms(FEDHL, state, answers, SEED))
+    bound = max(measures.change_norms(FEDHL, state, answers, SEED))
     norm = get_weighting("norm")
     for clip, most in ((None, (0.99, 1.0)), (bound, (0.0, 0.6))):
         _, outcome = server.aggregate(

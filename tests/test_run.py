@@ -13,7 +13,8 @@ from tiny import Done, fedhl
 
 from fedhl.errors import UserError
 from fedhl.run.folder import keep_metrics, read_metrics, uninterrupted, write_atomically, writing
-from fedhl.run.loop import better, describe, headline
+from fedhl.run.loop import better, headline
+from fedhl.run.telling import describe
 
 
 def evaluation(metric: str, full: float | None, truncated: float | None, mean: float | None) -> Any:

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from fedhl import LoRA, Update, dense, server
 from fedhl.data.prompts import collate
-from fedhl.federation.simulation import initial_state, run_round, train_client
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import initial_state
+from fedhl.federation.local import train_client
 from fedhl.method import TaskSequence
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.sd_lora import Directions, SDLoRA
 from fedhl.model import peft
 from fedhl.run import checkpoint
 from fedhl.seeds import generator
-from fedhl.server import Reply, ServerState, diagnostics, rounds
+from fedhl.server import Reply, ServerState, diagnostics, refusals
 from fedhl.server.participation import corrected
 
 EPS = torch.finfo(torch.float64).eps
@@ -263,7 +265,7 @@ def test_magnitudes_nobody_asked_for_are_refused() -> None:
     reply = train_client(now, client, sent, state.head, 1).reply
     assert reply.magnitudes == {}
     reply = replace(reply, magnitudes={name: torch.ones(1) for name in state.layers})
-    said = rounds.refusal(federation.method, state, reply, 0)
+    said = refusals.refusal(federation.method, state, reply, 0)
     assert said is not None and "got magnitudes of shape (1,), expected None" in said
 
 

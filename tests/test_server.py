@@ -22,7 +22,7 @@ from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
 from fedhl.method import flatten
 from fedhl.seeds import generator
-from fedhl.server import Client, Reply, Round, ServerState, diagnostics, rounds
+from fedhl.server import Client, Reply, Round, ServerState, arrivals, diagnostics, measures
 
 EPS32 = torch.finfo(torch.float32).eps
 SEED = 3
@@ -180,7 +180,7 @@ def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     by no more than δ, and its square by `2 ||R|| ||δ|| + ||δ||²`.
     """
     replies = [reply(state, client) for client in CLIENTS]
-    cohort = rounds.measure(FEDHL, state, replies, SEED)
+    cohort = measures.measure(FEDHL, state, replies, SEED)
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy)
     tails = torch.zeros_like(error)
     for column, name in enumerate(SHAPES):
@@ -276,7 +276,7 @@ def test_what_a_round_reports(state: ServerState) -> None:
     numbers = dict(outcome.diagnostics)
     squares = {"aggregation_error": 0.0, "product_gap": 0.0}
     for name in SHAPES:
-        updates = rounds.LayerUpdates(
+        updates = arrivals.LayerUpdates(
             FEDHL, state, name, replies, p.tolist(), SEED, range(len(replies))
         )
         before, after = state.layers[name].W, following.layers[name].W

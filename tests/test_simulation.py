@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.config import Config
 from fedhl.data.prompts import Example, collate
-from fedhl.federation import simulation
+from fedhl.federation import local, scores
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import Federation, as_now, initial_state
 from fedhl.federation.prepare import prepare
-from fedhl.federation.simulation import Federation, initial_state, run_round
 from fedhl.lora import LoRA, add_products, dense, initial, own, prefix
 from fedhl.method import Broadcast, Traffic, Update, checked
 from fedhl.model import peft
@@ -258,7 +259,7 @@ def test_every_method_trains_as_separate_fresh_models_would(name: str) -> None:
         following, outcome = run_round(federation, state)
         assert not outcome.refused
         cohort = sorted(federation.clients, key=lambda client: client.id)
-        cohort = [simulation.as_now(client, state) for client in cohort]
+        cohort = [as_now(client, state) for client in cohort]
         if name in PENALISED:
             # another loss than that of the fresh models; that it trains at all is seen here
             assert all(client["drift"] > 0 for client in outcome.clients)
@@ -275,7 +276,7 @@ def test_every_method_trains_as_separate_fresh_models_would(name: str) -> None:
     for layer, x in state.layers.items():
         if federation.method.delta(x) is None:
             assert all(f"{layer}.B" in state.clients[client] for client in ranks)
-    assert simulation.evaluate_round(federation, state, every_rank=True)["metric"] == "accuracy"
+    assert scores.evaluate_round(federation, state, every_rank=True)["metric"] == "accuracy"
 
 
 PENALISED = {"hetlora"}
@@ -286,7 +287,7 @@ def test_evaluating_between_rounds_changes_nothing() -> None:
     looked, blind = federate("bert", own=4), federate("bert", own=4)
     a, b = initial_state(looked), initial_state(blind)
     for _ in range(2):
-        simulation.evaluate_round(looked, a, every_rank=True)
+        scores.evaluate_round(looked, a, every_rank=True)
         a, first = run_round(looked, a)
         b, second = run_round(blind, b)
         assert same(a, b) and first.clients == second.clients
@@ -306,7 +307,7 @@ def test_the_global_random_state_is_left_alone() -> None:
     state = initial_state(federation)
     before = torch.random.get_rng_state()
     run_round(federation, state)
-    simulation.evaluate_round(federation, state, every_rank=True)
+    scores.evaluate_round(federation, state, every_rank=True)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -358,15 +359,15 @@ def test_personal_models_are_judged_by_their_mean_on_validation_rows() -> None:
     federation = replace(federation, validation=federation.held_out)
     state, _ = run_round(federation, initial_state(federation))
     losses = [
-        simulation.evaluate_client(federation, state, client, federation.validation)["loss"]
+        local.evaluate_client(federation, state, client, federation.validation)["loss"]
         for client in federation.clients
     ]
-    got = simulation.evaluate_round(federation, state, every_rank=True)
+    got = scores.evaluate_round(federation, state, every_rank=True)
     assert got["validation"]["loss"] == pytest.approx(sum(losses) / len(losses))
     assert got["full"] is got["truncated"] is None and got["ranks"] == {}
     # of a global model it is that of the full update
     federation = replace(federate("bert"), validation=federation.validation)
-    got = simulation.evaluate_round(federation, initial_state(federation), every_rank=False)
+    got = scores.evaluate_round(federation, initial_state(federation), every_rank=False)
     assert got["validation"] == got["full"]
 
 
@@ -375,9 +376,9 @@ def test_bfloat16_autocast_runs() -> None:
     state, outcome = run_round(federation, initial_state(federation))
     assert len(outcome.clients) == len(RANKS)
     assert {t.dtype for t in tensors(state)} == {torch.float32}
-    metrics = simulation.evaluate_global(federation, state)
+    metrics = scores.evaluate_global(federation, state)
     plain = replace(federation, config=federate("llama").config)
-    exact = simulation.evaluate_global(plain, state)
+    exact = scores.evaluate_global(plain, state)
     assert metrics and exact and metrics["loss"] != exact["loss"]
     assert metrics["loss"] == pytest.approx(exact["loss"], rel=2**-5)  # roundings of 2^-9
 
@@ -394,7 +395,7 @@ def test_bytes_are_those_of_the_tensors_that_travel(kind: str) -> None:
         sorted(federation.clients, key=lambda c: c.id), outcome.clients, strict=True
     ):
         sent = server.broadcast(federation.method, state, client, federation.config.seed)
-        reply = simulation.train_client(federation, client, sent, state.head, 1).reply
+        reply = local.train_client(federation, client, sent, state.head, 1).reply
         down = [t for b in sent.values() for t in (b.lora.A, b.lora.B)] + list(state.head.values())
         up = [t for x in reply.adapter.values() for t in (x.A, x.B)] + list(reply.head.values())
         assert record["bytes_down"] == sum(t.numel() * t.element_size() for t in down)
@@ -430,7 +431,7 @@ def test_the_global_model_is_the_merged_one(trained: tuple[str, Federation, Serv
     kind, federation, state = trained
     model = merged(kind, state, {n: s.W for n, s in state.layers.items()})
     want = measure(federation, model, federation.held_out)
-    got = simulation.evaluate_global(federation, state)
+    got = scores.evaluate_global(federation, state)
     assert got == close(want)
     untouched = measure(federation, merged(kind, state, {}), federation.held_out)
     assert got and abs(got["loss"] - untouched["loss"]) > 1e-3, "the update is in it"
@@ -443,7 +444,7 @@ def test_a_rank_is_the_model_with_the_best_truncation(
     kind, federation, state = trained
     truncated = {n: reference.truncation(s.W, rank) for n, s in state.layers.items()}
     want = measure(federation, merged(kind, state, truncated), federation.held_out)
-    got = simulation.evaluate_rank(federation, state, rank)
+    got = scores.evaluate_rank(federation, state, rank)
     assert got == close(want)
     # and so is what a client of this rank is sent, in an adapter of PEFT's own
     client = Client("x", rank, peft.scale(federation.slots, rank), 0)
@@ -456,7 +457,7 @@ def test_a_rank_is_the_model_with_the_best_truncation(
 
 def test_clients_on_their_own_rows(trained: tuple[str, Federation, ServerState]) -> None:
     kind, federation, state = trained
-    got = simulation.evaluate_clients(federation, state)
+    got = scores.evaluate_clients(federation, state)
     assert got is not None and set(got["by_client"]) == set(RANKS)
     for name, rank in RANKS.items():
         deltas = {n: reference.truncation(s.W, rank) for n, s in state.layers.items()}
@@ -474,24 +475,24 @@ def test_clients_on_their_own_rows(trained: tuple[str, Federation, ServerState])
 
 def test_evaluate_round(trained: tuple[str, Federation, ServerState]) -> None:
     kind, federation, state = trained
-    got = simulation.evaluate_round(federation, state, every_rank=True)
+    got = scores.evaluate_round(federation, state, every_rank=True)
     assert got["metric"] == ("accuracy" if kind == "bert" else "loss")
-    assert got["full"] == simulation.evaluate_global(federation, state)
+    assert got["full"] == scores.evaluate_global(federation, state)
     assert got["truncated"] == {"rank": 4, **got["ranks"]["4"]}
     assert list(got["ranks"]) == ["2", "3", "4"]
     for rank in (2, 3, 4):
-        assert got["ranks"][str(rank)] == simulation.evaluate_rank(federation, state, rank)
-    assert got["clients"] == simulation.evaluate_clients(federation, state)
-    assert simulation.evaluate_round(federation, state, every_rank=False)["ranks"] == {}
+        assert got["ranks"][str(rank)] == scores.evaluate_rank(federation, state, rank)
+    assert got["clients"] == scores.evaluate_clients(federation, state)
+    assert scores.evaluate_round(federation, state, every_rank=False)["ranks"] == {}
 
 
 def test_a_server_without_rows(trained: tuple[str, Federation, ServerState]) -> None:
     _, federation, state = trained
-    got = simulation.evaluate_round(replace(federation, held_out=[]), state, every_rank=True)
+    got = scores.evaluate_round(replace(federation, held_out=[]), state, every_rank=True)
     assert (got["full"], got["truncated"], got["ranks"]) == (None, None, {})
-    assert got["clients"] == simulation.evaluate_clients(federation, state)
+    assert got["clients"] == scores.evaluate_clients(federation, state)
     nobody = replace(federation, held_out=[], own={})
-    assert simulation.evaluate_round(nobody, state, every_rank=True)["clients"] is None
+    assert scores.evaluate_round(nobody, state, every_rank=True)["clients"] is None
 
 
 # --- the start ----------------------------------------------------------------------------------
@@ -515,9 +516,9 @@ def test_the_initial_state(kind: str) -> None:
     firsts = [layers.lora.A[0, :8] for layers in sent[4].values()]
     assert len({tuple(a.tolist()) for a in firsts}) == len(firsts)
     want = measure(federation, build(kind), federation.held_out)
-    assert simulation.evaluate_global(federation, state) == want
+    assert scores.evaluate_global(federation, state) == want
     for rank in (2, 3, 4):
-        assert simulation.evaluate_rank(federation, state, rank) == want
+        assert scores.evaluate_rank(federation, state, rank) == want
     own = {name: build(kind).get_parameter(name) for name in HEADS[kind]}
     assert state.head.keys() == own.keys()
     assert all(torch.equal(state.head[name], own[name]) for name in own)
@@ -574,11 +575,11 @@ def test_starting_from_a_smaller_adapter_of_another_scale(name: str) -> None:
         assert ((dense(got) - want).abs() <= bound).all()
     model = merged("llama", state, {n: x.delta() for n, x in given.items()})
     want = measure(federation, model, federation.held_out)
-    assert simulation.evaluate_global(federation, state) == close(want)
-    assert simulation.evaluate_rank(federation, state, 4) == close(want)
+    assert scores.evaluate_global(federation, state) == close(want)
+    assert scores.evaluate_rank(federation, state, 4) == close(want)
     client = Client("bob", 4, peft.scale(federation.slots, 4), 8)
     sent = server.broadcast(federation.method, state, client, federation.config.seed)
-    reply = simulation.train_client(federation, client, sent, state.head, 1).reply
+    reply = local.train_client(federation, client, sent, state.head, 1).reply
     for layer, b in sent.items():
         moved = (reply.adapter[layer].B - b.lora.B).norm(dim=0)
         assert (moved > 0).all(), f"{layer}: a dead component"
@@ -589,7 +590,7 @@ def test_a_start_is_evaluated_without_the_dropout_of_the_adapters() -> None:
     plain, dropping = (federate("llama", lora={"dropout": p}) for p in (0.0, 0.5))
     assert not any(module.training for module in dropping.slots.model.modules())
     given = given_adapter(plain, rank=4, scale=2.0)
-    want, got = (simulation.evaluate_rank(x, initial_state(x, given), 4) for x in (plain, dropping))
+    want, got = (scores.evaluate_rank(x, initial_state(x, given), 4) for x in (plain, dropping))
     assert got == want
 
 
@@ -695,13 +696,13 @@ def test_a_base_is_trained_upon_and_taken_off_again(kind: str) -> None:
             assert torch.equal(parameter, before[name])
     assert all(x.W.any() for x in state.layers.values())
     # a fresh B adds nothing to the base, at any rank
-    full = simulation.evaluate_global(federation, state)
+    full = scores.evaluate_global(federation, state)
     assert full is not None
     client = Client("evaluation", 2, peft.scale(federation.slots, 2), 0)
-    sent = simulation.evaluate_client(federation, state, client, federation.held_out)
+    sent = local.evaluate_client(federation, state, client, federation.held_out)
     assert sent == close(full)
     # a rank of 2 is less than that
-    cut = simulation.evaluate_rank(federation, state, 2)
+    cut = scores.evaluate_rank(federation, state, 2)
     assert cut is not None and cut["loss"] != pytest.approx(full["loss"], abs=200 * EPS32)
 
 
@@ -713,7 +714,7 @@ def test_a_factor_that_is_not_trained_stays(kind: str) -> None:
     for _ in range(2):
         for client in federation.clients:
             sent = server.broadcast(federation.method, state, client, federation.config.seed)
-            reply = simulation.train_client(federation, client, sent, state.head, 1).reply
+            reply = local.train_client(federation, client, sent, state.head, 1).reply
             for name, x in reply.adapter.items():
                 assert torch.equal(x.A, start[name][: client.rank])
                 assert not torch.equal(x.B, sent[name].lora.B)

@@ -35,14 +35,15 @@ from fedhl.data import shards
 from fedhl.data.label_groups import begins, forgetting, mean_accuracy, split_labels, task_of
 from fedhl.data.prompts import Example, collate
 from fedhl.errors import UserError
-from fedhl.federation import simulation
+from fedhl.federation import engine, local, scores
+from fedhl.federation.engine import run_round
+from fedhl.federation.federation import Federation, initial_state
 from fedhl.federation.prepare import Watcher
-from fedhl.federation.simulation import Federation, initial_state, run_round
 from fedhl.lora import dense
 from fedhl.model import peft
 from fedhl.model.training import batches, learning_rate
 from fedhl.report import final_table, write_report
-from fedhl.run.loop import steps
+from fedhl.run.telling import steps
 from fedhl.seeds import derive, generator
 from fedhl.server import Client, ServerState
 
@@ -347,8 +348,8 @@ def test_a_client_trains_on_its_rows_and_the_logits_of_the_task(decay: float) ->
     for state, _ in play(federation, 3)[:4:2]:
         now = federation.in_round(state.round + 1)
         client = now.clients[0]
-        sent = simulation.server.broadcast(now.method, state, client, 0)
-        reply = simulation.train_client(now, client, sent, state.head, state.round + 1).reply
+        sent = engine.server.broadcast(now.method, state, client, 0)
+        reply = local.train_client(now, client, sent, state.head, state.round + 1).reply
         labels = list(TASKS[state.round // 2])
         adapters, head = naive(federation, state, client.id, labels)
         for name, (A, B) in adapters.items():
@@ -390,14 +391,14 @@ def test_without_tasks_nothing_is_masked() -> None:
     }
     before = initial_state(federation).head["classifier.weight"]
     assert (state.head["classifier.weight"] != before).any(dim=1).all()
-    assert "tasks" not in simulation.evaluate_round(federation, state, every_rank=False)
+    assert "tasks" not in scores.evaluate_round(federation, state, every_rank=False)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_goes_through_all_tasks(name: str) -> None:
     federation = federate(name)
     state, _ = play(federation, 4)[-1]
-    got = simulation.evaluate_tasks(federation, state)
+    got = scores.evaluate_tasks(federation, state)
     known = [federation.method.delta(layer) for layer in state.layers.values()]
     assert got is None if None in known else got and got["current"] == len(got["accuracy"]) == 2
 
@@ -409,7 +410,7 @@ def test_every_method_goes_through_all_tasks(name: str) -> None:
 def test_each_task_is_judged_among_the_labels_so_far(method: str) -> None:
     federation = federate(method)
     history, want = play(federation, 4), []
-    assert simulation.evaluate_tasks(federation, history[0][0]) is None
+    assert scores.evaluate_tasks(federation, history[0][0]) is None
     for state, _ in history[1:]:
         seen = TASKS[: 1 + (state.round - 1) // 2]
         model = build("bert").double().eval()
@@ -427,7 +428,7 @@ def test_each_task_is_judged_among_the_labels_so_far(method: str) -> None:
                     logits = torch.func.functional_call(model, weights, kwargs=inputs).logits[0]
                     hits.append(int(allowed[logits[allowed].argmax()]) == ex.labels)
             want.append(sum(hits) / len(hits))
-        found = simulation.evaluate_round(federation, state, every_rank=False)["tasks"]
+        found = scores.evaluate_round(federation, state, every_rank=False)["tasks"]
         assert found == {"current": len(seen), "accuracy": want}
     assert len({0.0, *want}) == 3, "the test is about something"
 
@@ -436,7 +437,7 @@ def test_evaluating_changes_nothing() -> None:
     looked, blind = federate(), federate()
     a, b = initial_state(looked), initial_state(blind)
     for _ in range(3):
-        simulation.evaluate_round(looked, a, every_rank=True)
+        scores.evaluate_round(looked, a, every_rank=True)
         a, b = run_round(looked, a)[0], run_round(blind, b)[0]
         assert same(a, b)
     logits = blind.slots.model(torch.tensor([[3, 4]])).logits

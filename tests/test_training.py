@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedhl.config.schema import TrainingConfig
+from fedhl.config.conduct import TrainingConfig
 from fedhl.data.prompts import IGNORED, Example
 from fedhl.model import peft
 from fedhl.model.training import Trained, batches, learning_rate, targets, train

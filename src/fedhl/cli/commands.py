@@ -324,7 +324,7 @@ def compare(
     """
     with friendly():
         from fedhl.compare import compare as run_all
-        from fedhl.compare.study import parse_numbers, parse_variants
+        from fedhl.compare.variants import parse_numbers, parse_variants
         from fedhl.config import load_config
         from fedhl.report.compare import comparison_tables, read_comparison
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fedhl.config.schema import Config, dump_config, load_config
+from fedhl.config.schema import Config
+from fedhl.config.text import dump_config, load_config
 
 __all__ = ["Config", "dump_config", "load_config"]

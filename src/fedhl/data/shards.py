@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedhl.config import Config
-from fedhl.config.schema import (
-    CausalTask,
-    ClassificationTask,
-    ColumnPartition,
-    DirichletPartition,
-    unknown,
-)
+from fedhl.config.inputs import CausalTask, ClassificationTask, ColumnPartition, DirichletPartition
+from fedhl.config.text import unknown
 from fedhl.data.label_groups import split_labels
 from fedhl.data.loading import Indices, Rows, column, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid

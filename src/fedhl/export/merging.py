@@ -1,38 +1,22 @@
-"""What leaves a run: PEFT adapters, merged models and their cards; and the merging of adapters."""
+"""Merging PEFT adapters of any ranks: the weighted sum of their updates as one adapter."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-import fedhl
 from fedhl import lora as algebra
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.export.cards import front_matter
+from fedhl.export.folders import _publish
 from fedhl.lora import LoRA
-from fedhl.model.loading import Loaded, quiet
-from fedhl.model.peft import (
-    TASK_TYPES,
-    AdapterFolder,
-    is_conv1d,
-    load_adapter,
-    save_adapter,
-    shifted,
-)
-
-Kind = Literal["adapter", "merged"]
-
-# --- merging adapters ---------------------------------------------------------------------------
+from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
 
 
 class Merge(NamedTuple):
@@ -213,189 +197,6 @@ def _average_heads(
     }
 
 
-# --- exporting a run ----------------------------------------------------------------------------
-
-
-def export_adapter(
-    out: Path, loaded: Loaded, adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], card: str
-) -> None:
-    """Write `adapter` and `head` as a PEFT adapter folder of the base model `loaded`.
-
-    Raises UserError if `out` exists and is not an empty folder, or cannot be written.
-    """
-    with _publish(out) as staging:
-        save_adapter(
-            staging,
-            adapter,
-            head,
-            base=loaded.source_for_adapter,
-            task_type=TASK_TYPES[loaded.task],
-            fan_in_fan_out=is_conv1d(loaded.model, list(adapter)),
-            revision=loaded.revision,
-        )
-        (staging / "README.md").write_text(card, encoding="utf-8")
-
-
-def export_merged(
-    out: Path, loaded: Loaded, deltas: Mapping[str, Tensor], head: Mapping[str, Tensor], card: str
-) -> None:
-    """Write the base model with `W0 + delta` in every layer, as a plain transformers folder.
-
-    `loaded` must come fresh from `load_model`, unquantised and without LoRA layers; its weights are
-    changed in place. Deltas are (out, in), by layer name. Raises ValueError for a layer, head
-    parameter or shape that the model does not have; UserError as `export_adapter`, and for a 4-bit
-    model.
-    """
-    model = loaded.model
-    if getattr(model, "is_loaded_in_4bit", False):
-        raise UserError("a 4-bit base cannot be merged into; load the base model unquantised")
-    if head.keys() != set(loaded.head):
-        raise ValueError(f"expected the head {sorted(loaded.head)}, got {sorted(head)}")
-    modules = dict(model.named_modules())
-    with _publish(out) as staging, torch.no_grad():
-        for name in sorted(deltas):
-            if name not in modules:
-                raise ValueError(f"layer {name}: not in this {type(model).__name__}")
-            base = modules[name]
-            base.weight.data = shifted(base, deltas[name])  # pyright: ignore
-        for name in loaded.head:
-            model.get_parameter(name).copy_(head[name])
-        if loaded.use_cache:
-            model.config.use_cache = True
-        with quiet():
-            model.save_pretrained(staging)
-        loaded.tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _publish(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well and vanishes otherwise."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(
-            f"{out} exists and is not an empty folder; choose another --out or remove it"
-        )
-    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}; nothing is left there") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-# --- model cards --------------------------------------------------------------------------------
-
-_AUTO = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-_PIPELINE = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
-
-
-def model_card(
-    summary: Mapping[str, Any],
-    kind: Kind,
-    rank: int | None,
-    *,
-    base: str,
-    labels: Sequence[str] = (),
-) -> str:
-    """The README.md of an export: metadata, how to load it, and how it was made.
-
-    `summary` is the content of a run's summary.json, `rank` that of an adapter, `base` the base
-    model's name, `labels` those of a classifier, in order.
-    """
-    what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
-    front = {
-        "base_model": base,
-        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
-        "library_name": "peft" if kind == "adapter" else "transformers",
-        "pipeline_tag": _PIPELINE[summary["task"]],
-        "tags": ["fedhl", "federated-learning", "lora"],
-    }
-    lines = [
-        *_front_matter(front),
-        f"# {summary['name']}",
-        "",
-        f"{what} for `{base}`, fine-tuned by {len(summary['clients'])} clients that did not share "
-        "their data, with fedhl.",
-        "",
-        *_how_to_load(summary["task"], kind, base, labels),
-        "## How it was made",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(summary).items()),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _front_matter(front: Mapping[str, Any]) -> list[str]:
-    # A JSON scalar or list is valid YAML, with any quoting that a path or a name needs.
-    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-
-
-def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
-    auto = _AUTO[task]
-    folder = "path/to/this/folder"
-    if kind == "merged":
-        code = [
-            f"from transformers import {auto}, AutoTokenizer",
-            f'model = {auto}.from_pretrained("{folder}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        ]
-    else:
-        count = f", num_labels={len(labels)}" if task == "sequence-classification" else ""
-        code = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}, AutoTokenizer",
-            f"base = {auto}.from_pretrained({json.dumps(base)}{count})",
-            f'model = PeftModel.from_pretrained(base, "{folder}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
-        ]
-    lines = ["```python", *code, "```", ""]
-    if labels:
-        lines += ["Labels, in order: " + ", ".join(f"`{label}`" for label in labels) + ".", ""]
-    return lines
-
-
-def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader must know to judge or to repeat it, from a run's summary.json."""
-    clients = summary["clients"]
-    ranks = sorted(client["rank"] for client in clients)
-    counts = ", ".join(f"{ranks.count(r)} of rank {r}" for r in sorted(set(ranks)))
-    facts = {
-        "method": _settings(summary["method"]),
-        "weighting": _settings(summary["weighting"]),
-        "clients": f"{len(clients)} ({counts})",
-        "training examples": f"{sum(client['examples'] for client in clients)}",
-        "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
-    }
-    final = summary.get("final") or {}
-    for key, name in (("full", "full-rank update"), ("truncated", "update at the top rank")):
-        scores = final.get(key)
-        if scores:
-            shown = (k for k in ("accuracy", "loss") if scores.get(k) is not None)
-            facts[f"held out, {name}"] = ", ".join(f"{k} {scores[k]:.4f}" for k in shown)
-    facts["fedhl"] = summary["fedhl"] + (
-        f" (commit {summary['commit']})" if summary.get("commit") else ""
-    )
-    facts["seed"] = str(summary["seeds"]["root"])
-    facts |= {f"{what} hash": f"`{value}`" for what, value in summary["hashes"].items()}
-    return facts
-
-
-def _settings(choice: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
-    return f"{choice['name']} ({settings})" if settings else str(choice["name"])
-
-
 def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
     ranks = sorted(set(merge.ranks.values()))
     front = {
@@ -405,7 +206,7 @@ def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
         "tags": ["fedhl", "lora", "merge"],
     }
     lines = [
-        *_front_matter(front),
+        *front_matter(front),
         "# Merged LoRA adapter",
         "",
         f"The weighted sum of {len(folders)} LoRA adapters of `{base}`, of rank "

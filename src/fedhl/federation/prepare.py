@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fedhl.config import Config
-from fedhl.config.schema import assign_ranks, unknown
+from fedhl.config.ranks import assign_ranks
+from fedhl.config.text import unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
-from fedhl.federation.simulation import Federation, initial_state
+from fedhl.federation.federation import Federation, initial_state
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
-from fedhl.model import peft
+from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
@@ -280,7 +281,7 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
 def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
     """The adapter and head that `lora.start` names, if they fit this model and these ranks."""
     assert config.lora.start is not None
-    adapter, head, _ = peft.load_adapter(Path(config.lora.start))
+    adapter, head, _ = adapters.load_adapter(Path(config.lora.start))
     shapes, top = peft.layers(federation.slots), federation.top_rank
     for name, lora in adapter.items():
         if name not in shapes:

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from fedhl.config import Config
-from fedhl.config.schema import explain
+from fedhl.config.text import explain
 from fedhl.errors import UserError
 from fedhl.flower.records import pack, unpack
 from fedhl.network import node, wire

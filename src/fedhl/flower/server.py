@@ -31,6 +31,8 @@ from fedhl import server
 from fedhl.config import Config
 from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
+from fedhl.federation.engine import Returned
+from fedhl.federation.federation import Federation, as_now
 from fedhl.federation.prepare import (
     Prepared,
     Watcher,
@@ -39,7 +41,6 @@ from fedhl.federation.prepare import (
     prepare_server,
     prepare_server_again,
 )
-from fedhl.federation.simulation import Federation, Returned, as_now
 from fedhl.flower.records import EVALUATE, HELLO, TRAIN, pack, unpack
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model.evaluation import Metrics

@@ -15,7 +15,7 @@ from fedhl.data.prompts import Example, collate
 from fedhl.seeds import derive, generator, seeded
 
 if TYPE_CHECKING:
-    from fedhl.config.schema import TrainingConfig
+    from fedhl.config.conduct import TrainingConfig
 
 
 class Trained(NamedTuple):

@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhl.config import Config
-from fedhl.config.schema import assign_ranks, unknown
+from fedhl.config.ranks import assign_ranks
+from fedhl.config.text import unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
+from fedhl.federation.federation import Federation
+from fedhl.federation.local import deployed, measure, train_client
 from fedhl.federation.prepare import examine, load_federation
-from fedhl.federation.simulation import Federation, deployed, measure, train_client
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
 from fedhl.network import wire

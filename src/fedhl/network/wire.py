@@ -29,7 +29,8 @@ from fedhl.network.message import (
     shown,
 )
 from fedhl.server import Client, Reply
-from fedhl.server.payload import PAYLOADS, carried_lora, factor_of, restored, rows, stored
+from fedhl.server.carried import leaving
+from fedhl.server.payload import PAYLOADS, factor_of, restored, rows, stored
 
 PROTOCOL = 1
 """The version of the format; both ends must have the same."""
@@ -125,41 +126,6 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
         past=adapter("past", said["past"]) if given("past") else None,
         magnitudes=message[f"magnitudes::{name}"] if given("magnitudes") else None,
     )
-
-
-# --- replies ------------------------------------------------------------------------------------
-
-
-def leaving(sent: Broadcast) -> list[str]:
-    """The factors that the client trains and does not keep: they travel back."""
-    return sorted(sent.train - sent.keep)
-
-
-def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
-    """What the server has of a reply: `read_reply(encode_reply(reply))`, without the bytes.
-
-    The factors that leave the client in the type of its payload, the others as they were sent;
-    magnitudes and head in float32; a loss or bound that is not finite is NaN.
-    """
-    payload = reply.client.payload
-    adapter = {
-        name: carried_lora(filled(lora, sent[name]), payload, frozenset(leaving(sent[name])))
-        for name, lora in reply.adapter.items()
-    }
-    return replace(
-        reply,
-        adapter=adapter,
-        head={name: value.float() for name, value in reply.head.items()},
-        loss=reply.loss if math.isfinite(reply.loss) else math.nan,
-        bound=reply.bound if math.isfinite(reply.bound) else math.nan,
-        magnitudes={name: x.float() for name, x in reply.magnitudes.items()},
-    )
-
-
-def filled(lora: LoRA, sent: Broadcast) -> LoRA:
-    """The adapter with the factors that do not travel as they were sent."""
-    fixed = {"A", "B"} - set(leaving(sent))
-    return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(fixed)})
 
 
 def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes:

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedhl import server
-from fedhl.config.schema import ComputeConfig
+from fedhl.config.conduct import ComputeConfig
 from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
+from fedhl.federation.federation import initial_state
 from fedhl.federation.prepare import (
     SILENT,
     Watcher,
@@ -24,7 +25,7 @@ from fedhl.federation.prepare import (
     prepare,
     prepare_server_again,
 )
-from fedhl.federation.simulation import evaluate_round, initial_state, truncation
+from fedhl.federation.scores import evaluate_round, truncation
 from fedhl.lora import LoRA, dense
 from fedhl.model.loading import Loaded, load_model
 from fedhl.run.folder import load_checkpoint, load_run_config, networked, read_summary

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -12,8 +11,9 @@ from typing import Any
 from fedhl import server
 from fedhl.config import Config, dump_config
 from fedhl.errors import UserError
+from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.prepare import SILENT, Prepared, Watcher, clients_keep, prepare
-from fedhl.federation.simulation import IN_PROCESS, Engine, Federation, evaluate_round, run_round
+from fedhl.federation.scores import evaluate_round
 from fedhl.model.training import learning_rate
 from fedhl.report import write_report
 from fedhl.run import checkpoint
@@ -30,10 +30,8 @@ from fedhl.run.folder import (
     writing,
 )
 from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
+from fedhl.run.telling import COLLAPSE, describe, steps
 from fedhl.server import Round, ServerState
-
-COLLAPSE = 0.25
-"""Warn when the effective clients are less than this share of the way from one to all."""
 
 
 def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
@@ -220,21 +218,6 @@ def finish_round(
     return best
 
 
-def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Callable[[], None]:
-    """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
-    federation = federation.in_round(state.round + 1)
-    round, config, cohort = state.round + 1, federation.config, federation.cohort(state.round + 1)
-    total = sum(config.training.steps_for(client.examples) for client in cohort)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        watcher.step(f"round {round}: training", done, total)
-
-    return step
-
-
 def headline(evaluation: dict[str, Any]) -> float | None:
     """The number a round is judged by: of the full model, else of what the top rank is sent, else
     the mean over the clients."""
@@ -254,30 +237,3 @@ def better(
     if best is None or sign * value > sign * best["value"]:
         return {"round": round, "value": value}
     return best
-
-
-def describe(line: dict[str, Any], rounds: int) -> str:
-    """One round in one line of text."""
-    parts = [f"round {line['round']:>{len(str(rounds))}}/{rounds}"]
-    evaluation = line["evaluation"]
-    if evaluation:
-        name = evaluation["metric"]
-        for what, label in (("full", "full W"), ("truncated", "rank")):
-            metrics = evaluation[what]
-            if metrics:
-                shown = f"{label} {metrics['rank']}" if what == "truncated" else label
-                parts.append(f"{name} {metrics[name]:.4f} ({shown})")
-        if evaluation["clients"]:
-            mean, worst = evaluation["clients"]["mean"], evaluation["clients"]["worst"]
-            parts.append(f"clients {mean[name]:.4f}, worst {worst[name]:.4f}")
-        if tasks := evaluation.get("tasks"):
-            parts.append(f"tasks {', '.join(f'{x:.4f}' for x in tasks['accuracy'])}")
-    if line["clients"]:
-        rows = sum(client["examples"] for client in line["clients"])
-        loss = sum(client["loss"] * client["examples"] for client in line["clients"]) / rows
-        parts.append(f"training loss {loss:.4f}")
-        parts.append(f"{line['diagnostics']['effective_clients']:.1f} effective clients")
-    if "epsilon" in line["diagnostics"]:
-        parts.append(f"epsilon {line['diagnostics']['epsilon']:.2f}")
-    parts.append(f"{line['seconds']['total']:.1f} s")
-    return "  ".join(parts)

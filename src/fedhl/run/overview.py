@@ -9,12 +9,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fedhl.config.schema import CausalTask, RobustConfig
+from fedhl.config.conduct import RobustConfig
+from fedhl.config.inputs import CausalTask
 from fedhl.data.loading import column
 from fedhl.data.partition import partition_table
 from fedhl.data.prompts import collate
 from fedhl.federation.prepare import Prepared
-from fedhl.federation.simulation import bytes_per_client
+from fedhl.federation.traffic import bytes_per_client
 from fedhl.method import flatten
 from fedhl.model import peft
 from fedhl.report.html import size

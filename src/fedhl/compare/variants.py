@@ -1,0 +1,121 @@
+"""The variants of a comparison, as the command line names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from fedhl.config import Config
+from fedhl.config.text import explain, set_value
+from fedhl.errors import UserError
+from fedhl.methods import METHODS
+
+Number = TypeVar("Number", int, float)
+
+DECIDED = {
+    "name": "its folder",
+    "seed": "--seeds",
+    "method": "its name",
+    "method.name": "its name",
+}
+"""Settings that a variant cannot name, and what decides them."""
+
+
+# --- variants -----------------------------------------------------------------------------------
+
+
+EITHER = {
+    f"{section}.{one}": f"{section}.{other}"
+    for section in ("participation", "data.held_out")
+    for one, other in (("count", "fraction"), ("fraction", "count"))
+}
+"""Settings of which a config has one; a variant's is in place of the other."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with settings of its own: `fedit@lora.ranks=8` is `fedit` at rank 8."""
+
+    text: str
+    method: str
+    changes: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """The text as the name of a folder."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.text).strip("-.")
+
+    def config(self, base: Config, seed: int, *more: str) -> Config:
+        """The settings of one run, `more` of them last. Raises UserError, naming the variant."""
+        raw = base.model_dump(mode="json")
+        raw["name"], raw["seed"] = f"{base.name}-{self.folder}-seed-{seed}", seed
+        if raw["method"]["name"] != self.method:  # else it keeps the config's hyperparameters
+            raw["method"] = {"name": self.method}
+        for change in (*self.changes, *more):
+            set_value(raw, change)
+            key, _, value = change.partition("=")
+            if (other := EITHER.get(key.strip())) and value.strip() != "null":
+                set_value(raw, f"{other}=null")  # the config's, or a default
+        try:
+            return Config.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(f"--methods {self.text}: {explain(error)}") from None
+
+
+def parse_variants(text: str) -> list[str]:
+    """The parts between commas; those inside brackets, as in `lora.ranks=[4, 8]`, belong to a value."""
+    return [part.strip() for part in split(text, ",")]
+
+
+def split(text: str, separator: str) -> list[str]:
+    """`text.split(separator)`, but not inside brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def parse_variant(text: str) -> Variant:
+    """NAME@KEY=VALUE@KEY=VALUE. Raises UserError if it is malformed."""
+    name, *changes = (part.strip() for part in split(text, "@"))
+    for change in changes:
+        key, equals, _ = change.partition("=")
+        if not key or not equals:
+            raise UserError(
+                f"--methods {text!r}: expected NAME or NAME@KEY=VALUE, e.g. fedit@lora.ranks=8"
+            )
+        settings = hyperparameters(name)
+        if key in settings:
+            raise UserError(
+                f"--methods {text!r}: {key} is a setting of the method: {name}@method.{change}"
+            )
+        if key in DECIDED:
+            raise UserError(f"--methods {text!r}: {key} follows from {DECIDED[key]}; leave it out")
+    variant = Variant(text, name, tuple(changes))
+    if not variant.folder:
+        raise UserError(f"--methods {text!r}: expected the name of a method; see `fedhl methods`")
+    return variant
+
+
+def hyperparameters(method: str) -> set[str]:
+    """The names of a method's settings; none of an unknown method, which is refused later."""
+    return {field.name for field in fields(METHODS[method])} if method in METHODS else set()
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers between commas. Raises UserError, naming the option."""
+    example = "0,1,2" if kind is int else "5e-4,1e-3,2e-3"
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{option} {text!r}: expected numbers with commas, e.g. {example}"
+        ) from None

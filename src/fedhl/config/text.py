@@ -1,0 +1,189 @@
+"""A config as text: YAML that people write, changes from the command line, and sentences for mistakes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedhl.config.conduct import MedianRule, TrimmedRule
+from fedhl.config.inputs import (
+    CausalTask,
+    ClassificationTask,
+    ColumnPartition,
+    DirichletPartition,
+    IIDPartition,
+)
+from fedhl.config.named import Strict, named
+from fedhl.config.schema import Config
+from fedhl.errors import UserError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `a.b=value` overrides. Raises UserError, naming the field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        raw = yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"config file {path} must hold a mapping of settings, got {type(raw).__name__}"
+        )
+    for override in overrides:
+        set_value(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and a key that
+    is given twice an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Writes what `ConfigLoader` reads back: the text `1e-3` in quotes, odd line breaks escaped."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        odd = any(character in data for character in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if odd else None)
+
+
+ConfigDumper.add_representer(str, ConfigDumper.represent_str)
+
+
+for reader_or_writer in (ConfigLoader, ConfigDumper):
+    reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def set_value(raw: dict[str, Any], override: str) -> None:
+    """Apply `a.b=value` to a nested mapping; the value is YAML. Raises UserError if it is malformed."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r}: expected KEY=VALUE, e.g. --set training.steps=20")
+    try:
+        value = yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = raw
+    *parents, last = key.strip().split(".")
+    for depth, part in enumerate(parents):
+        child = node.get(part)
+        if isinstance(child, str) and part in ("method", "weighting"):
+            child = named(child)
+        if child is None and depth == 0 and part == "method":
+            child = {"name": "fedhl"}
+        if child is None and depth == 0 and part == "weighting":
+            raise UserError(
+                f"--set {override!r}: say which weighting has this setting: "
+                f"weighting={{name: NAME, {last}: {text}}}"
+            )
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            where = ".".join(parents[: depth + 1])
+            raise UserError(
+                f"--set {override!r}: {where} is a single value, not a group of settings"
+            )
+        node[part] = child
+        node = child
+    node[last] = value
+
+
+def unknown(name: str, known: Sequence[str], what: str) -> str:
+    """ "unknown WHAT 'name'; did you mean 'near'?" with the known names."""
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+KINDS: dict[str, tuple[type[Strict], ...]] = {
+    "task": (ClassificationTask, CausalTask),
+    "partition": (IIDPartition, DirichletPartition, ColumnPartition),
+    "reject": (MedianRule, TrimmedRule),
+}
+"""The groups of settings that come in several kinds."""
+
+
+def kinds(name: str) -> list[str]:
+    return [get_args(member.model_fields["kind"].annotation)[0] for member in KINDS[name]]
+
+
+def explain(error: ValidationError) -> str:
+    """One line per mistake: the field, what was found, what is allowed."""
+    return "\n  ".join(dict.fromkeys(explain_one(dict(item)) for item in error.errors()))
+
+
+def explain_one(item: dict[str, Any]) -> str:
+    unsaid = {"[key]", *(kind for name in KINDS for kind in kinds(name))}
+    location = [str(part) for part in item["loc"] if part not in unsaid]
+    field = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: {unknown(location[-1], siblings(item['loc']), 'key')}"
+    if item["type"] == "missing":
+        return f"{field}: required, but not given"
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        known = kinds(location[-1])
+        got = item["input"].get("kind")
+        if got is None:
+            return f"{field}.kind: required, one of {', '.join(known)}"
+        return f"{field}.kind: {unknown(str(got), known, 'kind')}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
+    message = message[0].lower() + message[1:]
+    got = item.get("input")
+    if item["type"] == "value_error" or isinstance(got, dict):
+        return f"{field}: {message}"
+    return f"{field}: {message}, got {got!r}"
+
+
+def siblings(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed beside the one at `location` (whose union members are named by their kind)."""
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            members = [model.model_fields[str(part)].annotation]
+        else:  # a member of a union, named by its discriminator
+            members = [
+                member
+                for member in get_args(model)
+                if "kind" in getattr(member, "model_fields", {})
+                and part in get_args(member.model_fields["kind"].annotation)
+            ]
+        model = next(iter(members), None)
+        options = [m for m in get_args(model) if isinstance(m, type) and issubclass(m, BaseModel)]
+        if len(options) == 1:
+            model = options[0]
+    return list(getattr(model, "model_fields", {}))
+
+
+def dump_config(config: Config) -> str:
+    data = config.model_dump(mode="json")
+    data["weighting"] = config.weighting_used.model_dump(mode="json")
+    return yaml.dump(data, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,151 @@
+"""A federation in one process: the loop to read first, and the oracle for every other engine.
+
+One base model stays in memory with one adapter slot per distinct rank. A client is a set of rows
+and a rank: what it is sent is copied into the slot of its rank, trained there, and copied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fedhl import server
+from fedhl.data.label_groups import begins
+from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.local import evaluate_client, train_client
+from fedhl.federation.traffic import bytes_per_client
+from fedhl.model import peft
+from fedhl.model.evaluation import Metrics
+from fedhl.model.training import training_mode
+from fedhl.server import Client, Reply, Round, ServerState
+from fedhl.server.participation import silence
+
+
+class Returned(NamedTuple):
+    """What came back from a cohort: replies; what each client keeps for itself, by id; those that sent
+    none, each with its `id` and the `reason`; bytes down and up, by id; and seconds per phase."""
+
+    replies: list[Reply]
+    kept: dict[str, dict[str, Tensor]]
+    missing: list[dict[str, Any]]
+    traffic: dict[str, tuple[int, int]]
+    seconds: dict[str, float]
+
+
+class Engine(Protocol):
+    """Where the clients of a federation are: in this process, or somewhere else."""
+
+    def present(self, federation: Federation, round: int) -> Federation:
+        """The federation with the clients that can be reached in this round."""
+        ...
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        """Send each client what the state broadcasts, let it train, and gather the replies."""
+        ...
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        """The metrics of each client on its own held-out rows, by id; {} if there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """All clients in this process, one after the other, on one model. `answered`: whether this client
+    answers in this round, as one on another machine may not; who does not is as if absent."""
+
+    answered: Callable[[str, int], bool] = lambda id, round: True
+
+    def present(self, federation: Federation, round: int) -> Federation:
+        return federation
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        method, seed, round = federation.method, federation.config.seed, state.round + 1
+        cohort = [client for client in cohort if self.answered(client.id, round)]
+        seconds = {"broadcast": 0.0, "train": 0.0, "compute": 0.0}
+        replies, kept = [], {}
+        with training_mode(federation.slots.model):
+            for client in cohort:
+                start = perf_counter()
+                sent = server.broadcast(method, state, client, seed)
+                seconds["broadcast"] += perf_counter() - start
+                start = perf_counter()
+                own = state.clients.get(client.id, {})
+                local = train_client(federation, client, sent, state.head, round, on_step, own=own)
+                seconds["train"] += perf_counter() - start
+                seconds["compute"] += local.seconds
+                replies.append(local.reply)
+                kept[client.id] = own | local.kept
+        returned = {reply.client.id: reply.adapter for reply in replies}
+        traffic = bytes_per_client(federation, cohort, returned)
+        return Returned(replies, kept, [], traffic, seconds)
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        return {
+            client.id: evaluate_client(federation, state, client, federation.own[client.id])
+            for client in federation.clients
+            if federation.own
+        }
+
+
+IN_PROCESS = InProcess()
+
+
+def run_round(
+    federation: Federation,
+    state: ServerState,
+    on_step: Callable[[], None] = lambda: None,
+    engine: Engine = IN_PROCESS,
+) -> tuple[ServerState, Round]:
+    """One round: sample a cohort, send, let each client train, aggregate.
+
+    Returns the next state and what happened, with bytes per client and seconds per phase.
+    """
+    config, method, seed = federation.config, federation.method, federation.config.seed
+    round = state.round + 1
+    federation = federation.in_round(round)
+    labels = federation.labels_of(round)
+    if labels is not None and begins(round, config.period):
+        state = server.next_task(method, state)
+    cohort = [as_now(client, state) for client in federation.cohort(round)]
+    chance = config.participation.stragglers
+    returned = engine.train(federation, state, cohort, on_step)
+    if federation.privacy is not None:
+        following, outcome = server.release(
+            federation.privacy, method, state, returned.replies, seed
+        )
+    else:
+        following, outcome = server.aggregate(
+            method,
+            federation.weighting,
+            state,
+            returned.replies,
+            seed,
+            silence=silence([federation.layers_of(c) for c in cohort], chance) if chance else None,
+            channel=federation.channel,
+            head_rows=None if labels is None else peft.label_rows(federation.slots, labels),
+            guard=federation.guard,
+        )
+    refused = [*outcome.refused, *returned.missing]
+    for record in (*outcome.clients, *refused):
+        record["bytes_down"], record["bytes_up"] = returned.traffic[record["id"]]
+    # a client whose training diverged begins again from what it had
+    kept = returned.kept | {r["id"]: state.clients.get(r["id"], {}) for r in refused}
+    clients = {id: own for id, own in (state.clients | kept).items() if own}
+    seconds = returned.seconds | outcome.seconds
+    return replace(following, clients=clients), replace(outcome, refused=refused, seconds=seconds)

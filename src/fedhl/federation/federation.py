@@ -1,0 +1,130 @@
+"""A federation: everything that does not change between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedhl import server
+from fedhl.config import Config
+from fedhl.data.label_groups import task_of
+from fedhl.data.prompts import Example
+from fedhl.lora import LoRA, initial
+from fedhl.method import Method
+from fedhl.model import peft
+from fedhl.seeds import derive
+from fedhl.server import Client, ServerState
+from fedhl.server.channel import AirComp
+from fedhl.server.privacy import Mechanism
+from fedhl.server.robust import Guard
+from fedhl.weighting import Weighting
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that does not change between rounds.
+
+    `rows` and `own`: each client's training and held-out rows; `held_out`: the server's rows, and
+    `validation` those it chooses settings by; `tasks`: the labels of each task, if labels arrive over
+    time; `guard`: what becomes of clients who move too far; `privacy`: what hides each of them.
+    """
+
+    config: Config
+    method: Method[Any]
+    weighting: Weighting
+    clients: list[Client]
+    rows: Mapping[str, Sequence[Example]]
+    own: Mapping[str, Sequence[Example]]
+    held_out: Sequence[Example]
+    slots: peft.Slots
+    pad_id: int
+    device: torch.device
+    channel: AirComp | None = None
+    tasks: Sequence[Sequence[int]] = ()
+    validation: Sequence[Example] = ()
+    guard: Guard | None = None
+    privacy: Mechanism | None = None
+
+    @property
+    def top_rank(self) -> int:
+        return max(self.slots.factors)
+
+    def slot_of(self, client: Client) -> int:
+        """The slot of the rank that the client began with; its own rank may have become smaller."""
+        known = (other.rank for other in self.clients if other.id == client.id)
+        return next(known, client.rank)
+
+    def layers_of(self, client: Client) -> list[str]:
+        """The layers that this client trains, from the input of the model to its output."""
+        layers = self.slots.order
+        return [name for name in layers if client.layers is None or name in client.layers]
+
+    def labels_of(self, round: int) -> Sequence[int] | None:
+        """The labels of this round's task; None: all."""
+        return self.tasks[task_of(round, self.config.period)] if self.tasks else None
+
+    def in_round(self, round: int) -> Federation:
+        """Those who can take part in this round: with tasks, the clients that have rows of its labels,
+        and only these rows."""
+        labels = self.labels_of(round)
+        if labels is None:
+            return self
+        rows = {
+            id: [ex for ex in theirs if ex.labels in labels] for id, theirs in self.rows.items()
+        }
+        clients = [replace(c, examples=len(rows[c.id])) for c in self.clients if rows[c.id]]
+        return replace(self, clients=clients, rows=rows)
+
+    def cohort(self, round: int) -> list[Client]:
+        """Those who take part in this round, by id; with privacy each on its own, maybe none."""
+        if self.privacy is not None:
+            by_id = sorted(self.clients, key=lambda client: client.id)
+            return [client for client in by_id if self.privacy.takes_part(client.id, round)]
+        size = self.config.participation.size(len(self.clients))
+        return server.sample(self.clients, size, self.config.seed, round)
+
+    def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:
+        """Inside the block the model knows only these labels; None: all."""
+        return nullcontext() if labels is None else peft.only_labels(self.slots, labels)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.config.compute.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def initial_state(
+    federation: Federation,
+    start: Mapping[str, LoRA] | None = None,
+    head: Mapping[str, Tensor] | None = None,
+) -> ServerState:
+    """The server's state before round 1: an untrained adapter of the top rank, or one that continues
+    the adapter `start` (of at most that rank); the head that the model has now, or `head`.
+    """
+    rank, seed = federation.top_rank, federation.config.seed
+    scale = peft.scale(federation.slots, rank)
+    adapter = {
+        name: initial(m, n, rank, scale, derive(seed, "initial adapter", name))
+        for name, (m, n) in peft.layers(federation.slots).items()
+    }
+    for name, given in (start or {}).items():
+        fresh = adapter[name]
+        B = given.B.float() * (given.scale / scale)
+        adapter[name] = LoRA(
+            torch.cat([given.A.float(), fresh.A[given.rank :]]),
+            torch.cat([B, fresh.B[:, given.rank :]], dim=1),
+            scale,
+        )
+    own_head = peft.read_head(federation.slots)
+    return server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
+
+
+def as_now(client: Client, state: ServerState) -> Client:
+    """The client with the rank that it has come down to."""
+    rank = state.clients.get(client.id, {}).get("rank")
+    return client if rank is None else replace(client, rank=int(rank))

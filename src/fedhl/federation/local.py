@@ -1,0 +1,193 @@
+"""One client's part of a round: deploy what was sent, train, return; or evaluate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedhl import server
+from fedhl.data.prompts import Example
+from fedhl.federation.federation import Federation, as_now
+from fedhl.lora import LoRA, pad
+from fedhl.method import Broadcast, SelfPruning
+from fedhl.model import peft
+from fedhl.model.evaluation import Metrics, evaluate
+from fedhl.model.training import learning_rate, train
+from fedhl.seeds import derive
+from fedhl.server import Client, Reply, ServerState
+from fedhl.server.carried import carried_reply
+from fedhl.server.participation import reached
+from fedhl.weighting import moment_bounds
+
+
+class Local(NamedTuple):
+    """What came of a client's local training: its reply as it arrives, what it keeps for itself, and the
+    seconds spent in forward, backward and optimizer."""
+
+    reply: Reply
+    kept: dict[str, Tensor]
+    seconds: float
+
+
+def train_client(
+    federation: Federation,
+    client: Client,
+    sent: Mapping[str, Broadcast],
+    head: Mapping[str, Tensor],
+    round: int,
+    on_step: Callable[[], None] = lambda: None,
+    layers: Sequence[str] | None = None,
+    own: Mapping[str, Tensor] | None = None,
+) -> Local:
+    """What one client does in a round. `layers`: those it trains (None: those it reaches); `own`: what
+    it has kept from earlier rounds.
+    """
+    config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
+    period = config.period
+    if layers is None:
+        chance = config.participation.stragglers
+        late = derive(config.seed, "straggler", round, client.id)
+        layers = reached(federation.layers_of(client), chance, late)
+    rows, own = federation.rows[client.id], own or {}
+    steps = config.training.steps_for(len(rows))
+    before = start_of(sent, own)
+    known = federation.known_labels(federation.labels_of(round))
+    with deployed(federation, slot, sent, head, own) as alphas, known:
+        trained = train(
+            slots.model,
+            [
+                *peft.activate(slots, slot, {name: sent[name].train for name in layers}),
+                *(alphas[name] for name in layers if name in alphas),
+            ],
+            rows,
+            config.training,
+            steps=steps,
+            rate=lambda k: learning_rate(
+                config.training, period, (round - 1) % period + (k + 0.5) / steps
+            ),
+            pad_id=federation.pad_id,
+            autocast=federation.autocast,
+            seed=derive(config.seed, "training", round, client.id),
+            on_step=on_step,
+            penalty=penalty(federation, slot, before, layers),
+        )
+    after = {name: prefix_of(lora, sent[name]) for name, lora in peft.read(slots, slot).items()}
+    kept = {
+        f"{name}.{factor}": getattr(after[name], factor)
+        for name in layers
+        for factor in sorted(sent[name].keep)
+    }
+    adapter = {name: shared(after[name], sent[name]) for name in sorted(layers)}
+    if isinstance(federation.method, SelfPruning):
+        rank = federation.method.pruned_rank(before, after)
+        if rank < client.rank:
+            kept["rank"] = torch.tensor(rank)
+    head, bound = peft.read_head(slots), disagreement(trained.losses)
+    magnitudes = {n: alphas[n].detach().cpu() for n in sorted(layers) if n in alphas}
+    reply = Reply(client, round, adapter, head, trained.loss, steps, bound, magnitudes)
+    return Local(carried_reply(reply, sent), kept, trained.seconds)
+
+
+def disagreement(losses: Sequence[float]) -> float:
+    """The distance of the bounds that a client estimates; NaN, which the server refuses, if its
+    training diverged."""
+    try:
+        lower, upper = moment_bounds(losses)
+    except ValueError:
+        return math.nan
+    return upper - lower
+
+
+def start_of(sent: Mapping[str, Broadcast], own: Mapping[str, Tensor]) -> dict[str, LoRA]:
+    """The adapters a client starts from: as sent, but with the factors that it keeps for itself."""
+    return {
+        name: replace(
+            b.lora, **{f: own[f"{name}.{f}"] for f in sorted(b.keep) if f"{name}.{f}" in own}
+        )
+        for name, b in sent.items()
+    }
+
+
+def prefix_of(lora: LoRA, sent: Broadcast) -> LoRA:
+    """The components that were sent, of the slot that held them."""
+    rank = sent.lora.rank
+    return LoRA(lora.A[:rank].contiguous(), lora.B[:, :rank].contiguous(), lora.scale)
+
+
+def shared(lora: LoRA, sent: Broadcast) -> LoRA:
+    """What leaves the client: its adapter, with the factors that it keeps as they were sent."""
+    return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(sent.keep)})
+
+
+def penalty(
+    federation: Federation, slot: int, start: Mapping[str, LoRA], layers: Sequence[str]
+) -> Callable[[], Tensor] | None:
+    """The method's own term of the clients' loss, over the layers trained; None without one."""
+    method = federation.method
+    if not isinstance(method, SelfPruning):
+        return None
+    factors, scale = federation.slots.factors[slot], peft.scale(federation.slots, slot)
+
+    def term() -> Tensor:
+        terms = []
+        for name in layers:
+            (A, B), rank = factors[name], start[name].rank
+            terms.append(method.penalty(LoRA(A[:rank], B[:, :rank], scale)))
+        return torch.stack(terms).sum()
+
+    return term
+
+
+@contextmanager
+def deployed(
+    federation: Federation,
+    slot: int,
+    sent: Mapping[str, Broadcast],
+    head: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None = None,
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside the block the model is what was sent, with this head, in the slot of rank `slot`. Gives the
+    magnitudes of frozen directions, which can be trained, by layer.
+
+    An adapter of lower rank fills the slot's first components; the others are zero in both factors,
+    and so they stay. `own`: factors that the client has kept.
+    """
+    slots = federation.slots
+    start = start_of(sent, own or {})
+    peft.write(slots, slot, {name: pad(lora, slot) for name, lora in start.items()})
+    peft.write_head(slots, head)
+    peft.activate(slots, slot, frozenset())
+    bases = {name: b.base for name, b in sent.items() if b.base is not None}
+    past = {name: b.past for name, b in sent.items() if b.past is not None}
+    magnitudes = {name: b.magnitudes for name, b in sent.items() if b.magnitudes is not None}
+    with peft.offset(slots, bases), peft.directions(slots, past, magnitudes) as alphas:
+        yield alphas
+
+
+def evaluate_client(
+    federation: Federation, state: ServerState, client: Client, rows: Sequence[Example]
+) -> Metrics:
+    """Metrics of what this client would start the next round from, on these rows."""
+    client = as_now(client, state)
+    sent = server.broadcast(federation.method, state, client, federation.config.seed)
+    own = state.clients.get(client.id)
+    with deployed(federation, federation.slot_of(client), sent, state.head, own):
+        return measure(federation, rows)
+
+
+def measure(federation: Federation, rows: Sequence[Example]) -> Metrics:
+    """Metrics of the model as it is now."""
+    return evaluate(
+        federation.slots.model,
+        rows,
+        batch_size=federation.config.evaluation.batch_size,
+        pad_id=federation.pad_id,
+        device=federation.device,
+        autocast=federation.autocast,
+    )

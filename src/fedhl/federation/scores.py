@@ -1,0 +1,146 @@
+"""Evaluation of a federation's state: of the full update, its truncations, each client, each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fedhl import server
+from fedhl.data.label_groups import task_of
+from fedhl.federation.engine import IN_PROCESS, Engine, InProcess
+from fedhl.federation.federation import Federation
+from fedhl.federation.local import measure
+from fedhl.lora import LoRA, dense, prefix, truncate
+from fedhl.model import peft
+from fedhl.model.evaluation import Metrics
+from fedhl.server import ServerState, side_by_side
+
+
+def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
+    """Metrics of the model with the full-rank update; None without one, or without held-out rows."""
+    full = {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
+    return evaluate_change(federation, state, full)
+
+
+def evaluate_rank(
+    federation: Federation,
+    state: ServerState,
+    rank: int,
+    cut: Mapping[str, LoRA] | None = None,
+) -> Metrics | None:
+    """Metrics of `T_rank(W)` in every layer, what `fedhl export --rank` gives; None as above.
+
+    `cut`: a truncation to at least this rank, of which it is a prefix, if there is one already.
+    """
+    cut = truncation(federation, state, rank) if cut is None else cut
+    change = {name: prefix(lora, rank, 1.0).delta() for name, lora in cut.items()}
+    return evaluate_change(federation, state, change)
+
+
+def truncation(federation: Federation, state: ServerState, rank: int) -> dict[str, LoRA]:
+    """`T_rank(W)` of every layer; {} if there is no global model."""
+    deltas = server.deltas(federation.method, state)
+    cut = side_by_side.side_by_side(
+        lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas
+    )
+    return dict(cut)
+
+
+def evaluate_change(
+    federation: Federation, state: ServerState, change: Mapping[str, Tensor]
+) -> Metrics | None:
+    """Metrics of the base model with this change, on the server's rows; None without either."""
+    if not change or not federation.held_out:
+        return None
+    slots = federation.slots
+    with peft.offset(slots, change), peft.base_only(slots):
+        peft.write_head(slots, state.head)
+        return measure(federation, federation.held_out)
+
+
+def evaluate_clients(
+    federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
+) -> dict[str, Any] | None:
+    """Each client's metrics on its own held-out rows, their mean, and the worst; None without such rows."""
+    by_client = engine.evaluate(federation, state)
+    if not by_client:
+        return None
+    names = [name for name in ("loss", "accuracy") if name in next(iter(by_client.values()))]
+    mean = {
+        name: sum(metrics[name] for metrics in by_client.values()) / len(by_client)
+        for name in names
+    }
+    # the worst client: by accuracy where there is one, by loss among equals
+    worst = min(
+        by_client, key=lambda id: (by_client[id].get("accuracy", 0.0), -by_client[id]["loss"])
+    )
+    return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
+
+
+def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any] | None:
+    """The task that the last round belongs to, and the accuracy on the server's rows of each task so
+    far, among all labels so far, of the full update. None before the first round, without a global
+    model and without rows of the server's."""
+    if state.round == 0:
+        return None
+    tasks = federation.tasks[: task_of(state.round, federation.config.period) + 1]
+    accuracy = []
+    with federation.known_labels([label for labels in tasks for label in labels]):
+        for labels in tasks:
+            rows = [example for example in federation.held_out if example.labels in labels]
+            part = replace(federation, held_out=rows)
+            metrics = evaluate_global(part, state)
+            if metrics is None:
+                return None
+            accuracy.append(metrics["accuracy"])
+    return {"current": len(tasks), "accuracy": accuracy}
+
+
+def evaluate_round(
+    federation: Federation, state: ServerState, every_rank: bool, engine: Engine = IN_PROCESS
+) -> dict[str, Any]:
+    """The full update, its truncation to the top rank, the clients' own rows; and every deployed
+    rank, if asked for; with tasks, each task so far."""
+    top = federation.top_rank
+    cut = truncation(federation, state, top) if federation.held_out else {}
+    full = evaluate_global(federation, state)
+    truncated = evaluate_rank(federation, state, top, cut)
+    ranks = sorted({client.rank for client in federation.clients})
+    return (
+        {
+            "metric": "accuracy"
+            if federation.config.task.kind == "sequence-classification"
+            else "loss",
+            "full": full,
+            "truncated": truncated and {"rank": top, **truncated},
+            "ranks": {
+                str(rank): truncated if rank == top else evaluate_rank(federation, state, rank, cut)
+                for rank in ranks
+            }
+            if every_rank and truncated
+            else {},
+            "clients": evaluate_clients(federation, state, engine),
+        }
+        | evaluate_validation(federation, state, engine)
+        | ({"tasks": evaluate_tasks(federation, state)} if federation.tasks else {})
+    )
+
+
+def evaluate_validation(
+    federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
+) -> dict[str, Any]:
+    """The full update on the rows that settings are chosen by, or, without one, the mean over the
+    clients' models, if they are in this process; {} without such rows."""
+    rows = federation.validation
+    if not rows:
+        return {}
+    metrics = evaluate_global(replace(federation, held_out=rows), state)
+    if metrics is None and not isinstance(engine, InProcess):
+        return {}
+    if metrics is None:
+        every = replace(federation, own={client.id: rows for client in federation.clients})
+        metrics = (evaluate_clients(every, state) or {})["mean"]
+    return {"validation": metrics}

@@ -1,0 +1,55 @@
+"""What a run says while it goes on: a line for each round, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedhl.federation.federation import Federation
+from fedhl.federation.prepare import Watcher
+from fedhl.server import ServerState
+
+COLLAPSE = 0.25
+"""Warn when the effective clients are less than this share of the way from one to all."""
+
+
+def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Callable[[], None]:
+    """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
+    federation = federation.in_round(state.round + 1)
+    round, config, cohort = state.round + 1, federation.config, federation.cohort(state.round + 1)
+    total = sum(config.training.steps_for(client.examples) for client in cohort)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        watcher.step(f"round {round}: training", done, total)
+
+    return step
+
+
+def describe(line: dict[str, Any], rounds: int) -> str:
+    """One round in one line of text."""
+    parts = [f"round {line['round']:>{len(str(rounds))}}/{rounds}"]
+    evaluation = line["evaluation"]
+    if evaluation:
+        name = evaluation["metric"]
+        for what, label in (("full", "full W"), ("truncated", "rank")):
+            metrics = evaluation[what]
+            if metrics:
+                shown = f"{label} {metrics['rank']}" if what == "truncated" else label
+                parts.append(f"{name} {metrics[name]:.4f} ({shown})")
+        if evaluation["clients"]:
+            mean, worst = evaluation["clients"]["mean"], evaluation["clients"]["worst"]
+            parts.append(f"clients {mean[name]:.4f}, worst {worst[name]:.4f}")
+        if tasks := evaluation.get("tasks"):
+            parts.append(f"tasks {', '.join(f'{x:.4f}' for x in tasks['accuracy'])}")
+    if line["clients"]:
+        rows = sum(client["examples"] for client in line["clients"])
+        loss = sum(client["loss"] * client["examples"] for client in line["clients"]) / rows
+        parts.append(f"training loss {loss:.4f}")
+        parts.append(f"{line['diagnostics']['effective_clients']:.1f} effective clients")
+    if "epsilon" in line["diagnostics"]:
+        parts.append(f"epsilon {line['diagnostics']['epsilon']:.2f}")
+    parts.append(f"{line['seconds']['total']:.1f} s")
+    return "  ".join(parts)

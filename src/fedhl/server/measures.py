@@ -1,0 +1,93 @@
+"""What is known of a cohort, and of a global change, before and after a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedhl.lora import LoRA, dense, squared_norm
+from fedhl.method import Method, Truncating, with_past
+from fedhl.server import diagnostics, robust
+from fedhl.server.arrivals import arrivals
+from fedhl.server.broadcasts import sender
+from fedhl.server.side_by_side import side_by_side
+from fedhl.server.state import Reply, ServerState
+from fedhl.subspace import energy
+from fedhl.weighting import Cohort
+
+
+def change_norms(
+    method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
+) -> list[float]:
+    """`sqrt(Σ_layers ||ΔW_i - ΔW(sent_i)||_F² + ||h_i - h||²)` of each client, over what it returned."""
+    squares = [robust.squared_head_change(state.head, reply.head) for reply in replies]
+    alike = torch.ones(len(replies), dtype=torch.float64)
+    for name, layer in state.layers.items():
+        alone = replace(state, layers={name: layer})
+        updates = arrivals(method, alone, name, replies, alike, seed, 0.0)
+        for k, update in zip(updates.members, updates, strict=True):
+            squares[k] += robust.squared_change(update)
+    return [square**0.5 for square in squares]
+
+
+def measure(
+    method: Method[Any],
+    state: ServerState,
+    replies: Sequence[Reply],
+    seed: int,
+    norms: bool = True,
+    factors: Sequence[float] = (),
+) -> Cohort:
+    """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the
+    clients report; and the norms of the updates, if asked for, clipped by `factors` if given."""
+    squares = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
+    error = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
+    whole = torch.zeros(len(state.layers), dtype=torch.float64)
+    for column, (name, layer) in enumerate(state.layers.items()):
+        delta = method.delta(layer)
+        W = None if delta is None else dense(delta)
+        whole[column] = 0.0 if W is None else energy(W)
+        send = sender(method, replace(state, layers={name: layer}), name, seed)
+        known: dict[Any, float] = {}
+        for row, reply in enumerate(replies):
+            sent = send(reply.client)
+            if norms and name in reply.adapter:
+                lora = with_past(reply.adapter[name], sent.past, reply.magnitudes.get(name))
+                c = factors[row] if factors else 1.0
+                clip = [] if c == 1 else [(1 - c, sent.whole)]
+                squares[row, column] = squared_norm([(c, lora), *clip])
+            if W is not None and whole[column] > 0:
+                key = id(sent)  # `send` holds on to it
+                if key not in known:
+                    known[key] = (
+                        method.lost(layer, reply.client.rank)
+                        if isinstance(method, Truncating)
+                        else diagnostics.truncation_error(W, sent)
+                    )
+                error[row, column] = known[key]
+    # of the layers that a client returned, as if it had returned as many as the others
+    returned = torch.tensor([len(reply.adapter) for reply in replies], dtype=torch.float64)
+    return Cohort(
+        examples=[reply.client.examples for reply in replies],
+        error=error,
+        energy=whole,
+        norms=(squares.sum(dim=1) * len(state.layers) / returned).sqrt() if norms else None,
+        losses=[reply.loss for reply in replies],
+        bounds=[reply.bound for reply in replies],
+    )
+
+
+def deltas(method: Method[Any], state: ServerState) -> dict[str, LoRA | Tensor]:
+    """The global change of every layer; {} if there is no global model."""
+    found = {name: method.delta(layer) for name, layer in state.layers.items()}
+    return {name: delta for name, delta in found.items() if delta is not None}
+
+
+def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:
+    """Spectrum, energy, share beyond `rank` and effective rank of the global change; {} if none."""
+    known = dict(side_by_side(lambda _, delta: diagnostics.spectrum(delta), deltas(method, state)))
+    return diagnostics.summarise_spectra(known, rank) if known else {}
