@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedhl import __version__
 from fedhl import lora as algebra
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
@@ -211,7 +212,7 @@ def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
         "",
         f"The weighted sum of {len(folders)} LoRA adapters of `{base}`, of rank "
         f"{ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}, made by "
-        f"fedhl {fedhl.__version__}. The products B A are summed, not the factors; cutting the rank "
+        f"fedhl {__version__}. The products B A are summed, not the factors; cutting the rank "
         f"lost {merge.error:.3%} of the squared norm.",
         "",
         "| adapter | weight |",
