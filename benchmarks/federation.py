@@ -36,7 +36,7 @@ from fedhl.federation import engine
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import Local
-from fedhl.federation.prepare import SILENT, Prepared, prepare
+from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA
 from fedhl.model import adapters, training
 from fedhl.model.training import batches, learning_rate
@@ -44,6 +44,7 @@ from fedhl.run.loop import finish_round
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState, refusals
+from fedhl.watch import SILENT
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 TOLERANCE = 1e-2

@@ -21,10 +21,12 @@ from demo_comparison import interval
 
 from fedhl.config import load_config
 from fedhl.federation.engine import InProcess
-from fedhl.federation.prepare import Watcher, prepare
-from fedhl.run.folder import alone, read_metrics, read_summary
+from fedhl.federation.prepare import prepare
+from fedhl.record import read_metrics, read_summary
+from fedhl.run.folder import alone
 from fedhl.run.loop import begin, go_on
 from fedhl.seeds import generator
+from fedhl.watch import Watcher
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "compare.yaml"

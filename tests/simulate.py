@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from fedhl.config import load_config
-from fedhl.federation.prepare import Watcher
 from fedhl.flower.ray import simulate
+from fedhl.watch import Watcher
 
 if __name__ == "__main__":
     config, folder, client = sys.argv[1:]

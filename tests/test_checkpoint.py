@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedhl import get_method, server
+from fedhl.files import sha256
 from fedhl.lora import LoRA, initial
 from fedhl.method import flatten
+from fedhl.record import rounds_in
 from fedhl.run import checkpoint
 from fedhl.run.checkpoint import CorruptCheckpoint
 from fedhl.seeds import generator
@@ -164,7 +166,7 @@ def test_missing_tensors_under_good_checksums(tmp_path: Path, lost: str) -> None
     kept = {name: t for name, t in load_file(file).items() if not name.startswith(lost)}
     save_file(kept, file)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"]["state.safetensors"] = checkpoint.sha256(file)
+    manifest["sha256"]["state.safetensors"] = sha256(file)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
         CorruptCheckpoint, match=r"state\.safetensors: it cannot be read \(KeyError"
@@ -191,10 +193,10 @@ def test_a_crash_before_the_rename_leaves_no_checkpoint(tmp_path: Path) -> None:
     whole.rename(partial)
     (partial / "manifest.json").write_text('{"round": ')
     (partial / "stray").write_text("")
-    assert checkpoint.stored(tmp_path) == [first]
+    assert rounds_in(tmp_path) == {1: first}
     again = checkpoint.save(tmp_path, example(round=2), NOTES)
     assert not partial.exists() and not (again / "stray").exists()
-    assert checkpoint.stored(tmp_path) == [again, first]
+    assert list(rounds_in(tmp_path).items()) == [(2, again), (1, first)]
     assert same(checkpoint.load(again, start("fedhl"))[0], example(round=2))
 
 
@@ -257,10 +259,10 @@ def test_prune(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> 
         shutil.copytree(path, tmp_path / f"round-{round:06d}")
     (tmp_path / "unrelated").mkdir()
     checkpoint.prune(tmp_path, keep, best)
-    assert [int(p.name.removeprefix("round-")) for p in checkpoint.stored(tmp_path)] == left
+    assert list(rounds_in(tmp_path)) == left
     assert (tmp_path / "unrelated").exists()
 
 
 def test_nothing_stored(tmp_path: Path) -> None:
-    assert checkpoint.stored(tmp_path / "nowhere") == []
+    assert rounds_in(tmp_path / "nowhere") == {}
     checkpoint.prune(tmp_path / "nowhere", 2, None)

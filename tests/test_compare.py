@@ -20,7 +20,7 @@ from fedhl.compare.study import Study, choose, difference, tell_of_others
 from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.federation.prepare import Watcher
+from fedhl.record import read_metrics, read_summary
 from fedhl.report.compare import (
     comparison_tables,
     mean_interval,
@@ -29,7 +29,8 @@ from fedhl.report.compare import (
     t_quantile,
     write_comparison,
 )
-from fedhl.run.folder import load_run_config, read_metrics, read_summary
+from fedhl.run.folder import load_run_config
+from fedhl.watch import Watcher
 
 Json = dict[str, Any]
 METHODS = ["fedhl", "flexlora"]

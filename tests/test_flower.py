@@ -22,9 +22,10 @@ from loopback import loopback, wait_until
 
 from fedhl.config import load_config
 from fedhl.federation.engine import InProcess
-from fedhl.federation.prepare import Watcher, prepare
-from fedhl.run.folder import read_metrics
+from fedhl.federation.prepare import prepare
+from fedhl.record import read_metrics
 from fedhl.run.loop import begin
+from fedhl.watch import Watcher
 
 TESTS = Path(__file__).parent
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation
-from fedhl.federation.prepare import Watcher
+from fedhl.files import file_name
 from fedhl.flower.records import TRAIN, pack, unpack
 from fedhl.flower.server import (
     LABEL,
@@ -40,10 +40,11 @@ from fedhl.flower.server import (
 from fedhl.flower.submit import submit, toml, write_app
 from fedhl.model.evaluation import Metrics
 from fedhl.network.message import WHOLE, Malformed
+from fedhl.record import read_metrics, read_summary
 from fedhl.run import resume_run, start_run
 from fedhl.run.delivery import evaluate_run
-from fedhl.run.folder import file_name, read_metrics, read_summary
 from fedhl.server import ServerState
+from fedhl.watch import Watcher
 
 HELLO = {
     **{"protocol": 1, "client": "a", "rank": 4, "examples": 100, "own": True},

@@ -21,7 +21,7 @@ import fedhl
 SOURCE = Path(fedhl.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "seeds"}),
+    frozenset({"errors", "seeds", "names", "files", "watch", "record"}),
     frozenset({"lora", "subspace", "weighting", "method"}),
     frozenset({"methods", "server", "shelf"}),
     frozenset({"config"}),

@@ -23,13 +23,14 @@ from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import as_now
 from fedhl.federation.local import evaluate_client, train_client
-from fedhl.federation.prepare import SILENT, Prepared, prepare, prepare_server
+from fedhl.federation.prepare import Prepared, prepare, prepare_server
 from fedhl.method import Broadcast, flatten
 from fedhl.model.loading import tokenizer_hash
 from fedhl.network import node, wire
 from fedhl.network.message import Malformed
 from fedhl.network.node import SHARED, Memory, Node, introduce, node_of, rank_of
 from fedhl.server import Client, Reply, ServerState
+from fedhl.watch import SILENT
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,12 @@ from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
-from fedhl.federation.prepare import Watcher
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import secret_of
 from fedhl.server import Client, Reply, ServerState, arrivals, rounds
 from fedhl.server.accounting import ORDERS, epsilon
 from fedhl.server.privacy import Mechanism, normals, uniforms, why_not
+from fedhl.watch import Watcher
 
 dp_accounting = pytest.importorskip("dp_accounting")  # an extra
 rdp = pytest.importorskip("dp_accounting.rdp")

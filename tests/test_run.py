@@ -12,8 +12,9 @@ import pytest
 from tiny import Done, fedhl
 
 from fedhl.errors import UserError
-from fedhl.run.folder import keep_metrics, read_metrics, uninterrupted, write_atomically, writing
-from fedhl.run.loop import better, headline
+from fedhl.files import write_text
+from fedhl.record import better, headline, read_metrics
+from fedhl.run.folder import keep_metrics, uninterrupted, writing
 from fedhl.run.telling import describe
 
 
@@ -87,9 +88,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    write_atomically(path, "old")
+    write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
+        write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 

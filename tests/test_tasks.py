@@ -38,7 +38,6 @@ from fedhl.errors import UserError
 from fedhl.federation import engine, local, scores
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, initial_state
-from fedhl.federation.prepare import Watcher
 from fedhl.lora import dense
 from fedhl.model import peft
 from fedhl.model.training import batches, learning_rate
@@ -46,6 +45,7 @@ from fedhl.report import final_table, write_report
 from fedhl.run.telling import steps
 from fedhl.seeds import derive, generator
 from fedhl.server import Client, ServerState
+from fedhl.watch import Watcher
 
 EPS32 = torch.finfo(torch.float32).eps
 

@@ -23,10 +23,10 @@ from meter import Meter
 from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
-from fedhl.federation.prepare import Watcher
 from fedhl.network.node import partition
+from fedhl.record import read_metrics
 from fedhl.run import start_run
-from fedhl.run.folder import read_metrics
+from fedhl.watch import Watcher
 
 
 def state(run: Path) -> dict[str, Any]:

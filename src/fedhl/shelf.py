@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fedhl.files import whole_file
 from fedhl.lora import LoRA
 from fedhl.method import flatten, unflatten
 
@@ -44,9 +45,8 @@ class Shelf(MutableMapping[str, Any]):
         return unflatten(self.like, {k: v.clone() for k, v in load_file(self.file(layer)).items()})
 
     def __setitem__(self, layer: str, state: Any) -> None:
-        partial = self.file(layer).with_suffix(".partial")
-        save_file(flatten(state), partial)
-        partial.replace(self.file(layer))
+        with whole_file(self.file(layer)) as partial:
+            save_file(flatten(state), partial)
 
     def __delitem__(self, layer: str) -> None:
         if not self.file(layer).is_file():

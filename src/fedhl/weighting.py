@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from fedhl.names import build
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,39 +385,6 @@ def evened(
         middle = (low + high) / 2
         low, high = (low, middle) if effective(middle) >= target else (middle, high)
     return at(high)
-
-
-def build(
-    kind: str, table: dict[str, type[Any]], name: str, hyperparameters: dict[str, Any]
-) -> Any:
-    """`table[name](**hyperparameters)`; ValueError names what is unknown and what is nearest."""
-    if name not in table:
-        raise ValueError(unknown(kind, name, table))
-    return construct(kind, name, table[name], hyperparameters)
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among the known ones, with the nearest of them."""
-    known = sorted(known)
-    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}"
-
-
-def construct(kind: str, name: str, cls: type[Any], hyperparameters: dict[str, Any]) -> Any:
-    """`cls(**hyperparameters)`; ValueError for hyperparameters that it does not have."""
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(hyperparameters) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{kind} {name!r} has no hyperparameter {unknown[0]!r}; "
-            + (f"it has: {', '.join(known)}" if known else "it has none")
-        )
-    try:
-        return cls(**hyperparameters)
-    except TypeError as error:  # a value of the wrong type, or one that is missing
-        given = ", ".join(f"{key}={value!r}" for key, value in hyperparameters.items()) or "nothing"
-        raise ValueError(f"{kind} {name!r} cannot be made from {given}: {error}") from error
 
 
 def get_weighting(name: str, **hyperparameters: Any) -> Weighting:

@@ -28,7 +28,7 @@ from fedhl.method import Update
 from fedhl.methods import get_method
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.full_rank import FullRank
-from fedhl.run.checkpoint import stored
+from fedhl.record import rounds_in
 from fedhl.run.summary import commit
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, Round, ServerState
@@ -221,7 +221,7 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
     cases["none, all equal"] = with_spectrum(torch.ones(side), bases)
     cases["rank 30"] = with_spectrum((j <= 30).double(), bases)
     for run in runs:
-        newest = stored(run / "state")[0] / "state.safetensors"
+        newest = next(iter(rounds_in(run / "state").values())) / "state.safetensors"
         cases |= {
             f"{run.name}, {key.split('::')[1]}": tensor
             for key, tensor in load_file(newest).items()

@@ -20,7 +20,7 @@ from fedhl.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedhl.federation.prepare import Watcher
+    from fedhl.watch import Watcher
 
 app = typer.Typer(
     name="fedhl",
@@ -80,7 +80,9 @@ def friendly(folder: Path | None = None, ray: int | None = None) -> Iterator[Non
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         if folder is not None and (folder / "state").is_dir():
-            done = max((int(p.name[6:]) for p in (folder / "state").glob("round-*")), default=0)
+            from fedhl.record import rounds_in
+
+            done = max(rounds_in(folder / "state"), default=0)
             console.print(
                 f"\nstopped; {done} finished rounds are saved. Continue with: fedhl resume {folder}"
                 + (f" --ray {ray}" if ray else ""),
@@ -103,7 +105,7 @@ def watching(quiet: bool) -> Iterator[Watcher]:
         TimeRemainingColumn,
     )
 
-    from fedhl.federation.prepare import SILENT, Watcher
+    from fedhl.watch import SILENT, Watcher
 
     if quiet:
         yield SILENT
@@ -577,7 +579,7 @@ def bench_server(
         from fedhl.bench.bench import PARTS
         from fedhl.bench.bench import bench_server as measure
         from fedhl.model.loading import device_named
-        from fedhl.run.checkpoint import stored
+        from fedhl.record import rounds_in
 
         device_named(device)
         if device not in ("cpu", "cuda"):  # what the clock knows to wait for
@@ -586,7 +588,7 @@ def bench_server(
         if unknown := [part for part in chosen if part not in PARTS]:
             raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
         for each in run or []:
-            if not stored(each / "state"):
+            if not rounds_in(each / "state"):
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")

@@ -10,7 +10,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -19,10 +19,13 @@ from fedhl.compare.variants import Variant, parse_variant
 from fedhl.config import Config
 from fedhl.config.inputs import LoRAConfig
 from fedhl.errors import UserError
-from fedhl.federation.prepare import SILENT, Watcher, examine
+from fedhl.federation.prepare import examine
+from fedhl.files import write_text
+from fedhl.record import read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
-from fedhl.run.folder import load_run_config, read_summary, write_atomically
+from fedhl.run.folder import load_run_config
+from fedhl.watch import SILENT, Watcher
 
 # --- what is to be run --------------------------------------------------------------------------
 
@@ -289,7 +292,7 @@ def store(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, and the report of the runs that are there."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "comparison.json", json.dumps(plan))
+        write_text(folder / "comparison.json", json.dumps(plan))
         write_comparison(folder)
 
 
@@ -322,9 +325,9 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
             label = f"{job.label} ({number} of {study.planned})"
             watcher.say(label)
             if (job.folder / "config.yaml").is_file():
-                resume_run(job.folder, labelled(watcher, label))
+                resume_run(job.folder, watcher.labelled(label))
             else:
-                start_run(job.config, job.folder, labelled(watcher, label))
+                start_run(job.config, job.folder, watcher.labelled(label))
             gc.collect()  # a model refers to itself: free it before the next is loaded
     finally:
         if left:
@@ -338,11 +341,6 @@ def finished(run: Path) -> bool:
         return False
     # a kill in the last moment leaves no report: resuming writes it
     return read_summary(run)["status"] == "finished" and (run / "report.html").is_file()
-
-
-def labelled(watcher: Watcher, label: str) -> Watcher:
-    """The same, with the run's label before each phase."""
-    return replace(watcher, step=lambda phase, *counts: watcher.step(f"{label}, {phase}", *counts))
 
 
 def choose(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:

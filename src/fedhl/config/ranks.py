@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedhl.config.inputs import LoRAConfig
-from fedhl.config.text import unknown
 from fedhl.errors import UserError
+from fedhl.names import unknown
 from fedhl.seeds import generator
 
 
@@ -30,7 +30,7 @@ def assign_ranks(config: LoRAConfig, clients: Sequence[str], seed: int) -> dict[
     by_client, default = rule["clients"], rule["default"]
     for name in by_client:
         if name not in clients:
-            raise UserError(f"lora.ranks.clients: {unknown(name, clients, 'client')}")
+            raise UserError(f"lora.ranks.clients: {unknown('client', name, clients)}")
     missing = [name for name in clients if name not in by_client]
     if missing and default is None:
         raise UserError(f"lora.ranks: client {missing[0]!r} has no rank; name it or give a default")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +21,7 @@ from fedhl.config.inputs import (
 from fedhl.config.named import Strict, named
 from fedhl.config.schema import Config
 from fedhl.errors import UserError
+from fedhl.names import unknown
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -116,13 +116,6 @@ def set_value(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def unknown(name: str, known: Sequence[str], what: str) -> str:
-    """ "unknown WHAT 'name'; did you mean 'near'?" with the known names."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
-
-
 KINDS: dict[str, tuple[type[Strict], ...]] = {
     "task": (ClassificationTask, CausalTask),
     "partition": (IIDPartition, DirichletPartition, ColumnPartition),
@@ -145,7 +138,7 @@ def explain_one(item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
-        return f"{field}: {unknown(location[-1], siblings(item['loc']), 'key')}"
+        return f"{field}: {unknown('key', location[-1], siblings(item['loc']))}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -153,7 +146,7 @@ def explain_one(item: dict[str, Any]) -> str:
         got = item["input"].get("kind")
         if got is None:
             return f"{field}.kind: required, one of {', '.join(known)}"
-        return f"{field}.kind: {unknown(str(got), known, 'kind')}"
+        return f"{field}.kind: {unknown('kind', str(got), known)}"
     message = item["msg"].removeprefix("Value error, ")
     message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
     message = message[0].lower() + message[1:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import sys
 import zlib
@@ -16,8 +15,10 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhl.data.locate import locate, nearest
+from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.files import sha256
+from fedhl.names import meant
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def column(rows: Rows, field: str, source: str) -> list[Any]:
         if field not in row:
             raise UserError(
                 f"{source}: row {index} (counted from 0) has no field {field!r}"
-                f"{nearest(field, row)}. Its fields: {', '.join(map(str, row)) or 'none'}."
+                f"{meant(field, row)}. Its fields: {', '.join(map(str, row)) or 'none'}."
             )
         if row[field] is None:
             raise UserError(
@@ -82,8 +83,7 @@ def fingerprint(source: str) -> str:
     if path is None:
         return f"hub:{_hub_revision(source)}"
     _reader(path, source)
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256(path)}"
 
 
 def hold_out(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.machinery import ModuleSpec
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 from fedhl.errors import UserError
+from fedhl.names import meant
 
 PACKAGE = "package:"
 FORMS = (
@@ -50,12 +49,6 @@ def locate(source: str) -> Path | None:
     raise UserError(f"{_missing(path)}; {FORMS}.")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest of `names`; empty when none is close."""
-    close = get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _is_hub_id(source: str) -> bool:
     name = source.rpartition("/")[2]
     return bool(_HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
@@ -72,7 +65,7 @@ def _inside_package(source: str) -> Path:
     if spec is None:
         raise UserError(
             f"{source!r}: no package {name!r} in this Python environment"
-            f"{nearest(name, packages_distributions())}. Install it with "
+            f"{meant(name, packages_distributions())}. Install it with "
             f"`pip install {name.replace('_', '-')}` (its name on the index may differ)."
         )
     if not spec.submodule_search_locations:
@@ -101,13 +94,13 @@ def _missing(path: Path) -> str:
     names = sorted(
         entry.name for entry in folder.iterdir() if not entry.name.startswith((".", "_"))
     )
-    close = get_close_matches(part.name, names, n=3)
+    close = meant(part.name, names, 3)
     where = "the current folder" if folder == Path(".") else repr(str(folder))
     text = f"no file or folder {str(path)!r}"
     if part != path:
         text += f" (there is no {part.name!r} in {where})"
     if close:
-        return f"{text} (did you mean {' or '.join(map(repr, close))}?)"
+        return text + close
     if names:
         return f"{text}; {where} has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     return f"{text}; {where} is empty"

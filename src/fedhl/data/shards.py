@@ -10,7 +10,6 @@ import numpy as np
 
 from fedhl.config import Config
 from fedhl.config.inputs import CausalTask, ClassificationTask, ColumnPartition, DirichletPartition
-from fedhl.config.text import unknown
 from fedhl.data.label_groups import split_labels
 from fedhl.data.loading import Indices, Rows, column, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid
@@ -25,6 +24,7 @@ from fedhl.data.prompts import (
     sorted_labels,
 )
 from fedhl.errors import UserError
+from fedhl.names import unknown
 from fedhl.seeds import derive
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def given_labels(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list
     everything = [name for group in named for name in group]
     for name in everything:
         if name not in labels:
-            raise UserError(f"tasks.groups: {unknown(name, labels, 'label')}")
+            raise UserError(f"tasks.groups: {unknown('label', name, labels)}")
     if missing := [name for name in labels if name not in everything]:
         raise UserError(f"tasks.groups: label {missing[0]!r} is in no task; add it to one")
     return [sorted(labels.index(name) for name in group) for group in named]

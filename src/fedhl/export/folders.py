@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedhl.errors import UserError
+from fedhl.files import whole_folder
 from fedhl.lora import LoRA
 from fedhl.model.adapters import TASK_TYPES, save_adapter
 from fedhl.model.loading import Loaded, quiet
@@ -81,14 +81,8 @@ def _publish(out: Path) -> Iterator[Path]:
         raise UserError(
             f"{out} exists and is not an empty folder; choose another --out or remove it"
         )
-    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
+        with whole_folder(out, out.parent / f".{out.name}.partial-{os.getpid()}") as staging:
+            yield staging
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {error}; nothing is left there") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedhl.config import Config
 from fedhl.config.ranks import assign_ranks
-from fedhl.config.text import unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation, initial_state
@@ -21,21 +20,12 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
+from fedhl.names import unknown
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who looks on: `say` gets lines of text, `step` the steps done and to do in the phase named."""
-
-    say: Callable[[str], None] = lambda line: None
-    step: Callable[[str, int, int], None] = lambda phase, done, total: None
-
-
-SILENT = Watcher()
+from fedhl.watch import SILENT, Watcher
 
 
 @dataclass(frozen=True)
@@ -181,7 +171,7 @@ def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
     """Raises UserError if participation.layers names a client that is not one of these."""
     for name in config.participation.layers:
         if name not in clients:
-            raise UserError(f"participation.layers: {unknown(name, clients, 'client')}")
+            raise UserError(f"participation.layers: {unknown('client', name, clients)}")
 
 
 def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:

@@ -10,10 +10,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedhl.config import Config
-from fedhl.federation.prepare import Watcher
 from fedhl.flower.client import app
 from fedhl.flower.server import Rounds
 from fedhl.network.node import partition
+from fedhl.watch import Watcher
 
 
 def simulate(

@@ -35,30 +35,23 @@ from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, as_now
 from fedhl.federation.prepare import (
     Prepared,
-    Watcher,
     clients_keep,
     prepare,
     prepare_server,
     prepare_server_again,
 )
+from fedhl.files import file_name, write_bytes, write_text
 from fedhl.flower.records import EVALUATE, HELLO, TRAIN, pack, unpack
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import load_tokenizer, tokenizer_hash
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
-from fedhl.run import checkpoint
-from fedhl.run.folder import (
-    alone,
-    file_name,
-    load_run_config,
-    networked,
-    read_summary,
-    write_atomically,
-    write_bytes,
-)
+from fedhl.record import read_summary, round_name, rounds_in
+from fedhl.run.folder import alone, load_run_config, networked
 from fedhl.run.loop import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
+from fedhl.watch import Watcher
 
 T = TypeVar("T")
 
@@ -140,7 +133,7 @@ class Turn:
         least = 1 if isinstance(self.federation.method, SelfPruning) else client.rank
         if type(rank) is not int or not least <= rank <= client.rank:
             raise Malformed(f"its next rank is {shown(rank)}, expected {least} to {client.rank}")
-        write_atomically(self.file(client).with_suffix(".rank"), json.dumps(rank))
+        write_text(self.file(client).with_suffix(".rank"), json.dumps(rank))
         write_bytes(self.file(client), payload)
 
     def read(self, client: Client, run: wire.Run) -> tuple[Reply, dict[str, Tensor]]:
@@ -226,15 +219,14 @@ class Rounds(Strategy):
         """What tells this run from all others, for as long as its folder is there."""
         file = self.folder / "run-id"
         if not file.exists():
-            write_atomically(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
+            write_text(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
         return json.loads(file.read_text())["run"]
 
     # --- who is there ---------------------------------------------------------------------------
 
     def done(self) -> int:
         """How many rounds are done."""
-        states = checkpoint.stored(self.folder / "state")
-        return int(states[0].name.removeprefix("round-")) if states else 0
+        return max(rounds_in(self.folder / "state"), default=0)
 
     def interrupted(self) -> int:
         """How many clients were there when the round began that a restart has cut short."""
@@ -366,7 +358,7 @@ class Rounds(Strategy):
             file.parent.mkdir(parents=True, exist_ok=True)
             there = sorted(self.members.values(), key=lambda member: member.client)
             found = [[member.client, member.rank, member.examples] for member in there]
-            write_atomically(file, json.dumps(found) + "\n")
+            write_text(file, json.dumps(found) + "\n")
         known = {client.id: client for client in federation.clients}
         clients = []
         for id, rank, examples in json.loads(file.read_text("utf-8")):
@@ -379,7 +371,7 @@ class Rounds(Strategy):
 
     def incoming(self, round: int) -> Path:
         """Where the replies of a round are until they are in the state."""
-        return self.folder / "incoming" / f"round-{round:06d}"
+        return self.folder / "incoming" / round_name(round)
 
     # --- a round --------------------------------------------------------------------------------
 
@@ -404,7 +396,7 @@ class Rounds(Strategy):
         self.exchange(asked, cohort, partial(self.aggregate_train, turn.round))
         # Its result may be sent, to be evaluated, before its checkpoint is on disk: a restart must come to
         # the same, or two sums with the same noise would have been sent.
-        write_atomically(closed, json.dumps(turn.missing) + "\n")
+        write_text(closed, json.dumps(turn.missing) + "\n")
         replies, kept = [], {}
         for client in cohort:
             if client.id not in turn.missing:

@@ -29,7 +29,7 @@ from fedhl.methods.raflora import RaFLoRA
 from fedhl.methods.rbla import RBLA
 from fedhl.methods.rolora import RoLoRA
 from fedhl.methods.sd_lora import SDLoRA
-from fedhl.weighting import build, construct
+from fedhl.names import build, construct
 
 METHODS: dict[str, type[Any]] = {
     "fed_plora": FedPLoRA,

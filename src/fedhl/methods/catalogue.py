@@ -20,7 +20,8 @@ import torch
 from fedhl.lora import initial
 from fedhl.method import LAWS, Method, Traffic, flatten
 from fedhl.methods import METHODS
-from fedhl.weighting import WEIGHTINGS, unknown
+from fedhl.names import unknown
+from fedhl.weighting import WEIGHTINGS
 
 SECTIONS = ("Source", "Cost", "Client", "Nearest neighbour", "Limitation")
 

@@ -6,13 +6,10 @@ on it loads like any other folder.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors import SafetensorError
 
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.seeds import seeded
 
 if TYPE_CHECKING:
@@ -139,7 +137,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = {key: rules[key] for key in rules if key not in ("truncation", "padding")}  # set by use
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     known = [tokenizer.get_vocab(), special, str(tokenizer.chat_template), rules]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(known, sort_keys=True))
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -352,15 +350,7 @@ def _hash_folder(folder: Path) -> str:
 
 
 def _hash_files(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of("".join(f"{path.name}\0{sha256(path)}\n" for path in files))
 
 
 def _from_gguf(file: Path) -> tuple[str, str]:
@@ -371,9 +361,8 @@ def _from_gguf(file: Path) -> tuple[str, str]:
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {file.name} needs the gguf package: pip install gguf")
-    digest = _sha256(file)
-    cache = Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
-    folder = cache.resolve() / "gguf" / digest[:16]
+    digest = sha256(file)
+    folder = cache().resolve() / "gguf" / digest[:16]
     if not folder.is_dir():
         logger.info(
             "converting %s to %s; this happens once and takes about half a minute",
@@ -386,23 +375,13 @@ def _from_gguf(file: Path) -> tuple[str, str]:
 
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise `file` into `folder`, which appears only when it is complete."""
+    staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(_no_cache(folder, error)) from error
-    try:
-        with quiet():
+        with whole_folder(folder, staging), quiet():
             _dequantise(file, staging)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # unless another process has just made the same folder
-                raise
     except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
-        raise UserError(_no_cache(folder, error)) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not folder.is_dir():  # unless another process has just made the same folder
+            raise UserError(_no_cache(folder, error)) from error
 
 
 def _no_cache(folder: Path, error: Exception) -> str:

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedhl.data.locate import nearest
 from fedhl.errors import UserError
+from fedhl.names import meant
 
 if TYPE_CHECKING:
     pass
@@ -57,7 +57,7 @@ def find_targets(
 def _no_such_target(model: nn.Module, target: str, linear: Sequence[str]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in linear})
     return (
-        f"LoRA target {target!r} matches no layer of {type(model).__name__}{nearest(target, ends)}; "
+        f"LoRA target {target!r} matches no layer of {type(model).__name__}{meant(target, ends)}; "
         f"choose from {', '.join(ends)}, or 'all-linear'"
     )
 

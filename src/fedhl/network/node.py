@@ -7,7 +7,6 @@ config is the server's; where the rows and the model are is for the machine's ow
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,16 +20,17 @@ from torch import Tensor
 
 from fedhl.config import Config
 from fedhl.config.ranks import assign_ranks
-from fedhl.config.text import unknown
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, measure, train_client
 from fedhl.federation.prepare import examine, load_federation
+from fedhl.files import cache, file_name, write_bytes
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
+from fedhl.names import unknown
 from fedhl.network import wire
-from fedhl.run.folder import file_name, write_bytes
+from fedhl.record import round_name, rounds_in
 from fedhl.server import Client
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ class Node:
 
     @property
     def folder(self) -> Path:
-        cache = Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
-        return (self.state or cache / "clients").expanduser()
+        return (self.state or cache() / "clients").expanduser()
 
 
 def node_of(settings: Mapping[str, Any], config: Config) -> Node:
@@ -66,7 +65,7 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
     numbered = {"partition-id", "num-partitions"}
     for key in settings:
         if key not in known and key not in numbered:
-            raise UserError(f"node config: {unknown(key, known, 'key')}")
+            raise UserError(f"node config: {unknown('key', key, known)}")
     given = {key: settings[key] for key in known if key in settings}
     if not given and "partition-id" in settings:
         clients, k = sorted(partition(config)[1]), int(settings["partition-id"])
@@ -222,7 +221,7 @@ def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
         return data, node.rank or rank_of(config, node.client)
     everyone, ranks = partition(config)
     if node.client not in ranks:
-        raise UserError(f"node config: {unknown(node.client, sorted(ranks), 'client')}")
+        raise UserError(f"node config: {unknown('client', node.client, sorted(ranks))}")
     if node.rank not in (None, ranks[node.client]):
         raise UserError(
             f"node config: client {node.client!r} has rank {ranks[node.client]} in the config, got "
@@ -285,8 +284,7 @@ class Memory:
         self.folder = node.folder / file_name(run) / file_name(node.client)
 
     def files(self) -> dict[int, Path]:
-        found = self.folder.glob("round-*.safetensors")
-        return {int(file.stem.removeprefix("round-")): file for file in found}
+        return rounds_in(self.folder, ".safetensors")
 
     def before(self, round: int) -> dict[str, Tensor]:
         """What was kept after the last round before this one; {} if nothing."""
@@ -298,7 +296,7 @@ class Memory:
         """Keep these, written whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = save({name: x.contiguous() for name, x in tensors.items()})
-        write_bytes(self.folder / f"round-{round:06d}.safetensors", content)
+        write_bytes(self.folder / (round_name(round) + ".safetensors"), content)
         files = self.files()
         for old in sorted(number for number in files if number <= round)[:-2]:
             files[old].unlink()

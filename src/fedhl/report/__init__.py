@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedhl.files import write_text
 from fedhl.report.files import (
     best,
     dig,
@@ -16,7 +17,6 @@ from fedhl.report.files import (
     headline_kinds,
     num,
     read_run,
-    write_whole,
 )
 from fedhl.report.html import metric_text, percent, seconds, size
 from fedhl.report.page import page
@@ -35,7 +35,8 @@ def write_report(run: Path) -> Path:
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
     text = page(read_run(run))
-    return write_whole(run / "report.html", text)
+    write_text(run / "report.html", text)
+    return run / "report.html"
 
 
 def final_table(run: Path) -> Table:

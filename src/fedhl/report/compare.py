@@ -16,6 +16,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from fedhl.errors import UserError
+from fedhl.files import write_text
 from fedhl.report.files import (
     Json,
     Run,
@@ -25,7 +26,6 @@ from fedhl.report.files import (
     num,
     read_run,
     total,
-    write_whole,
 )
 from fedhl.report.html import MINUS
 
@@ -310,7 +310,7 @@ def write_comparison(folder: Path) -> Path:
         "comparison.html": page(comparison),
     }
     for name, text in written.items():
-        write_whole(folder / name, text)
+        write_text(folder / name, text)
     return folder / "comparison.html"
 
 

@@ -6,17 +6,15 @@ missing or not finite is None, never guessed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedhl.errors import UserError
-
-Json = dict[str, Any]
+from fedhl.record import Json, better, read_metrics, read_summary
 
 
 @dataclass
@@ -48,26 +46,18 @@ class Run:
     clients: list[Client]
     metric: str
 
-    @property
-    def better(self) -> Callable[[float, float], bool]:
-        """Whether the first value of the headline metric beats the second."""
-        return (lambda a, b: a < b) if self.metric == "loss" else (lambda a, b: a > b)
-
 
 # Reading
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file under another name and rename it into place, so that it is never there in part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    return partial.replace(path)
-
-
 def read_run(run: Path) -> Run:
     """Read a run folder; UserError for missing metrics, or anything malformed but a torn last line."""
-    rounds = _read_rounds(run / "metrics.jsonl")
-    summary = _read_summary(run / "summary.json")
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{run / 'metrics.jsonl'} not found: {run} is not the folder of a run that has started"
+        )
+    rounds = read_metrics(run)
+    summary = read_summary(run) if (run / "summary.json").is_file() else None
     config = run / "config.yaml"
     name = dig(summary, "name") or run.resolve().name
     metric = dig(summary, "metric") or next(
@@ -81,50 +71,6 @@ def read_run(run: Path) -> Run:
         clients=_clients(rounds, summary),
         metric=str(metric),
     )
-
-
-def _read_rounds(path: Path) -> list[Json]:
-    if not path.is_file():
-        raise UserError(
-            f"{path} not found: {path.parent} is not the folder of a run that has started."
-        )
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines[-1] == "":  # what follows the last newline
-        lines.pop()
-    rounds: list[Json] = []
-    for number, text in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(lines):  # the process was killed while writing it
-                break
-            raise UserError(
-                f"{where}: not JSON ({error}); only the last line may be incomplete."
-            ) from None
-        if not isinstance(line, dict) or type(line.get("round")) is not int:
-            raise UserError(
-                f'{where}: expected an object with an integer "round", got {text[:60]!r}.'
-            )
-        if rounds and line["round"] <= rounds[-1]["round"]:
-            raise UserError(
-                f"{where}: round {line['round']} after round {rounds[-1]['round']}; "
-                "rounds must increase from line to line."
-            )
-        rounds.append(line)
-    return rounds
-
-
-def _read_summary(path: Path) -> Json | None:
-    if not path.is_file():
-        return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete it to report without it.") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}.")
-    return summary
 
 
 def _clients(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
@@ -225,16 +171,13 @@ def headline(run: Run, *keys: str) -> tuple[float | None, float | None]:
 
 
 def best(run: Run) -> tuple[float | None, float | None]:
-    """Round and value of the best headline metric: the summary's, else of the full W or the mean client."""
-    if (value := num(run.summary, "best", "value")) is not None:
-        return num(run.summary, "best", "round"), value
-    found: tuple[float | None, float | None] = (None, None)
-    points = series(run, "evaluation", "full", run.metric)
-    points = points or series(run, "evaluation", "clients", "mean", run.metric)
-    for number, value in points:
-        if found[1] is None or run.better(value, found[1]):
-            found = (number, value)
-    return found
+    """Round and value of the best round: the summary's, else by the rule that a run goes by."""
+    found: Json | None = dig(run.summary, "best")
+    if found is None:
+        for line in run.rounds:
+            if isinstance(evaluation := line.get("evaluation"), dict):
+                found = better(found, evaluation, line["round"])
+    return num(found, "round"), num(found, "value")
 
 
 def compute_share(run: Run) -> float | None:

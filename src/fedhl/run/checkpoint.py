@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedhl.files import sha256, sha256_of, whole_folder
 from fedhl.method import flatten, unflatten
+from fedhl.record import round_name, rounds_in
 from fedhl.server import ServerState
 
 SEPARATOR = "::"  # between the parts of a tensor's name; layer names have dots
@@ -41,29 +41,17 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
         for client, kept in state.clients.items()
         for name, tensor in kept.items()
     }
-    final = folder / f"round-{state.round:06d}"
-    partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(tensors, partial / "state.safetensors")
+    name = round_name(state.round)
+    # one of the same name is of a round done again, after a fall-back to an older checkpoint
+    with whole_folder(folder / name, folder / f".partial-{name}", replace=True) as staging:
+        save_file(tensors, staging / "state.safetensors")
         manifest = {"round": state.round, **notes}
         manifest["sha256"] = {
-            "state.safetensors": sha256(partial / "state.safetensors"),
-            "manifest": sha256_of(manifest),
+            "state.safetensors": sha256(staging / "state.safetensors"),
+            "manifest": sha256_of(json.dumps(manifest)),
         }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        for file in partial.iterdir():
-            flush(file)
-        flush(partial)
-        if final.exists():  # a round done again after a fall-back to an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        flush(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return folder / name
 
 
 def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, Any]]:
@@ -75,7 +63,7 @@ def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, An
     try:
         manifest = json.loads(file.read_text())
         expected = manifest.pop("sha256")
-        if sha256_of(manifest) != expected["manifest"]:
+        if sha256_of(json.dumps(manifest)) != expected["manifest"]:
             raise CorruptCheckpoint(f"{file}: it does not match its own checksum")
         file = checkpoint / "state.safetensors"
         if sha256(file) != expected["state.safetensors"]:
@@ -110,31 +98,8 @@ def restore(tensors: dict[str, Tensor], like: ServerState, round: int) -> Server
     return ServerState(round, state, {name: head[name] for name in like.head}, clients)
 
 
-def stored(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted(folder.glob("round-[0-9]*"), reverse=True)
-
-
 def prune(folder: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and that of round `best`."""
-    for path in stored(folder)[keep:]:
-        if best is None or path.name != f"round-{best:06d}":
+    for round, path in list(rounds_in(folder).items())[keep:]:
+        if round != best:
             shutil.rmtree(path)
-
-
-def sha256_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make what was written survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

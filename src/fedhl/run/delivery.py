@@ -17,20 +17,15 @@ from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.federation.federation import initial_state
-from fedhl.federation.prepare import (
-    SILENT,
-    Watcher,
-    clients_keep,
-    load_federation,
-    prepare,
-    prepare_server_again,
-)
+from fedhl.federation.prepare import clients_keep, load_federation, prepare, prepare_server_again
 from fedhl.federation.scores import evaluate_round, truncation
 from fedhl.lora import LoRA, dense
 from fedhl.model.loading import Loaded, load_model
-from fedhl.run.folder import load_checkpoint, load_run_config, networked, read_summary
+from fedhl.record import read_summary
+from fedhl.run.folder import load_checkpoint, load_run_config, networked
 from fedhl.run.summary import check_same, clients_own_data
 from fedhl.server import ServerState
+from fedhl.watch import SILENT, Watcher
 
 Which = int | Literal["last", "best"]
 

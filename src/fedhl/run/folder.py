@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,20 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from safetensors import SafetensorError
 
-try:
-    import fcntl
-except ImportError:  # there is no such lock on Windows
-    fcntl = None
-
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.federation.prepare import SILENT, Watcher
+from fedhl.files import write_text
+from fedhl.record import read_metrics, read_summary, rounds_in
 from fedhl.run import checkpoint
 from fedhl.server import ServerState
+from fedhl.watch import SILENT, Watcher
 
 
 def load_run_config(folder: Path) -> Config:
@@ -32,27 +29,6 @@ def load_run_config(folder: Path) -> Config:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     return load_config(folder / "config.yaml")
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run. Raises UserError if it is missing or unreadable."""
-    try:
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no readable summary.json ({error}); was the run ever started?"
-        ) from None
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rounds of a run so far; a last line torn by a crash is left out."""
-    path, lines = folder / "metrics.jsonl", []
-    for text in path.read_text("utf-8", "replace").split("\n") if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def load_checkpoint(
@@ -66,8 +42,7 @@ def load_checkpoint(
     A corrupt newest checkpoint is named, and the one before it is used. Raises UserError if there is
     none that serves, naming those that are there.
     """
-    stored = checkpoint.stored(folder / "state")
-    rounds = {int(path.name.removeprefix("round-")): path for path in stored}
+    rounds = rounds_in(folder / "state")
     if which == "last":
         for round, path in rounds.items():
             try:
@@ -95,14 +70,6 @@ def load_checkpoint(
         raise UserError(f"{folder}: the checkpoint of round {which} is corrupt: {error}") from None
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line, on disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     """Cut the metrics back to the rounds before `last`, and `last` itself, the line of the checkpoint."""
     lines = read_metrics(folder)
@@ -110,7 +77,7 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     last = next((line for line in lines if line["round"] == last["round"]), last)
     kept = [*(line for line in lines if line["round"] < last["round"]), last]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-    write_atomically(folder / "metrics.jsonl", text)
+    write_text(folder / "metrics.jsonl", text)
 
 
 def networked(folder: Path) -> bool:
@@ -123,12 +90,12 @@ def secret_of(folder: Path, fresh: bytes) -> bytes:
     may read; a run that begins takes `fresh`. Raises UserError if it was lost."""
     file = folder / "secret.key"
     if not file.exists():
-        if checkpoint.stored(folder / "state"):
+        if rounds_in(folder / "state"):
             raise UserError(
                 f"{file} is missing: without the secret the noise of this run cannot be continued; restore "
                 "the file, or start a new run"
             )
-        write_atomically(file, fresh.hex() + "\n", mode=0o600)
+        write_text(file, fresh.hex() + "\n", mode=0o600)
     try:
         secret = bytes.fromhex(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -138,32 +105,6 @@ def secret_of(folder: Path, fresh: bytes) -> bytes:
             f"{file} is damaged: expected {2 * len(fresh)} hexadecimal digits; restore it"
         )
     return secret
-
-
-def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write a file under another name, flush it, rename it into place, and flush the folder."""
-    write_bytes(path, text.encode(), mode)
-
-
-def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """`write_atomically`, of bytes."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.touch(mode)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        checkpoint.flush(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def file_name(text: str) -> str:
-    """A text of somebody else's as the name of a file, in ASCII: no separator, and no dot, since `..` is
-    the folder above. Two texts never have the same. Raises ValueError for half a character."""
-    return quote(text, safe="").replace(".", "%2E")
 
 
 @contextmanager
@@ -187,9 +128,6 @@ def writing(folder: Path) -> Iterator[None]:
 def alone(folder: Path) -> Iterator[None]:
     """Inside the block no other process writes to this run folder; the system lifts the lock when a
     process ends, however it ends. Raises UserError if another one is at work."""
-    if fcntl is None:
-        yield
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

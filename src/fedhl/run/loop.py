@@ -12,26 +12,27 @@ from fedhl import server
 from fedhl.config import Config, dump_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, run_round
-from fedhl.federation.prepare import SILENT, Prepared, Watcher, clients_keep, prepare
+from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
+from fedhl.files import append_line, write_text
 from fedhl.model.training import learning_rate
+from fedhl.record import better, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
     alone,
-    append_line,
     keep_metrics,
     load_checkpoint,
     load_run_config,
     networked,
     secret_of,
     uninterrupted,
-    write_atomically,
     writing,
 )
 from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
 from fedhl.run.telling import COLLAPSE, describe, steps
 from fedhl.server import Round, ServerState
+from fedhl.watch import SILENT, Watcher
 
 
 def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
@@ -75,7 +76,7 @@ def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = I
         if (folder / "config.yaml").exists():
             raise UserError(f"{folder} has been taken by another process in the meantime")
         with writing(folder):
-            write_atomically(folder / "config.yaml", dump_config(prepared.config))
+            write_text(folder / "config.yaml", dump_config(prepared.config))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
         carry_on(prepared, None, folder, watcher, engine=engine)
@@ -84,7 +85,7 @@ def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = I
 def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
     """The rounds that are left after the newest good checkpoint."""
     check_same(folder, prepared.config, hashes(prepared, folder))
-    if not checkpoint.stored(folder / "state"):
+    if not rounds_in(folder / "state"):
         watcher.say("no checkpoint yet: starting from the first round")
         carry_on(prepared, None, folder, watcher, engine=engine)
         return
@@ -215,25 +216,4 @@ def finish_round(
             f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
             f"ones; {advice}"
         )
-    return best
-
-
-def headline(evaluation: dict[str, Any]) -> float | None:
-    """The number a round is judged by: of the full model, else of what the top rank is sent, else
-    the mean over the clients."""
-    clients = evaluation["clients"]
-    metrics = evaluation["full"] or evaluation["truncated"] or (clients and clients["mean"])
-    return metrics and metrics[evaluation["metric"]]
-
-
-def better(
-    best: dict[str, Any] | None, evaluation: dict[str, Any], round: int
-) -> dict[str, Any] | None:
-    """The better of the best so far and this round; the earlier of equals."""
-    value = headline(evaluation)
-    if value is None:
-        return best
-    sign = 1 if evaluation["metric"] == "accuracy" else -1
-    if best is None or sign * value > sign * best["value"]:
-        return {"round": round, "value": value}
     return best

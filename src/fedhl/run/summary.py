@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import resource
@@ -23,11 +22,12 @@ from fedhl.data.label_groups import forgetting, mean_accuracy
 from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
-from fedhl.run.folder import read_metrics, read_summary, write_atomically
+from fedhl.files import sha256, write_text
+from fedhl.record import read_metrics, read_summary
 
 
 def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
-    config = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
+    config = sha256(folder / "config.yaml")
     return {"config": config, "model": prepared.loaded.hash, "data": prepared.data.hash}
 
 
@@ -100,7 +100,7 @@ def mark(folder: Path, status: str) -> None:
 
 def store(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / "summary.json", text)
+    write_text(folder / "summary.json", text)
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fedhl.federation.federation import Federation
-from fedhl.federation.prepare import Watcher
 from fedhl.server import ServerState
+from fedhl.watch import Watcher
 
 COLLAPSE = 0.25
 """Warn when the effective clients are less than this share of the way from one to all."""

@@ -1,0 +1,102 @@
+"""Files that are there whole or not at all, also after a power cut; their hashes; where the cache is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+
+def flush(path: Path) -> None:
+    """Make what was written to this file or folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """The path of another file to write, which replaces `path` when the block ends well.
+
+    It is flushed before, and the folder after. `mode`: who may read it, from the first byte on.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.touch(mode)
+        yield partial
+        flush(partial)
+        partial.replace(path)
+        flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file whole or not at all."""
+    with whole_file(path, mode) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file of text, in UTF-8 and with the line ends of `text`, whole or not at all."""
+    write_bytes(path, text.encode(), mode)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one line of JSON, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_folder(path: Path, staging: Path, replace: bool = False) -> Iterator[Path]:
+    """The empty folder `staging` to fill, in the same parent, which becomes `path` when the block ends well.
+
+    Everything in it is flushed before, and the parent after. `staging` is removed in any case, also one that
+    a killed process has left. Raises OSError if there is a folder at `path` that is not empty, unless
+    it is to be replaced.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for entry in (*staging.rglob("*"), staging):
+            flush(entry)
+        if replace and path.exists():
+            shutil.rmtree(path)
+        staging.rename(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(text: str) -> str:
+    """The sha256 of a text in UTF-8, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache() -> Path:
+    """Where fedhl keeps what it can make again: `$FEDHL_CACHE`, or `~/.cache/fedhl`."""
+    return Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
+
+
+def file_name(text: str) -> str:
+    """A text of somebody else's as the name of a file, in ASCII: no separator, and no dot, since `..` is
+    the folder above. Two texts never have the same name. Raises ValueError for half a character."""
+    return quote(text, safe="").replace(".", "%2E")

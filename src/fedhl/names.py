@@ -1,0 +1,82 @@
+"""Names that people choose from, what a name stands for, and figures as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+ALIKE = 0.5
+"""The least similarity, of 1, at which one name is taken for a slip of another."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The known names most like `name`, the nearest first; case counts little, and `-` is like `_`."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "_")
+
+    by_plain = {plain(other): other for other in known}
+    found = get_close_matches(plain(name), list(by_plain), n=count, cutoff=ALIKE)
+    return [by_plain[text] for text in found]
+
+
+def meant(name: str, known: Iterable[str], count: int = 1) -> str:
+    """` (did you mean 'x'?)`, to be put behind a name; "" where no known name is near."""
+    close = nearest(name, known, count)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """`unknown KIND 'nmae'; did you mean 'name'? (known: name, other)`."""
+    known = list(known)
+    hint = "".join(f"; did you mean {near!r}?" for near in nearest(name, known))
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
+
+
+# --- what a name stands for ---------------------------------------------------------------------
+
+
+def build(
+    kind: str, table: Mapping[str, type[Any]], name: str, hyperparameters: Mapping[str, Any]
+) -> Any:
+    """`table[name](**hyperparameters)`. Raises ValueError for an unknown name, with the nearest, and for
+    hyperparameters that it does not have."""
+    if name not in table:
+        raise ValueError(unknown(kind, name, table))
+    return construct(kind, name, table[name], hyperparameters)
+
+
+def construct(kind: str, name: str, cls: type[Any], hyperparameters: Mapping[str, Any]) -> Any:
+    """`cls(**hyperparameters)`, a dataclass. Raises ValueError for hyperparameters that it does not have, and
+    for values that it does not take."""
+    known = [field.name for field in fields(cls)]
+    surplus = sorted(set(hyperparameters) - set(known))
+    if surplus:
+        raise ValueError(
+            f"{kind} {name!r} has no hyperparameter {surplus[0]!r}; "
+            + (f"it has: {', '.join(known)}" if known else "it has none")
+        )
+    try:
+        return cls(**hyperparameters)
+    except TypeError as error:  # a value of the wrong type, or one that is missing
+        given = ", ".join(f"{key}={value!r}" for key, value in hyperparameters.items()) or "nothing"
+        raise ValueError(f"{kind} {name!r} cannot be made from {given}: {error}") from error
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units, to three digits: `163 kB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 update`, `12 updates`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
