@@ -29,8 +29,9 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import secret_of
-from fedhl.server import Client, Reply, ServerState, arrivals, rounds
+from fedhl.server import Client, Reply, ServerState, rounds
 from fedhl.server.accounting import ORDERS, epsilon
+from fedhl.server.layers import Layers
 from fedhl.server.privacy import Mechanism, normals, uniforms, why_not
 from fedhl.watch import Watcher
 
@@ -93,14 +94,13 @@ def test_one_client_moves_the_sum_by_at_most_c_over_d(
     sums = []
     for cohort in (others, [*others, wild]):
         accepted, _, checks = rounds.guarded(
-            rounds.Guard(clip=private.clip), FEDHL, state, cohort, SEED
+            rounds.Guard(clip=private.clip), Layers(FEDHL, state, SEED), cohort
         )
         assert len(accepted) == len(cohort)
         parts = []
         for name, layer in state.layers.items():
-            alone = replace(state, layers={name: layer})
             p = torch.ones(len(accepted), dtype=torch.float64)
-            updates = arrivals.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
+            updates = Layers(FEDHL, state, SEED).layer(name).updates(accepted, p)
             terms = [(c.factor, u) for c, u in zip(checks, updates, strict=True)]
             released = private.released(FEDHL, layer, terms, 1, name)
             parts.append(exact(released.lora) - exact(released.sent.lora))

@@ -32,8 +32,9 @@ from fedhl.config import Config
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.method import Broadcast
-from fedhl.server import Reply, ServerState, measures, robust
+from fedhl.server import Reply, Rules, ServerState, measures, robust
 from fedhl.server.channel import AirComp, sends_products
+from fedhl.server.layers import Layers
 from fedhl.server.robust import Guard, Median, Trimmed
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -52,7 +53,7 @@ def louder(answer: Reply, times: float) -> Reply:
 
 
 def aggregate(state: ServerState, replies: Sequence[Reply], guard: Guard | None, method=FEDHL):
-    return server.aggregate(method, TRUNCATION, state, replies, SEED, guard=guard)
+    return server.aggregate(method, TRUNCATION, state, replies, SEED, Rules(guard=guard))
 
 
 # --- norms --------------------------------------------------------------------------------------
@@ -102,9 +103,9 @@ def test_what_is_clipped_is_the_change_of_the_product(state: ServerState) -> Non
     """`W + Σ p_i c_i (ΔW_i - ΔW(sent_i))`, and the head alike, against the dense formula."""
     answers = [louder(reply(state, client), k + 1) for k, client in enumerate(CLIENTS)]
     uniform = get_weighting("uniform")
-    bound = min(measures.change_norms(FEDHL, state, answers, SEED))
+    bound = min(measures.change_norms(Layers(FEDHL, state, SEED), answers))
     following, outcome = server.aggregate(
-        FEDHL, uniform, state, answers, SEED, guard=Guard(clip=bound)
+        FEDHL, uniform, state, answers, SEED, Rules(guard=Guard(clip=bound))
     )
     factors = [c["clip"] for c in outcome.clients]
     assert min(factors) < 0.5 and max(factors) == 1, "the test is about something"
@@ -133,11 +134,11 @@ def test_a_clipped_update_is_that_of_a_client_who_moved_less(name: str) -> None:
     answers = [reply(state, client, method) for client in CLIENTS]
     state, _ = server.aggregate(method, uniform, state, answers, SEED)
     loud, *others = [louder(reply(state, client, method), 3) for client in CLIENTS]
-    bound = max(measures.change_norms(method, state, others, SEED))
+    bound = max(measures.change_norms(Layers(method, state, SEED), others))
     loud = louder(loud, 50)
-    (norm,) = measures.change_norms(method, state, [loud], SEED)
+    (norm,) = measures.change_norms(Layers(method, state, SEED), [loud])
     after, outcome = server.aggregate(
-        method, uniform, state, [loud, *others], SEED, guard=Guard(clip=bound)
+        method, uniform, state, [loud, *others], SEED, Rules(guard=Guard(clip=bound))
     )
     assert [c["clip"] for c in outcome.clients] == pytest.approx([bound / norm, 1, 1, 1])
     unclipped, _ = server.aggregate(method, uniform, state, [loud, *others], SEED)
@@ -159,7 +160,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
     """A client cannot buy weight, nor drown the others' signals, by an update that is cut anyway."""
     answers = [reply(state, client) for client in CLIENTS]
     attack = [louder(answers[0], 1e6), *answers[1:]]
-    bound = max(measures.change_norms(FEDHL, state, answers, SEED))
+    bound = max(measures.change_norms(Layers(FEDHL, state, SEED), answers))
     norm = get_weighting("norm")
     for clip, most in ((None, (0.99, 1.0)), (bound, (0.0, 0.6))):
         _, outcome = server.aggregate(
@@ -168,8 +169,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
             state,
             attack,
             SEED,
-            guard=Guard(clip=clip),
-            channel=AirComp(snr_db=20),
+            Rules(guard=Guard(clip=clip), channel=AirComp(snr_db=20)),
         )
         assert most[0] <= outcome.clients[0]["weight"] <= most[1]
         assert (outcome.diagnostics["channel_noise"] > 100) == (clip is None)

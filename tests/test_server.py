@@ -22,7 +22,8 @@ from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
 from fedhl.method import flatten
 from fedhl.seeds import generator
-from fedhl.server import Client, Reply, Round, ServerState, arrivals, diagnostics, measures
+from fedhl.server import Client, Outcome, Reply, ServerState, diagnostics, measures
+from fedhl.server.layers import Layers
 
 EPS32 = torch.finfo(torch.float32).eps
 SEED = 3
@@ -64,7 +65,7 @@ def reply(
 
 def play(
     state: ServerState, replies: Sequence[Reply], method: Any = FEDHL, weighting: Any = TRUNCATION
-) -> tuple[ServerState, Round]:
+) -> tuple[ServerState, Outcome]:
     return server.aggregate(method, weighting, state, replies, SEED)
 
 
@@ -180,7 +181,7 @@ def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     by no more than δ, and its square by `2 ||R|| ||δ|| + ||δ||²`.
     """
     replies = [reply(state, client) for client in CLIENTS]
-    cohort = measures.measure(FEDHL, state, replies, SEED)
+    cohort = measures.measure(Layers(FEDHL, state, SEED), replies)
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy)
     tails = torch.zeros_like(error)
     for column, name in enumerate(SHAPES):
@@ -276,9 +277,7 @@ def test_what_a_round_reports(state: ServerState) -> None:
     numbers = dict(outcome.diagnostics)
     squares = {"aggregation_error": 0.0, "product_gap": 0.0}
     for name in SHAPES:
-        updates = arrivals.LayerUpdates(
-            FEDHL, state, name, replies, p.tolist(), SEED, range(len(replies))
-        )
+        updates = Layers(FEDHL, state, SEED).layer(name).updates(replies, p)
         before, after = state.layers[name].W, following.layers[name].W
         products = diagnostics.of_products(updates)
         lost = diagnostics.aggregation_error(before, after, updates, products)

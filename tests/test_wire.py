@@ -40,6 +40,7 @@ from fedhl.network.wire import (
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.server.carried import carried_reply, leaving
+from fedhl.server.layers import Layers
 from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora, number_bytes
 
 SEED = 3
@@ -170,7 +171,7 @@ def test_a_reply_arrives_to_the_bit(name: str, payload: str, tmp_path: Path) -> 
             got = read(source, state, client, name)
             assert equal(here, replace(got, adapter=dict(got.adapter)))
         assert encode_reply(RUN, here, sent) == message  # twice is once
-        assert refusals.refusal(method, state, got, SEED) is None
+        assert refusals.refusal(Layers(method, state, SEED), got) is None
         with pytest.raises(KeyError):
             got.adapter["other"]
         if payload == "float32":
@@ -202,8 +203,8 @@ def test_layers_that_a_straggler_did_not_reach_may_be_missing() -> None:
     late = replace(reply, adapter={"block.0.query": reply.adapter["block.0.query"]})
     got = read(encode_reply(RUN, late, sent), state, client, "fedhl")
     assert list(got.adapter) == ["block.0.query"]
-    assert refusals.refusal(method, state, got, SEED, stragglers=True) is None
-    assert "'block.1/välue' is missing" in str(refusals.refusal(method, state, got, SEED))
+    assert refusals.refusal(Layers(method, state, SEED), got, stragglers=True) is None
+    assert "'block.1/välue' is missing" in str(refusals.refusal(Layers(method, state, SEED), got))
 
 
 @payloads
@@ -217,9 +218,11 @@ def test_a_client_that_diverged_is_refused_as_in_one_process(payload: str) -> No
         adapter["block.0.query"].B[1, 1] = bad
         for reply in (replace(fine, loss=bad), replace(fine, adapter=adapter)):
             got = read(encode_reply(RUN, reply, sent), state, client, "fedhl")
-            reason = refusals.refusal(method, state, got, SEED)
+            reason = refusals.refusal(Layers(method, state, SEED), got)
             assert reason and "did training diverge?" in reason
-            assert reason == refusals.refusal(method, state, carried_reply(reply, sent), SEED)
+            assert reason == refusals.refusal(
+                Layers(method, state, SEED), carried_reply(reply, sent)
+            )
 
 
 # --- rounding -----------------------------------------------------------------------------------
@@ -502,7 +505,9 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     message, client, state = valid()
     method = get_method("fedhl")
     stale = read(forged(put(round=1)), state, client, "fedhl")
-    assert refusals.refusal(method, state, stale, SEED) == "it is for round 1, this is round 3"
+    assert (
+        refusals.refusal(Layers(method, state, SEED), stale) == "it is for round 1, this is round 3"
+    )
     twice = [read(message, state, client, "fedhl") for _ in range(2)]
     _, outcome = server.aggregate(method, get_weighting("examples"), state, twice, SEED)
     assert [x["id"] for x in outcome.clients] == ["ada"]
@@ -510,7 +515,7 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     absurd = forged(
         tensors=put(**{STEPS: torch.full((2, 2), 1e30, dtype=torch.bfloat16)}), payload="int8"
     )
-    reason = refusals.refusal(method, state, read(absurd, state, client, "fedhl"), SEED)
+    reason = refusals.refusal(Layers(method, state, SEED), read(absurd, state, client, "fedhl"))
     assert reason and "its update may be as large as" in reason
 
 
@@ -550,7 +555,7 @@ def judged(message: bytes) -> None:
         # Of JSON an empty list takes 2 bytes and 64 as an object, with its place in a list; what is read at
         # once is the header, of at most its limit, some copies of its text, and 1 MiB to be hashed.
         assert peak <= 2**21 + 50 * min(len(message), 2 * len(whole))
-    if refusals.refusal(get_method("fedhl"), state, got, SEED) is None:
+    if refusals.refusal(Layers(get_method("fedhl"), state, SEED), got) is None:
         honest = read(whole, state, client, "fedhl")
         assert equal(
             replace(honest, adapter=dict(honest.adapter)), replace(got, adapter=dict(got.adapter))
@@ -623,7 +628,7 @@ def test_forged_tensors_are_refused_or_mean_the_same(data: Any) -> None:
         return
     # only layers that are absent as a whole are left to the server; numbers in the right shape are numbers
     honest = read(valid()[0], valid()[2], valid()[1], "fedhl")
-    reason = refusals.refusal(get_method("fedhl"), valid()[2], got, SEED)
+    reason = refusals.refusal(Layers(get_method("fedhl"), valid()[2], SEED), got)
     assert reason is not None or kind == "shape" or equal(dict(got.adapter), dict(honest.adapter))
 
 

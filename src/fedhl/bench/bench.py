@@ -31,7 +31,7 @@ from fedhl.methods.full_rank import FullRank
 from fedhl.record import rounds_in
 from fedhl.run.summary import commit
 from fedhl.seeds import generator
-from fedhl.server import Client, Reply, Round, ServerState
+from fedhl.server import Client, Outcome, Reply, ServerState
 from fedhl.shelf import AdapterFile, Shelf, save_adapter
 from fedhl.subspace import FLOOR, TOLERANCE, iterate, leading
 from fedhl.weighting import get_weighting
@@ -384,7 +384,7 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
 
 
 def check_layer(
-    name: str, before: ServerState, after: ServerState, replies: Sequence[Reply], outcome: Round
+    name: str, before: ServerState, after: ServerState, replies: Sequence[Reply], outcome: Outcome
 ) -> None:
     """`difference` of one layer of a whole round, of which every reply was accepted."""
     method, weights = get_method("fedhl"), [record["weight"] for record in outcome.clients]
