@@ -65,7 +65,7 @@ def sender(
 
     def send(client: Client) -> Broadcast:
         alike = client.rank, client.scale, client.payload
-        key = client.id if getattr(method, "drawn", True) else alike
+        key = client.id if method.per_client else alike
         if key not in built:
             built[key] = broadcast_layer(method, alone, layer, client, seed)
         return built[key]

@@ -72,7 +72,7 @@ def aggregate(
         seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
         return replace(state, round=state.round + 1), Round([], refused, {}, seconds)
 
-    cohort = measure(method, state, accepted, seed, getattr(weighting, "norms", True), factors)
+    cohort = measure(method, state, accepted, seed, weighting.norms, factors)
     p = weighting(cohort)
 
     def arrived(name: str, layer: Any) -> LayerUpdates:
