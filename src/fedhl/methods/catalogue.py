@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from fedhl.lora import initial
-from fedhl.method import LAWS, STARTS, Method, Traffic, flatten
+from fedhl.method import LAWS, Method, Traffic, flatten
 from fedhl.methods import METHODS
 from fedhl.weighting import WEIGHTINGS, unknown
 
@@ -134,7 +134,6 @@ def describe(name: str) -> str:
         source = {"reference": f"{cls.reference.name}, {cls.reference.url}"}
         facts = source | row(name).facts
         facts |= {law: f"{facts[law]:<4} {meaning}" for law, meaning in LAWS.items()}
-        facts["a client starts from"] = STARTS[cls.starts]
         kind, doc, note = "method", inspect.getdoc(METHODS[name]), [NOTES["Traffic"]]
     elif name in WEIGHTINGS:
         facts, note = weighting(name), []
