@@ -160,5 +160,5 @@ class Config(Strict):
         """The weighting that was named, or that of the method; with privacy, uniform."""
         if self.privacy is not None:
             return WeightingConfig(name="uniform")
-        theirs = getattr(self.method.build(), "weighting", "examples")
+        theirs = self.method.build().weighting
         return self.weighting or WeightingConfig(name=theirs)

@@ -489,12 +489,11 @@ class Rounds(Strategy):
     def encoded(self, turn: Turn, client: Client) -> bytes:
         """What a client is sent, encoded once for all clients that are sent the same."""
         method, seed = turn.federation.method, self.config.seed
-        drawn = getattr(method, "drawn", True)
-        key = client.id if drawn else (client.rank, client.scale)
+        key = client.id if method.per_client else (client.rank, client.scale)
         if key not in turn.payloads:
             sent = server.broadcast(method, turn.state, client, seed)
             payload = wire.encode_broadcast({}, sent, turn.state.head, client.payload)
-            if drawn:
+            if method.per_client:
                 return payload
             turn.payloads[key] = payload
         return turn.payloads[key]

@@ -44,7 +44,7 @@ class Layer:
 
         def send(client: Client) -> Broadcast:
             alike = client.rank, client.scale, client.payload
-            key = client.id if getattr(self.method, "drawn", True) else alike
+            key = client.id if self.method.per_client else alike
             if key not in built:
                 built[key] = self.broadcast(client)
             return built[key]

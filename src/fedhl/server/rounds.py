@@ -84,7 +84,7 @@ def aggregate(
         return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
 
     factors, silence = [check.factor for check in checks], rules.silence or {}
-    cohort = measure(layers, accepted, getattr(weighting, "norms", True), factors)
+    cohort = measure(layers, accepted, weighting.norms, factors)
     p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
     def arrived(layer: Layer) -> LayerUpdates:
