@@ -466,6 +466,25 @@ def test_a_hostile_reply_is_refused_with_its_reason(kind: str, tmp_path: Path) -
         assert len(str(caught.value)) < 300
 
 
+def test_a_scale_may_differ_by_what_a_float32_of_it_does() -> None:
+    """By a millionth, in the header and when it is written."""
+    _, client, state = valid()
+    sent = server.broadcast(get_method("fedhl"), state, client, SEED)
+    reply = trained(sent, client, state)
+    for off in (1e-6, -1e-6):
+        near, far = (client.scale * (1 + k * off) for k in (0.9, 1.1))
+        assert read(forged(put(scale=near)), state, client, "fedhl").client == client
+        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, not 0\.7$"):
+            read(forged(put(scale=far)), state, client, "fedhl")
+        one, other = (
+            replace(reply, adapter={n: replace(x, scale=scale) for n, x in reply.adapter.items()})
+            for scale in (near, far)
+        )
+        encode_reply(RUN, one, sent)
+        with pytest.raises(ValueError, match=rf"has scale {far}, its client 0\.7"):
+            encode_reply(RUN, other, sent)
+
+
 def tensor(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
