@@ -244,6 +244,8 @@ def test_the_noise_follows_from_the_secret_alone(state: ServerState) -> None:
 def test_the_numbers_are_uniform_and_normal() -> None:
     u = uniforms(SECRET, 20_000, "test")
     assert float(u.min()) > 0 and float(u.max()) < 1
+    halves = 2.0**53 * u[u < 0.5]  # above, a float64 has no room for the half
+    assert torch.equal(halves % 1, torch.full_like(halves, 0.5)), "never 0, which has no logarithm"
     ordered, grid = u.sort().values, torch.arange(1, 20_001).double() / 20_000
     assert float((ordered - grid).abs().max()) < 1.95 / 20_000**0.5  # Kolmogorov's 0.1 % bound
     z = normals(SECRET, torch.Size((101, 99)), "test")

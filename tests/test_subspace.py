@@ -153,10 +153,11 @@ def test_a_tail_that_is_just_above_the_floor_is_told_apart(level: float) -> None
 
 @pytest.mark.parametrize("shape", [(500, 400), (560, 530)])
 def test_a_full_svd_is_good_to_its_own_rounding(shape: tuple[int, int]) -> None:
-    """A constant matrix is the worst: n rounding errors of one sign in every sum. Its products in float32
-    are so far off that the iteration does not settle."""
+    """A constant matrix is the worst: n rounding errors of one sign in every sum, each of `eps` at most.
+    Its products in float32 are so far off that the iteration does not settle, however large it is."""
     W = torch.ones(shape)
     B, A, tail = leading(W, 4)
+    assert torch.equal(B, full(W, 4).B)
     whole = float(shape[0] * shape[1])  # all of it in the first component
     bound = (max(shape) * torch.finfo(torch.float32).eps) ** 2 * whole
     assert float((W.double() - B.double() @ A.double()).square().sum()) <= bound
