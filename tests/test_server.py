@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
-from fedhl.method import flatten
+from fedhl.method import Broadcast, flatten
 from fedhl.seeds import generator
 from fedhl.server import (
     Client,
@@ -508,6 +508,15 @@ def test_the_largest_update_that_is_accepted(state: ServerState) -> None:
     assert all(refusals.refusals(FEDHL, state, [*spoilt(1.01)][4:], SEED))
     assert refusals.refusal(FEDHL, state, replace(good, bound=0.0), SEED) is None
     assert refusals.refusal(FEDHL, state, replace(good, bound=-1e-300), SEED)
+
+
+def test_the_largest_magnitudes_that_are_accepted() -> None:
+    huge = torch.finfo(torch.float32).max ** 0.5
+    lora = LoRA(draw(0, 2, 5), draw(1, 7, 2), 1.0)
+    sent = Broadcast(lora, past=lora, magnitudes=torch.ones(2))
+    for share, fine in ((0.99, True), (1.01, False), (math.nan, False)):
+        reason = refusals.wrong_magnitudes(sent, torch.tensor([0.0, -share * huge]))
+        assert reason is None if fine else "non-finite or huge magnitude" in str(reason)
 
 
 def test_a_scale_may_differ_by_what_a_float32_of_it_does(state: ServerState) -> None:
