@@ -25,7 +25,7 @@ from fedhl.methods import OPTIONAL
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.flexlora import FlexLoRA
-from fedhl.methods.full_rank import FullRank
+from fedhl.methods.full_rank import FullRank, begin, move
 from fedhl.server.diagnostics import truncation_error
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -192,6 +192,22 @@ def test_the_balanced_split_would_be_dead(method: Any):
     assert float(dead[2:].max()) < 1e-6  # √(rounding of σ), not a gradient
     sent = method.broadcast(holding(method, W, top=5), 5, 1.0).lora
     assert float((slope @ sent.A.T).norm(dim=0)[2:].min()) > 0.1
+
+
+def test_dead_components_are_drawn_anew_in_every_round():
+    """W has rank 1 and stays as it is: the other two rows are random, and other ones in the next round
+    and with another seed, so that no direction is tried for ever. They are orthogonal to the live one."""
+    fresh = LoRA(draw(1, 3, 9), draw(2, 12, 3), 1.0)
+    W = torch.outer(draw(3, 12), draw(4, 9))
+    one = move(begin(fresh, seed=5), W)
+    later, other = move(one), move(begin(fresh, seed=6), W)
+    for state in (one, later, other):
+        A = state.sent.A
+        assert int(state.sent.B.any(dim=0).sum()) == 1
+        assert torch.allclose(A @ A.T, torch.eye(3, dtype=A.dtype), atol=10 * EPS64)
+    for state in (later, other):
+        assert torch.allclose(state.sent.A[:1], one.sent.A[:1])
+        assert not torch.isclose(state.sent.A[1:], one.sent.A[1:]).any()
 
 
 # Scale

@@ -75,6 +75,18 @@ def test_the_correction_makes_the_mean_over_all_rounds_that_of_full_participatio
     assert corrected(same, 0.0, products=False) is same
 
 
+def test_the_correction_makes_the_mean_of_magnitudes_that_of_full_participation():
+    past, before, after = LoRA(draw(3, 2, 5), draw(4, 7, 2), 0.5), draw(5, 2), draw(6, 2)
+    lora = LoRA(draw(0, 2, 5), draw(1, 7, 2), 0.5)
+    sent = Broadcast(lora, past=past, magnitudes=before)
+    for p in (0.1, 0.5, 0.9):
+        moved = corrected(Update(sent, lora, 0.3, after), p, products=False)
+        assert moved.magnitudes is not None
+        mean = p * before + (1 - p) * moved.magnitudes
+        assert (mean - after).norm() <= 20 * EPS32 * (before.norm() + after.norm())
+        assert (moved.lora.A - lora.A).norm() <= 20 * EPS32 * lora.A.norm() / (1 - p)
+
+
 def test_the_correction_of_a_product_is_exact_where_both_factors_moved():
     sent = Broadcast(LoRA(draw(0, 2, 5), draw(1, 7, 2), 0.5))
     lora = LoRA(draw(3, 2, 5), draw(2, 7, 2), 0.5)

@@ -141,12 +141,20 @@ def test_a_clipped_update_is_that_of_a_client_who_moved_less(name: str) -> None:
         method, uniform, state, [loud, *others], SEED, Rules(guard=Guard(clip=bound))
     )
     assert [c["clip"] for c in outcome.clients] == pytest.approx([bound / norm, 1, 1, 1])
-    unclipped, _ = server.aggregate(method, uniform, state, [loud, *others], SEED)
-    quiet, _ = server.aggregate(method, uniform, state, others, SEED)
+    c = bound / norm
     for layer in SHAPES:
-        deltas = [method.delta(s.layers[layer]) for s in (after, unclipped, quiet)]
-        one, two, three = (dense(d).double() for d in deltas if d is not None)
-        assert (one - three).norm() < 0.3 * (two - three).norm()
+        updates, size = [], 0.0
+        for answer in (loud, *others):
+            sent = server.broadcast(method, state, answer.client, SEED)[layer]
+            own, was = exact(answer.adapter[layer]), exact(sent.lora)
+            product = was + (c if answer is loud else 1.0) * (own - was)
+            whole = LoRA(product, torch.eye(len(product), dtype=torch.float64), 1.0)
+            updates.append(Update(sent, whole, 1 / 4))
+            size += float(own.norm() + was.norm())
+        deltas = (after.layers[layer], method.aggregate(state.layers[layer], updates))
+        one, two = (dense(x).double() for x in map(method.delta, deltas) if x is not None)
+        # sums of products, and one SVD, in float32
+        assert (one - two).norm() <= 30 * EPS32 * size
 
 
 def test_who_is_not_clipped_changes_no_bit(state: ServerState) -> None:
@@ -175,6 +183,19 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
         assert (outcome.diagnostics["channel_noise"] > 100) == (clip is None)
 
 
+def test_the_norms_of_the_weighting_are_those_of_what_is_left(state: ServerState) -> None:
+    """`||ΔW(sent) + c (ΔW - ΔW(sent))||`, which is not c times the norm of the update."""
+    answers, factors = [reply(state, client) for client in CLIENTS], [0.0, 0.3, 1.0, 0.9]
+    cohort = measures.measure(Layers(FEDHL, state, SEED), answers, factors=factors)
+    want = []
+    for c, answer in zip(factors, answers, strict=True):
+        sent = server.broadcast(FEDHL, state, answer.client, SEED)
+        own = {n: exact(answer.adapter[n]) for n in SHAPES}
+        left = [exact(sent[n].lora) + c * (own[n] - exact(sent[n].lora)) for n in SHAPES]
+        want.append(sum(float(x.square().sum()) for x in left) ** 0.5)
+    assert torch.as_tensor(cohort.norms).tolist() == pytest.approx(want, rel=1e-5)
+
+
 # --- rejection ----------------------------------------------------------------------------------
 
 
@@ -186,6 +207,8 @@ def test_who_is_rejected() -> None:
 
     assert out(Median(5.0)(norms)) == [3]
     assert out(Median(7.0)(norms)) == []
+    assert out(Median(2.0)([1.0, 1.0, 2.0])) == [], "exactly as far as is allowed"
+    assert out(Median(1.0)([0.0, 0.0, 0.0])) == [], "nobody moved"
     assert "moved by 7, more than 5 times the median of 1.1" in str(Median(5.0)(norms)[3])
     assert out(Trimmed(0.4)(norms)) == [1, 3]
     assert out(Trimmed(0.19)(norms)) == [], "rounded down"
