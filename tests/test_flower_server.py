@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 import tiny
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import Answers, InProcessGrid
@@ -29,6 +38,7 @@ from fedhl.flower.incoming import Incoming, clients_interrupted
 from fedhl.flower.mailbox import Mailbox, answer, one_line
 from fedhl.flower.records import EVALUATE, TRAIN, pack, unpack
 from fedhl.flower.roster import LABEL, LABELS, NAME, Member, Roster, clients_needed, introduction
+from fedhl.flower.server import app
 from fedhl.flower.submit import submit, toml, write_app
 from fedhl.network.message import WHOLE, Malformed
 from fedhl.run import resume_run, start_run
@@ -282,6 +292,16 @@ def test_the_run_is_the_one_without_flower(settings: Config, tmp_path: Path, ora
     assert accepted(lines) == [[f"client-{k}" for k in range(3)]] * 2
     assert same(tmp_path / "run", oracle)
     assert not (tmp_path / "run" / "incoming").exists()
+
+
+def test_the_app_serves_the_run_that_its_config_describes(
+    settings: Config, tmp_path: Path, oracle: Path
+):
+    folder = tmp_path / "run"
+    told = {"config": settings.model_dump_json(), "folder": str(folder)}
+    app(InProcessGrid(NAMED), Context(1, 0, {}, RecordDict(), run_config=told))
+    assert read_summary(folder)["status"] == "finished"
+    assert same(folder, oracle)
 
 
 # --- hostile replies ----------------------------------------------------------------------------
