@@ -216,7 +216,7 @@ def run(
             start_run(settings, folder, watcher)
         else:
             refuse_taken(folder)
-            flower("simulation").simulate(settings, folder, watcher, ray)
+            flower("ray").simulate(settings, folder, watcher, ray)
     finished(folder, quiet)
 
 
@@ -271,7 +271,7 @@ def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
         if ray is None:
             resume_run(run, watcher)
         else:
-            flower("simulation").simulate(load_run_config(run), run, watcher, ray)
+            flower("ray").simulate(load_run_config(run), run, watcher, ray)
     finished(run, quiet)
 
 
