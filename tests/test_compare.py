@@ -604,6 +604,8 @@ def test_no_text_of_a_comparison_is_taken_for_markup(tmp_path: Path) -> None:
     assert "<figure>" in page([entries[0] | {"variant": f"{k}{EVIL}"} for k in range(9)])
     for folder in tmp_path.glob("*/"):
         evil_metric(folder)
+    unfinished = tmp_path / "1-0.2/summary.json"
+    unfinished.write_text(unfinished.read_text().replace('"finished"', json.dumps(EVIL)))
     assert f"Final {escape(EVIL)}" in page(entries)
 
 

@@ -20,7 +20,8 @@ from fedhl.report.files import (
 )
 from fedhl.report.format import metric_text, percent, seconds, size
 from fedhl.report.run_page import run_page
-from fedhl.report.tasks import matrix, mean_accuracy
+from fedhl.report.statistics import mean_accuracy
+from fedhl.report.tasks import matrix
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -47,13 +47,15 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters["sha256"] = sha256
-TEMPLATES.globals["colours"] = {scheme: variables(scheme) for scheme in ("light", "dark")}
-for show in (
+FORMATS = (
     *(general, shortest, three_decimals, amount, percent, size, seconds),
     *(spread_text, difference_text),
-):
-    TEMPLATES.globals[show.__name__] = show
+)
+"""Templates call these by their names."""
+
+TEMPLATES.filters["sha256"] = sha256
+TEMPLATES.globals["colours"] = {scheme: variables(scheme) for scheme in ("light", "dark")}
+TEMPLATES.globals.update({show.__name__: show for show in FORMATS})
 
 
 def render(template: str, view: Mapping[str, Any]) -> str:

@@ -139,6 +139,11 @@ def mean_data_share(client: Client, cohort: Mapping[int, float]) -> float | None
     )
 
 
+def mean_accuracy(row: Sequence[float]) -> float:
+    """Over the tasks so far."""
+    return sum(row) / len(row)
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that the clients of one rank received and sent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedhl.report.files import Run, dig, num
 from fedhl.report.plots import HEAT
 from fedhl.report.render import View
+from fedhl.report.statistics import mean_accuracy
 
 DEEPEST = 0.55  # of the tint: text stays readable on it, dark on light and light on dark
 
@@ -13,10 +14,6 @@ def matrix(run: Run) -> list[list[float]]:
     """After each task that has been done, the accuracy on all tasks so far."""
     rows = dig(run.summary, "tasks", "accuracy")
     return rows if isinstance(rows, list) else []
-
-
-def mean_accuracy(row: list[float]) -> float:
-    return sum(row) / len(row)
 
 
 def tasks(run: Run) -> View | None:
