@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhl.files import write_text
+from fedhl.names import size
 from fedhl.report.files import (
     best,
     dig,
@@ -18,8 +19,9 @@ from fedhl.report.files import (
     num,
     read_run,
 )
-from fedhl.report.html import metric_text, percent, seconds, size
-from fedhl.report.page import page
+from fedhl.report.format import metric_text, percent, seconds
+from fedhl.report.run_page import run_page
+from fedhl.report.statistics import mean_accuracy
 from fedhl.report.tasks import matrix
 
 if TYPE_CHECKING:
@@ -34,8 +36,7 @@ def write_report(run: Path) -> Path:
     Raises UserError when metrics.jsonl is missing, or when it or summary.json is malformed; an incomplete
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
-    text = page(read_run(run))
-    write_text(run / "report.html", text)
+    write_text(run / "report.html", run_page(read_run(run)))
     return run / "report.html"
 
 
@@ -74,11 +75,13 @@ def final_table(run: Path) -> Table:
             sum(num(r, group, key) or 0.0 for r in until)
             for group, key in (("bytes", "down"), ("bytes", "up"), ("seconds", "total"))
         ]
-        texts = ["–" if v is None else metric_text(read, v) for v in values]
+        texts = ["–" if v is None else metric_text(read.metric, v) for v in values]
         texts += [size(sums[0]), size(sums[1]), seconds(sums[2])]
         if k := ends.get(line["round"]):
             forgot = num(read.summary, "tasks", "forgetting") if k == len(ends) else None
-            mean = sum(accuracy[k - 1]) / k
-            texts += [percent(mean), "–" if forgot is None else percent(forgot)]
+            texts += [
+                percent(mean_accuracy(accuracy[k - 1])),
+                "–" if forgot is None else percent(forgot),
+            ]
         result.add_row(name, str(line["round"]), *texts)
     return result
