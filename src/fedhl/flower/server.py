@@ -48,8 +48,8 @@ from fedhl.model.loading import load_tokenizer, tokenizer_hash
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary, round_name, rounds_in
-from fedhl.run.folder import alone, load_run_config, networked
-from fedhl.run.loop import begin, go_on, refuse_taken
+from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
+from fedhl.run.loop import begin, go_on
 from fedhl.server import Client, Reply, ServerState
 from fedhl.watch import Watcher
 
