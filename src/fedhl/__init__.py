@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from fedhl.lazy import lazy
 
 if TYPE_CHECKING:
-    from fedhl import lora, method, methods, weighting
+    from fedhl import lora as lora
+    from fedhl import method as method
+    from fedhl import methods as methods
+    from fedhl import weighting as weighting
     from fedhl.lora import LoRA, dense
     from fedhl.method import LAWS, Broadcast, Method, Traffic, Update
     from fedhl.methods import METHODS, get_method

@@ -12,8 +12,8 @@ from typing import Any
 def lazy(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package whose public names live elsewhere: name -> module. A module that
-    is given as its own home is itself the value, as `lora` in `{"lora": "fedhl.lora"}`."""
+    """`__getattr__` and `__dir__` for a package whose public names live elsewhere: name -> module. A module
+    that is given as its own home is itself the value, as `lora` in `{"lora": "fedhl.lora"}`."""
     module = sys.modules[package]
 
     def get(name: str) -> Any:

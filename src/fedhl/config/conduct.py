@@ -25,8 +25,8 @@ class Participation(Strict):
     """Which clients take part in a round. They are drawn anew for every round, by the run's seed."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The share of the clients that take part, of which there is at least one. All clients take part if neither
-    `fraction` nor `count` is given."""
+    """The share of the clients that take part, of which there is at least one. All clients take part if
+    neither `fraction` nor `count` is given."""
     count: PositiveInt | None = None
     """The number of clients that take part."""
     stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -61,7 +61,8 @@ class Participation(Strict):
 
 
 class ChannelConfig(Strict):
-    """Over-the-air computation: the signals of all clients add up on their way, and the receiver adds noise."""
+    """Over-the-air computation: the signals of all clients add up on their way, and the receiver adds
+    noise."""
 
     kind: Literal["air"]
     snr_db: Annotated[float, Field(allow_inf_nan=False)]
@@ -136,8 +137,8 @@ class PrivacyConfig(Strict):
     """Scale the change of a client, over all layers and the head together, down to this norm if it is
     larger."""
     noise: PositiveFloat
-    """The noise multiplier: the standard deviation of the noise, in units of the most that one client can move
-    the sum."""
+    """The noise multiplier: the standard deviation of the noise, in units of the most that one client can
+    move the sum."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """The δ for which ε is reported. It should be well below 1 / (number of clients)."""
 
@@ -192,9 +193,9 @@ class EvaluationConfig(Strict):
     batch_size: PositiveInt = 64
     """The number of rows per forward pass."""
     client_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The share of each client's rows that the client evaluates on and never trains on; the mean and the worst
-    over the clients are reported. The default is 0.1 if the server has no rows (`data.held_out: null`) and
-    there is no `privacy`, and 0 otherwise."""
+    """The share of each client's rows that the client evaluates on and never trains on; the mean and the
+    worst over the clients are reported. The default is 0.1 if the server has no rows (`data.held_out: null`)
+    and there is no `privacy`, and 0 otherwise."""
 
 
 class ComputeConfig(Strict):
@@ -206,21 +207,21 @@ class ComputeConfig(Strict):
     """The precision of forward passes. With bfloat16 they run under autocast, and the weights keep their
     type."""
     threads: PositiveInt | None = None
-    """The number of CPU threads; null: what PyTorch chooses. Two runs are bit for bit the same only with the same
-    number of threads."""
+    """The number of CPU threads; null: what PyTorch chooses. Two runs are bit for bit the same only with the
+    same number of threads."""
 
 
 class TasksConfig(Strict):
-    """New labels arrive over time: the rounds are divided among tasks, one after the other. A task trains on the
-    rows of its own labels, and these labels compete only with each other; the head's rows for all other
+    """New labels arrive over time: the rounds are divided among tasks, one after the other. A task trains on
+    the rows of its own labels, and these labels compete only with each other; the head's rows for all other
     labels stay as they are. The schedule of the learning rate begins anew with each task."""
 
     count: Annotated[int, Field(ge=2)] | None = None
     """The number of tasks. The labels are split among them as equally as possible, in an order drawn by the
     run's seed."""
     groups: list[list[Any]] | None = None
-    """Instead of `count`, the labels of each task: `[[cat, dog], [fern, oak]]`. A task has at least two labels,
-    and every label is in one task."""
+    """Instead of `count`, the labels of each task: `[[cat, dog], [fern, oak]]`. A task has at least two
+    labels, and every label is in one task."""
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -264,8 +265,8 @@ class FederationConfig(Strict):
     minimum: PositiveInt = 1
     """The number of clients that must be connected for a later round to begin."""
     top_rank: PositiveInt = 256
-    """The largest rank that a client with its own data and its own rank may have. Clients of a larger rank are
-    refused, since all other clients would bear the cost."""
+    """The largest rank that a client with its own data and its own rank may have. Clients of a larger rank
+    are refused, since all other clients would bear the cost."""
     deadline: PositiveFloat = 3600.0
     """The number of seconds that a round waits for its clients. After that it goes on without the missing
     clients."""

@@ -148,7 +148,8 @@ class LoRAConfig(Strict):
     """The adapters: which modules have one, of which rank, and how adapters start."""
 
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """The names of the modules that get an adapter, e.g. [q_proj, v_proj]; `all-linear`: all linear layers."""
+    """The names of the modules that get an adapter, e.g. [q_proj, v_proj]; `all-linear`: all linear
+    layers."""
     ranks: RankRule = OneRank(8)
     """One rank for all clients; a list with a rank per client, in the order of the clients' ids as text;
     `{shares: {4: 0.6, 64: 0.4}}` to draw the ranks; or `{clients: {asyncio: 4}, default: 8}` by client id."""
@@ -204,7 +205,7 @@ class LoRAConfig(Strict):
                     "expected ranks of at least 1: one for all, a list, {shares: {rank: share, ...}} or "
                     f"{{clients: {{id: rank}}, default: rank}}, got {rank!r}"
                 )
-        return RankList(value) if isinstance(value, list) else OneRank(value)
+        return (RankList if isinstance(value, list) else OneRank).model_validate(value)
 
     def alpha_of(self, rank: int) -> float:
         if isinstance(self.alpha, str):

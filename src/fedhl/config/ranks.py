@@ -59,7 +59,8 @@ class RankShares(Strict):
     """Ranks that are drawn for the clients by the run's seed: `{shares: {4: 0.6, 64: 0.4}}`."""
 
     shares: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
-    """Each rank with the share of the clients that get it, to the nearest client. Shares need not sum to 1."""
+    """Each rank with the share of the clients that get it, to the nearest client. Shares need not sum to
+    1."""
 
     @property
     def named(self) -> list[int]:
@@ -98,9 +99,7 @@ class RankByClient(Strict):
         """Raises UserError for a client that has no rank."""
         rank = self.clients.get(client, self.default)
         if rank is None:
-            raise UserError(
-                f"lora.ranks: client {client!r} has no rank; name it or give a default"
-            )
+            raise UserError(f"lora.ranks: client {client!r} has no rank; name it or give a default")
         return rank
 
     def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:

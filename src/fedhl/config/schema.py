@@ -32,15 +32,15 @@ from fedhl.config.inputs import (
 from fedhl.config.named import MethodConfig, Strict, WeightingConfig, named
 
 DRAFT = {"draft": True}
-"""The validation context of a config whose method and weighting are known by name only: their classes, and torch
-with them, are not imported. Such a config is good for a first look, and never for a run."""
+"""The validation context of a config whose method and weighting are known by name only: their classes, and
+torch with them, are not imported. Such a config is good for a first look, and never for a run."""
 
 
 class Config(Strict):
     """Everything that decides a run. `fedhl check CONFIG` shows what a config amounts to.
 
-    It is checked in two steps: first by itself, and if nothing is wrong, with the classes of the method and the
-    weighting, which complete their hyperparameters.
+    It is checked in two steps: first by itself, and if nothing is wrong, with the classes of the method and
+    the weighting, which complete their hyperparameters.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -60,8 +60,8 @@ class Config(Strict):
     """How the updates are combined and what the clients are sent, by name or as `{name: fedsvd, period: 4}`.
     [Which method to choose](methods.md#which-one)."""
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
-    """How the clients are weighted, by name or as `{name: balanced, lam: 0.1}`; null: as in the method's paper
-    (`fedhl methods` shows how). [Which weighting to choose](methods.md#weights)."""
+    """How the clients are weighted, by name or as `{name: balanced, lam: 0.1}`; null: as in the method's
+    paper (`fedhl methods` shows how). [Which weighting to choose](methods.md#weights)."""
     rounds: PositiveInt = 10
     """The number of times that the server and the clients exchange adapters."""
     tasks: TasksConfig | None = None

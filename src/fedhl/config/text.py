@@ -53,8 +53,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, draft: bool = Fals
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and in which a key that
-    is given twice is an error."""
+    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and in which a key
+    that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -156,7 +156,9 @@ def explain_one(item: dict[str, Any]) -> str:
     message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
     message = message[0].lower() + message[1:]
     got = item.get("input")
-    if item["type"] == "value_error" and not location:  # a rule of the whole config names its field itself
+    if (
+        item["type"] == "value_error" and not location
+    ):  # a rule of the whole config names its field itself
         return message
     if item["type"] == "value_error" or isinstance(got, dict):
         return f"{field}: {message}"

@@ -1,5 +1,5 @@
-"""What shows before the model is loaded: the rows, the clients and their ranks. No tensor is needed for it, so
-that a mistake is told at once."""
+"""What shows before the model is loaded: the rows, the clients and their ranks. No tensor is needed for it,
+so that a mistake is told at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Examined = tuple[shards.Shards, dict[str, int]]
 
 
 def examine(config: Config) -> Examined:
-    """The rows and the ranks of the clients. Raises UserError for a mistake in the data, and for a setting that
-    does not fit these clients."""
+    """The rows and the ranks of the clients. Raises UserError for a mistake in the data, and for a setting
+    that does not fit these clients."""
     data = shards.read(config)
     clients = list(data.clients)
     ranks = config.lora.ranks.assign(clients, config.seed)

@@ -19,7 +19,6 @@ from fedhl.report.files import (
     read_run,
 )
 from fedhl.report.html import metric_text, percent, seconds, size
-from fedhl.report.page import page
 from fedhl.report.tasks import matrix
 
 if TYPE_CHECKING:
@@ -34,7 +33,10 @@ def write_report(run: Path) -> Path:
     Raises UserError when metrics.jsonl is missing, or when it or summary.json is malformed; an incomplete
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
-    text = page(read_run(run))
+    read = read_run(run)
+    from fedhl.report.page import page  # imports matplotlib, which the table does without
+
+    text = page(read)
     write_text(run / "report.html", text)
     return run / "report.html"
 

@@ -11,6 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["resume_run", "start_run"]
 
-__getattr__, __dir__ = lazy(
-    __name__, dict.fromkeys(("resume_run", "start_run"), "fedhl.run.loop")
-)
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(("resume_run", "start_run"), "fedhl.run.loop"))
