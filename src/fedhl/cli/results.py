@@ -38,10 +38,10 @@ def evaluate(
 ) -> None:
     """Evaluate a run again: the full-rank update, and its truncation to every rank of a client."""
     with friendly(), watching(quiet=False) as watcher:
+        which = parse_round(round)
         from fedhl.data.locate import locate
         from fedhl.run.folder import refuse_other
 
-        which = parse_round(round)
         refuse_other(run)
         if data is not None:
             locate(data)
@@ -68,14 +68,14 @@ def export(
 ) -> None:
     """Write what a run has learned: a PEFT adapter of any rank, or the merged model, with a model card."""
     with friendly(), watching(quiet=False) as watcher:
-        from fedhl.run.folder import refuse_other
-
         if (rank is None) != merged:
             raise UserError(
                 "give either --rank R, for an adapter, or --merged, for the whole model"
             )
         check_rank(rank)
         which = parse_round(round)
+        from fedhl.run.folder import refuse_other
+
         refuse_other(run)
         from fedhl.run.delivery import export_run
 
@@ -119,10 +119,10 @@ def merge(
     another.
     """
     with friendly():
-        from fedhl.export.fetch import adapter_folder
-
         given = parse_weights(weights)
         check_rank(rank)
+        from fedhl.export.fetch import adapter_folder
+
         for adapter in adapters:
             adapter_folder(adapter)
         from fedhl.export import merge_folders

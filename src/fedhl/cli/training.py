@@ -38,10 +38,11 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
     """
     with friendly(), watching(quiet=False) as watcher:
         from fedhl.config import load_config
+
+        draft = load_config(config, set or (), draft=True)
         from fedhl.data.locate import locate
         from fedhl.federation.examine import examine
 
-        draft = load_config(config, set or (), draft=True)
         locate(draft.model.source)
         examined = examine(draft)
         from fedhl.federation.prepare import prepare
@@ -73,15 +74,17 @@ def run(
     """
     with friendly():
         from fedhl.config import load_config
-        from fedhl.data.locate import locate
-        from fedhl.federation.examine import examine
-        from fedhl.run.folder import refuse_taken
 
         draft = load_config(config, set or (), draft=True)
+        from fedhl.run.folder import refuse_taken
+
         folder = out or Path("runs") / draft.name
         refuse_taken(folder)
     with friendly(folder, ray), watching(quiet) as watcher:
         if ray is None:
+            from fedhl.data.locate import locate
+            from fedhl.federation.examine import examine
+
             locate(draft.model.source)
             examined = examine(draft)
             from fedhl.run import start_run
@@ -205,11 +208,12 @@ def compare(
     same for all methods.
     """
     with friendly():
-        from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
         from fedhl.config import load_config
 
         overrides = [*([f"weighting={weighting}"] if weighting else []), *(set or ())]
         load_config(config, overrides, draft=True)
+        from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
+
         variants, numbers = parse_variants(methods), parse_numbers("--seeds", seeds, int)
         grid = parse_numbers("--rates", rates, float) if rates else []
         for text in variants:

@@ -18,13 +18,13 @@ from fedhl.report.files import (
     num,
     read_run,
 )
-from fedhl.report.html import metric_text, percent, seconds, size
-from fedhl.report.tasks import matrix
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["final_table", "write_report"]
+
+# What imports matplotlib is imported in the functions: a folder that is no run is refused without it.
 
 
 def write_report(run: Path) -> Path:
@@ -34,10 +34,9 @@ def write_report(run: Path) -> Path:
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
     read = read_run(run)
-    from fedhl.report.page import page  # imports matplotlib, which the table does without
+    from fedhl.report.page import page
 
-    text = page(read)
-    write_text(run / "report.html", text)
+    write_text(run / "report.html", page(read))
     return run / "report.html"
 
 
@@ -45,10 +44,13 @@ def final_table(run: Path) -> Table:
     """Round 0, the last of each task, the best and the last evaluated round, with bytes and seconds up
     to each; for tasks also the mean accuracy over those so far, and in the end what was forgotten.
     """
+    read = read_run(run)
     from rich.table import Table
     from rich.text import Text
 
-    read = read_run(run)
+    from fedhl.report.html import metric_text, percent, seconds, size
+    from fedhl.report.tasks import matrix
+
     result = Table(title=Text(read.name), title_justify="left")
     kinds = headline_kinds(read)
     for header in (
