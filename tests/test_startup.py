@@ -70,7 +70,8 @@ MISTAKES = {
     NEW + "task.kind=translation": "task.kind: unknown kind 'translation'",
     NEW + "method=fedlh": "method: unknown method 'fedlh'; did you mean 'fedhl'?",
     NEW + "weighting=unifrom": "weighting: unknown weighting 'unifrom'; did you mean 'uniform'?",
-    NEW + "privacy={clip:\xa01,noise:\xa01}": "privacy: with weighting 'truncation' one client",
+    NEW
+    + "privacy={clip:\xa01,noise:\xa01}": "privacy: weighting 'truncation' would let one client",
     # the run folder
     "run tiny.yaml": "runs/tiny exists already",
     "resume nowhere": "nowhere is not a run folder",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Participation(Strict):
-    """Which clients take part in a round. They are drawn anew for every round, by the run's seed."""
+    """Which clients take part in a round. The clients are drawn anew for every round, by the run's seed."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The share of the clients that take part, of which there is at least one. All clients take part if
-    neither `fraction` nor `count` is given."""
+    """The share of the clients that take part, at least one client. All clients take part if neither
+    `fraction` nor `count` is given."""
     count: PositiveInt | None = None
     """The number of clients that take part."""
     stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -61,8 +61,7 @@ class Participation(Strict):
 
 
 class ChannelConfig(Strict):
-    """Over-the-air computation: the signals of all clients add up on their way, and the receiver adds
-    noise."""
+    """Over-the-air computation: the signals of all clients add up on the way, and the receiver adds noise."""
 
     kind: Literal["air"]
     snr_db: Annotated[float, Field(allow_inf_nan=False)]
@@ -95,11 +94,11 @@ class MedianRule(Strict):
 
 
 class TrimmedRule(Strict):
-    """Refuse the clients that move furthest, whether they are honest or not."""
+    """Refuse the clients that move furthest, whether these clients are honest or not."""
 
     kind: Literal["trimmed"]
     share: Annotated[float, Field(gt=0, lt=1)]
-    """The share of the clients that arrived which is refused, rounded down."""
+    """This share of the clients that arrived is refused, rounded down to whole clients."""
 
     def build(self) -> Trimmed:
         from fedhl.server.robust import Trimmed
@@ -204,8 +203,8 @@ class ComputeConfig(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """The device; auto: the first of cuda, mps and cpu that this machine has."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """The precision of forward passes. With bfloat16 they run under autocast, and the weights keep their
-    type."""
+    """The precision of forward passes. With bfloat16, forward passes run under autocast, and the weights
+    keep their type."""
     threads: PositiveInt | None = None
     """The number of CPU threads; null: what PyTorch chooses. Two runs are bit for bit the same only with the
     same number of threads."""

@@ -117,7 +117,7 @@ class IIDPartition(Strict):
 
     kind: Literal["iid"]
     clients: PositiveInt
-    """The number of clients. They share the rows equally and at random. Their ids are client-0, client-1,
+    """The number of clients, which share the rows equally and at random. Their ids are client-0, client-1,
     ...; with more than ten clients, client-00, client-01, ..."""
 
 

@@ -124,7 +124,7 @@ class Config(Strict):
             return self
         if self.weighting is not None and self.weighting.name != "uniform":
             raise ValueError(
-                f"privacy: with weighting {self.weighting.name!r} one client could change the weights of "
+                f"privacy: weighting {self.weighting.name!r} would let one client change the weights of "
                 "other clients; leave the weighting out, or use weighting: uniform"
             )
         for name, given in (
