@@ -65,7 +65,7 @@ bench: .venv/installed ## time the server step; writes benchmarks/results/server
 
 docs: .venv/installed ## write the generated parts of docs/ anew
 	$(BIN)/python tests/test_method_docs.py --write
-	$(BIN)/python tests/test_docs.py --write
+	$(BIN)/python tools/docs.py
 
 clean: ## remove .venv, build and caches; runs stay
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis

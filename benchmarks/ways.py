@@ -161,7 +161,7 @@ def measure(
             print(way, json.dumps(found[way][-1]), flush=True)
     return {
         "clients": len(clients),
-        "ranks": config.lora.ranks,
+        "ranks": config.lora.model_dump()["ranks"],
         "steps": config.training.steps,
         "threads": config.compute.threads,
         "largest_state_difference": 0.0,

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedhl import LAWS, METHODS, WEIGHTINGS
-from fedhl.cli import commands
+from fedhl.cli.app import app
 from fedhl.method import Reference, Traffic
 from fedhl.methods.catalogue import (
     COHORT,
@@ -287,7 +287,7 @@ def test_ideas_are_shown_as_written():
 
 
 def methods(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(commands.app, ["methods", *arguments])
+    done = CliRunner().invoke(app, ["methods", *arguments])
     return done.exit_code, done.output
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,38 @@ def test_help_and_version(bad: Path) -> None:
         assert command in overview
         done = fedhl(bad, command, "--help")
         assert done.code == 0 and "Usage: fedhl " + command in done.out
+
+
+# --- completion in the shell --------------------------------------------------------------------
+
+
+def completed(folder: Path, line: str, variable: str = "complete_bash") -> list[str]:
+    """What `python -m fedhl` answers when bash asks it to complete this line."""
+    asked = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_FEDHL_COMPLETE": variable}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedhl"],
+        cwd=folder,
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_methods_and_run_folders(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/one/config.yaml").touch()
+    assert completed(tmp_path, "fedhl re") == ["resume", "report"]
+    assert completed(tmp_path, "fedhl methods fedh") == ["fedhera", "fedhl"]
+    assert completed(tmp_path, "fedhl methods bal") == ["balanced"]
+    assert completed(tmp_path, "fedhl resume ") == ["runs/one"]
+    assert completed(tmp_path, "fedhl compare c.yaml --methods fedit,fedhl") == ["fedit,fedhl"]
+    assert completed(tmp_path, "fedhl compare c.yaml --weighting un") == ["uniform"]
+
+
+def test_the_shell_completes_file_names_by_itself(tmp_path: Path) -> None:
+    assert completed(tmp_path, "fedhl run ") == []
+    script = " ".join(completed(tmp_path, "", "source_bash"))
+    assert "complete -o default -F _fedhl_completion fedhl" in script

@@ -20,6 +20,7 @@ from fedhl.compare import compare
 from fedhl.compare.study import Study, choose, difference, tell_of_others
 from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
 from fedhl.config import Config, load_config
+from fedhl.config.ranks import RankShares
 from fedhl.errors import UserError
 from fedhl.record import read_metrics, read_summary
 from fedhl.report.compare import comparison_tables, read_comparison, write_comparison
@@ -115,7 +116,7 @@ def test_a_variant_is_a_method_with_settings_of_its_own(project: Path) -> None:
     base = load_config(project / "tiny.yaml")
     config = third.config(base, 7, "training.learning_rate=1e-05")
     assert (config.seed, config.method.name) == (7, "flexlora")
-    assert config.lora.ranks == {"shares": {2: 1.0, 4: 1.0}}
+    assert config.lora.ranks == RankShares(shares={2: 1.0, 4: 1.0})
     assert config.training.learning_rate == 1e-5
     assert config.lora.targets == base.lora.targets and config.weighting == base.weighting
     assert parse_variant("my.module:Mine").folder == "my.module-Mine"

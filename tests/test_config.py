@@ -16,7 +16,7 @@ from tiny import causal, classification, merged
 from fedhl.config import Config, dump_config, load_config
 from fedhl.config.conduct import Participation, TrainingConfig
 from fedhl.config.inputs import LoRAConfig
-from fedhl.config.ranks import assign_ranks
+from fedhl.config.ranks import RankByClient
 from fedhl.errors import UserError
 
 
@@ -43,7 +43,7 @@ def models(kind: Any) -> set[type[BaseModel]]:
 def test_every_setting_is_explained() -> None:
     found = models(Config)
     assert len(found) > 12
-    chosen = {"kind", "name"}  # by which the class is chosen, which explains itself
+    chosen = {"kind", "name", "root"}  # the class of these explains itself
     for model in found:
         for name, field in model.model_fields.items():
             grouped = models(field.annotation)
@@ -110,7 +110,7 @@ def test_overrides_change_nest_and_create(tmp_path: Path) -> None:
         "model.source=some=where",
     )
     assert config.training.steps == 20
-    assert config.lora.ranks == {"clients": {"client-0": 2}, "default": 1}
+    assert config.lora.ranks == RankByClient(clients={"client-0": 2}, default=1)
     assert config.method.name == "fedit"
     assert config.weighting_used.hyperparameters == {"power": 1, "epsilon": 0.5, "share": None}
     assert config.data.held_out is not None and config.data.held_out.count == 7
@@ -265,7 +265,7 @@ CLIENTS = [f"client-{k}" for k in range(5)]
 
 
 def ranks(rule: Any, clients: list[str] = CLIENTS, seed: int = 0) -> dict[str, int]:
-    return assign_ranks(LoRAConfig(ranks=rule), clients, seed)
+    return LoRAConfig.model_validate({"ranks": rule}).ranks.assign(clients, seed)
 
 
 def test_ranks_by_every_rule() -> None:

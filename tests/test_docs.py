@@ -1,118 +1,68 @@
-"""README and docs say what is so: examples run, links lead somewhere, the config reference is complete.
-
-`python tests/test_docs.py --write` writes docs/config.md anew.
-"""
+"""README and docs say what is so: examples run, links lead somewhere, the config reference is complete."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from pydantic import Field, PositiveInt
 
+import docs
 from fedhl.config import Config, load_config
+from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-INTRODUCTION = """# Configuration
-
-A run is one YAML file. Unknown keys are errors; `--set key.sub=value` on the command line changes any key.
-`fedhl check` shows what a config amounts to. Required keys have no default. `make docs` writes this page from
-the code.
-"""
-
-
-def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every group of settings below `model`, with the key that leads there, in order."""
-    yield path, model
-    for name, field in model.model_fields.items():
-        key = f"{path}.{name}" if path else name
-        for member in members(field.annotation):
-            yield from sections(member, key)
-
-
-def members(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation] if annotation.model_fields.keys() != {"name"} else []
-    return [member for part in get_args(annotation) for member in members(part)]
-
-
-def type_name(annotation: Any) -> str:
-    """A type as a user would say it."""
-    text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
-    choices = re.findall(r"Literal\[([^\]]*)\]", text)
-    if choices:
-        text = " or ".join(choice.replace("'", "").replace(", ", " / ") for choice in choices)
-        return text + (" or a list" if "list" in str(annotation) else "")
-    if members(annotation):
-        return "see below"
-    if text.startswith("dict"):
-        return "mapping"
-    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true / false"}
-    found = [
-        names[kind] for kind in ("bool", "int", "float", "str") if re.search(rf"\b{kind}\b", text)
-    ]
-    found += [word for kind, word in (("list", "list"), ("dict", "mapping")) if kind in text]
-    return " or ".join(found) or "name, or {name: ..., its hyperparameters}"
-
-
-def default(model: type[BaseModel], name: str) -> str:
-    field = model.model_fields[name]
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        value = value.model_dump(
-            exclude_none=True, exclude_defaults="name" not in value.model_dump()
-        )
-        return f"`{value.get('name', value) or 'as below'}`".replace("`as below`", "as below")
-    return (
-        f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
-    )
-
-
-def meaning(field: FieldInfo) -> str:
-    """The help of a setting; of a group without one, that of its section."""
-    (section, *others) = members(field.annotation) or [None]
-    inherited = section.__doc__ if section is not None and not others else None
-    return " ".join((field.description or inherited or "").split()).replace("|", "\\|")
-
-
-def config_page() -> str:
-    lines = [INTRODUCTION]
-    for path, model in sections(Config):
-        kind = model.model_fields.get("kind")
-        title = path or "top level"
-        if kind is not None:
-            title += f" (kind: {get_args(kind.annotation)[0]})"
-        lines.append(f"## {title}\n")
-        if model.__doc__ and model.__doc__ != BaseModel.__doc__ and path:
-            lines.append(f"{model.__doc__.strip()}\n")
-        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-        for name, field in model.model_fields.items():
-            lines.append(
-                f"| `{name}` | {type_name(field.annotation)} | {default(model, name)} | {meaning(field)} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+# --- the config reference -----------------------------------------------------------------------
 
 
 def test_the_config_reference_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == config_page(), "write it anew: make docs"
+    assert page == docs.config_page(), "write it anew: make docs"
 
 
 def test_every_setting_is_explained() -> None:
-    for path, model in sections(Config):
+    for path, model in docs.sections(Config):
+        assert model.__doc__, f"{path} has no help"
         for name, field in model.model_fields.items():
-            assert meaning(field) or name == "kind", f"{path}.{name} has no help"
+            assert docs.meaning(field) or name == "kind", f"{path}.{name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "said"),
+    [
+        (bool, "true / false"),
+        (PositiveInt | None, "whole number"),
+        (Annotated[float, Field(gt=0)] | str, "number or text"),
+        (Literal["a", "b"] | list[str] | None, "a / b or list"),
+        (dict[str, Annotated[list[str], Field(min_length=1)]], "mapping"),
+        (TasksConfig | None, "settings below"),
+        (LoRAConfig.model_fields["ranks"].annotation, "whole number or list or settings below"),
+        (Config.model_fields["weighting"].annotation, "name, or {name: ..., its hyperparameters}"),
+    ],
+)
+def test_types_are_named_as_a_user_would(annotation: Any, said: str) -> None:
+    assert docs.type_name(annotation) == said
+
+
+def test_a_type_without_a_word_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no word for the type"):
+        docs.type_name(list[str] | bytes)
+
+
+def test_defaults_are_yaml() -> None:
+    fields = Config.model_fields | LoRAConfig.model_fields
+    found = {name: docs.default(field) for name, field in fields.items()}
+    assert found["data"] == "required" and found["training"] == "as below"
+    assert (found["ranks"], found["rslora"], found["start"]) == ("`8`", "`false`", "`null`")
+    assert (found["method"], found["participation"]) == ("`fedhl`", "`{fraction: 1.0}`")
+
+
+# --- the other pages ----------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -158,7 +108,3 @@ def test_the_config_of_the_readme_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
     assert load_config(tmp_path / "my.yaml").name == "my-run"
-
-
-if __name__ == "__main__" and "--write" in sys.argv:
-    (ROOT / "docs" / "config.md").write_text(config_page(), encoding="utf-8")

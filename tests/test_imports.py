@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ import fedhl
 SOURCE = Path(fedhl.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "seeds", "names", "files", "watch", "record"}),
-    frozenset({"lora", "subspace", "weighting", "method"}),
+    frozenset({"errors", "lazy", "seeds", "names", "files", "watch", "record"}),
+    frozenset({"lora", "subspace", "weighting", "weightings", "method"}),
     frozenset({"methods", "server", "shelf"}),
     frozenset({"config"}),
     frozenset({"data", "model"}),
@@ -33,7 +34,9 @@ LAYERS: tuple[frozenset[str], ...] = (
 """The parts of the source, from the ground up: modules and packages directly below fedhl."""
 BESIDE = frozenset({"report"})
 """Parts that import only from the ground floor, and that any layer may import."""
-TORCH_ALONE = frozenset({"seeds", "lora", "subspace", "weighting", "method", "methods"})
+TORCH_ALONE = frozenset(
+    {"lazy", "seeds", "lora", "subspace", "weighting", "weightings", "method", "methods"}
+)
 """Parts that import nothing from elsewhere but torch."""
 ONE_HOME = {"peft": "model", "flwr": "flower", "dp_accounting": "server.accounting"}
 """Third-party package -> the one part, or module, that may import it."""
@@ -196,9 +199,35 @@ def test_the_reader_sees_every_way_to_import():
     assert imported("from .loading import x", "fedhl.data", known) == {"fedhl.data.loading"}
 
 
-def test_import_fedhl_is_light():
-    """`import fedhl` brings torch and no other big library."""
-    heavy = ["transformers", "peft", "flwr", "datasets", "pydantic", "matplotlib", "typer", "rich"]
-    code = f"import sys, fedhl; print('torch' in sys.modules, set({heavy!r}) & set(sys.modules))"
+HEAVY = {
+    *("torch", "numpy", "transformers", "peft", "flwr", "datasets", "safetensors"),
+    *("pydantic", "matplotlib", "typer", "rich"),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "brought"),
+    [
+        ("import fedhl; fedhl.__version__, dir(fedhl), fedhl.__all__", set()),
+        ("import fedhl; 'fedhl' in fedhl.METHODS, list(fedhl.WEIGHTINGS)", set()),
+        ("from fedhl import LoRA", {"torch", "numpy"}),
+        ("import fedhl; fedhl.METHODS['fedhl'], fedhl.WEIGHTINGS['norm']", {"torch", "numpy"}),
+        ("from fedhl import *", {"torch", "numpy"}),
+    ],
+)
+def test_import_fedhl_is_light(code: str, brought: set[str]):
+    """`import fedhl` brings no big library; a public name brings torch (which brings NumPy) and no other."""
+    code += f"; import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "True set()"
+    assert run.stdout.strip() == str(sorted(brought))
+
+
+@pytest.mark.parametrize("name", ["fedhl", "fedhl.run", "fedhl.compare", "fedhl.export"])
+def test_lazy_names_are_there(name: str):
+    package = import_module(name)
+    for public in package.__all__:
+        assert getattr(package, public) is not None and public in dir(package)
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nonsense'"):
+        _ = package.nonsense
+    with pytest.raises(ImportError):
+        exec(f"from {name} import nonsense")

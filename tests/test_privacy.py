@@ -389,9 +389,9 @@ def test_which_methods_can_be_used() -> None:
     [
         ({"weighting": "examples"}, "privacy: weighting 'examples' would let one client"),
         ({"participation": {"stragglers": 0.1}}, "privacy: participation.stragglers cannot go"),
-        ({"channel": {"kind": "air", "snr_db": 3}}, "privacy: channel cannot go with it"),
-        ({"tasks": {"count": 2}, "task": LABELS}, "privacy: tasks cannot go with it"),
-        ({"robust": {"clip": 2.0}}, "privacy: robust cannot go with it"),
+        ({"channel": {"kind": "air", "snr_db": 3}}, "privacy: channel cannot go with privacy"),
+        ({"tasks": {"count": 2}, "task": LABELS}, "privacy: tasks cannot go with privacy"),
+        ({"robust": {"clip": 2.0}}, "privacy: robust cannot go with privacy"),
         ({"privacy": {"clip": 1.0, "noise": 0}}, "greater than 0"),
         ({"privacy": {"clip": 1.0, "noise": 1, "delta": 1}}, "less than 1"),
         ({"privacy": {"noise": 1.0}}, "Field required"),

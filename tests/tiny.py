@@ -201,7 +201,7 @@ def project(folder: Path) -> Path:
 # imported the libraries, because importing them takes longer than the whole run.
 
 PRELOADED = [
-    *("fedhl.cli", "fedhl.run", "fedhl.run.delivery", "fedhl.run.overview", "fedhl.export"),
+    *("fedhl.cli", "fedhl.run.loop", "fedhl.run.delivery", "fedhl.run.overview", "fedhl.export"),
     *("fedhl.report.plots", "matplotlib.pyplot", "torch._dynamo", "rich.progress"),
     *("transformers", "transformers.models.bert.modeling_bert"),
     *("transformers.models.llama.modeling_llama", "yaml"),
@@ -266,7 +266,7 @@ def _command(arguments: list[str], folder: str, output: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     sys.argv = ["fedhl", *arguments]
-    from fedhl.cli.commands import main
+    from fedhl.cli import main
 
     main()
 

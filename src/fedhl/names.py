@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 ALIKE = 0.5
-"""The least similarity, of 1, at which one name is taken for a slip of another."""
+"""The similarity, between 0 and 1, from which one name is taken for a slip of another."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The known names most like `name`, the nearest first; case counts little, and `-` is like `_`."""
+    """The known names that are most like `name`, the nearest first; upper and lower case are alike, and so
+    are `-` and `_`."""
 
     def plain(text: str) -> str:
         return text.lower().replace("-", "_")
@@ -23,7 +26,7 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
 
 
 def meant(name: str, known: Iterable[str], count: int = 1) -> str:
-    """` (did you mean 'x'?)`, to be put behind a name; "" where no known name is near."""
+    """` (did you mean 'x'?)`, to be put behind a name; "" if no known name is near."""
     close = nearest(name, known, count)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
@@ -38,19 +41,35 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 # --- what a name stands for ---------------------------------------------------------------------
 
 
+def imported(path: str) -> Any:
+    """What `package.module:Name` names. Raises ImportError or AttributeError if it is not there."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+class Table(UserDict[str, Any]):
+    """A dict of classes, each given as `package.module:Class` and imported when it is first asked for.
+    Iteration, `in` and `len` import nothing: a name can be refused before torch is there."""
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.data[name], str):
+            self.data[name] = imported(self.data[name])
+        return self.data[name]
+
+
 def build(
     kind: str, table: Mapping[str, type[Any]], name: str, hyperparameters: Mapping[str, Any]
 ) -> Any:
-    """`table[name](**hyperparameters)`. Raises ValueError for an unknown name, with the nearest, and for
-    hyperparameters that it does not have."""
+    """`table[name](**hyperparameters)`. Raises ValueError for an unknown name, suggesting the nearest, and
+    for a hyperparameter that the class does not have."""
     if name not in table:
         raise ValueError(unknown(kind, name, table))
     return construct(kind, name, table[name], hyperparameters)
 
 
 def construct(kind: str, name: str, cls: type[Any], hyperparameters: Mapping[str, Any]) -> Any:
-    """`cls(**hyperparameters)`, a dataclass. Raises ValueError for hyperparameters that it does not have, and
-    for values that it does not take."""
+    """`cls(**hyperparameters)`, a dataclass. Raises ValueError for a hyperparameter that the class does not
+    have, and for a value that it does not take."""
     known = [field.name for field in fields(cls)]
     surplus = sorted(set(hyperparameters) - set(known))
     if surplus:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(root: int, *path: str | int) -> int:
@@ -22,12 +24,16 @@ def derive(root: int, *path: str | int) -> int:
 
 def generator(root: int, *path: str | int) -> torch.Generator:
     """A CPU generator seeded with `derive(root, *path)`."""
+    import torch
+
     return torch.Generator().manual_seed(derive(root, *path))
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers from `seed` inside the block, the global state untouched after it."""
+    import torch
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedhl.names import build
+from fedhl.weightings import WEIGHTINGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,17 +319,6 @@ def moment_bounds(losses: Iterable[float], radius: float = 1.0) -> tuple[float, 
     if not math.isfinite(mean + spread):
         raise ValueError("moment_bounds: a loss is not finite, or too large to square twice")
     return max(0.0, mean - spread), mean + spread
-
-
-WEIGHTINGS: dict[str, type[Any]] = {
-    "uniform": Uniform,
-    "examples": Examples,
-    "truncation": Truncation,
-    "balanced": Balanced,
-    "norm": Norm,
-    "loss": Loss,
-    "generalization_bound": GeneralizationBound,
-}
 
 
 # What they share

@@ -17,9 +17,9 @@ from typing import Any
 
 from fedhl.compare.variants import Variant, parse_variant
 from fedhl.config import Config
-from fedhl.config.inputs import LoRAConfig
 from fedhl.errors import UserError
-from fedhl.federation.prepare import examine
+from fedhl.federation.examine import examine
+from fedhl.federation.prepare import check_config
 from fedhl.files import write_text
 from fedhl.record import read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
@@ -138,7 +138,7 @@ def refuse_twins(option: str, given: Sequence[Any]) -> None:
 
 def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
     """Raises UserError for a method of one rank on mixed ones, with the variant that would do."""
-    ranks = named_ranks(config.lora)
+    ranks = config.lora.ranks.named
     if not config.method.build().mixed_ranks and len(set(ranks)) > 1:
         shown = ", ".join(str(rank) for rank in sorted(set(ranks)))
         raise UserError(
@@ -146,18 +146,6 @@ def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
             f"has {shown}; give the variant a rank of its own: "
             f"{variant.text}@lora.ranks={median_low(ranks)}"
         )
-
-
-def named_ranks(config: LoRAConfig) -> list[int]:
-    """Every rank that `lora.ranks` gives to somebody."""
-    rule = config.ranks
-    if isinstance(rule, int):
-        return [rule]
-    if isinstance(rule, dict) and "shares" in rule:
-        return list(rule["shares"])
-    if isinstance(rule, dict):
-        return [*rule["clients"].values(), *([rule["default"]] if rule["default"] else [])]
-    return rule
 
 
 def refuse_own_rate(variant: Variant) -> None:
@@ -172,6 +160,7 @@ def refuse_own_rate(variant: Variant) -> None:
 def examined(variant: Variant, config: Config) -> None:
     """Raises UserError for what shows without the model, naming the variant."""
     try:
+        check_config(config)
         examine(config)
     except UserError as error:
         raise UserError(f"--methods {variant.text}: {error}") from None

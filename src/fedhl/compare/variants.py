@@ -13,6 +13,7 @@ from fedhl.config import Config
 from fedhl.config.text import explain, set_value
 from fedhl.errors import UserError
 from fedhl.methods import METHODS
+from fedhl.names import unknown
 
 Number = TypeVar("Number", int, float)
 
@@ -84,7 +85,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def parse_variant(text: str) -> Variant:
-    """NAME@KEY=VALUE@KEY=VALUE. Raises UserError if it is malformed."""
+    """NAME@KEY=VALUE@KEY=VALUE. Raises UserError if it is malformed, or if there is no such method."""
     name, *changes = (part.strip() for part in split(text, "@"))
     for change in changes:
         key, equals, _ = change.partition("=")
@@ -102,11 +103,13 @@ def parse_variant(text: str) -> Variant:
     variant = Variant(text, name, tuple(changes))
     if not variant.folder:
         raise UserError(f"--methods {text!r}: expected the name of a method; see `fedhl methods`")
+    if name not in METHODS and ":" not in name:
+        raise UserError(f"--methods {text}: method: {unknown('method', name, METHODS)}")
     return variant
 
 
 def hyperparameters(method: str) -> set[str]:
-    """The names of a method's settings; none of an unknown method, which is refused later."""
+    """The names of a method's settings; none if there is no such method."""
     return {field.name for field in fields(METHODS[method])} if method in METHODS else set()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -16,21 +16,26 @@ from pydantic import (
 )
 
 from fedhl.config.named import Strict
-from fedhl.server.robust import Guard, Median, Trimmed
+
+if TYPE_CHECKING:
+    from fedhl.server.robust import Guard, Median, Trimmed
 
 
 class Participation(Strict):
-    """Which clients take part in a round, drawn anew by the run's seed."""
+    """Which clients take part in a round. The clients are drawn anew for every round, by the run's seed."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """This share of the clients, at least one; all of them unless this or `count` is given."""
+    """The share of the clients that take part, at least one client. All clients take part if neither
+    `fraction` nor `count` is given."""
     count: PositiveInt | None = None
-    """So many clients."""
+    """The number of clients that take part."""
     stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Chance that a client is slow in a round and trains only its last layers, down to a depth drawn
-    anew; each layer is averaged over those who returned it, bias-corrected."""
+    """The probability that a client is slow in a round. A slow client trains only its last layers, down to a
+    depth that is drawn anew; each layer is averaged over the clients that returned it, and the bias of that
+    is corrected."""
     layers: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
-    """Clients that train only some layers, by parts of their names: `{client-3: [layer.4, layer.5]}`."""
+    """Clients that train only some layers, which are given by parts of the layers' names:
+    `{client-3: [layer.4, layer.5]}`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,7 +51,7 @@ class Participation(Strict):
         return self
 
     def rate(self, clients: int) -> float:
-        """The probability that one of so many clients takes part in a round."""
+        """The probability that a client takes part in a round, of this number of clients."""
         return min(1.0, self.count / clients) if self.count is not None else self.fraction or 1.0
 
     def size(self, clients: int) -> int:
@@ -56,53 +61,59 @@ class Participation(Strict):
 
 
 class ChannelConfig(Strict):
-    """Over-the-air computation: signals of all clients add up on the way, with the receiver's noise."""
+    """Over-the-air computation: the signals of all clients add up on the way, and the receiver adds noise."""
 
     kind: Literal["air"]
     snr_db: Annotated[float, Field(allow_inf_nan=False)]
-    """Signal-to-noise ratio, in decibels, of a client that transmits at power 1."""
+    """The signal-to-noise ratio, in decibels, of a client that transmits at power 1."""
     power: PositiveFloat = 1.0
-    """The limit on each client's mean power per number; the weakest decides for all."""
+    """The limit on each client's mean power per number. The client whose limit is reached first decides for
+    all clients."""
 
 
 class WireConfig(Strict):
     """What travels between the server and its clients."""
 
     payload: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    """The type of adapters on the wire, both ways; runs in one process round as the wire does. int8 has one
-    step for each component of each factor. The head always travels as float32."""
+    """The type in which adapters travel, in both directions. A run in one process rounds numbers in the same
+    way. int8 has one step size for each component of each factor. The head always travels as float32."""
 
 
 class MedianRule(Strict):
-    """Refuse clients who move much further than the others of the round."""
+    """Refuse the clients that move much further than the other clients of the round."""
 
     kind: Literal["median"]
     factor: Annotated[float, Field(ge=1)] = 5.0
-    """Refuse who moves more than so many times the median of those who arrived."""
+    """Refuse a client whose change is more than this factor times the median change of the clients that
+    arrived."""
 
     def build(self) -> Median:
+        from fedhl.server.robust import Median
+
         return Median(self.factor)
 
 
 class TrimmedRule(Strict):
-    """Refuse the clients who move furthest, honest or not."""
+    """Refuse the clients that move furthest, whether these clients are honest or not."""
 
     kind: Literal["trimmed"]
     share: Annotated[float, Field(gt=0, lt=1)]
-    """Refuse this share of those who arrived, rounded down."""
+    """This share of the clients that arrived is refused, rounded down to whole clients."""
 
     def build(self) -> Trimmed:
+        from fedhl.server.robust import Trimmed
+
         return Trimmed(self.share)
 
 
 class RobustConfig(Strict):
-    """What becomes of clients who move too far, by the norm of the change of their products, over all
-    layers, and of their head. No privacy comes of it."""
+    """What happens to clients that move too far. How far a client moves is the norm of the change of its
+    products, over all layers, and of its head together. This rule gives no privacy."""
 
     clip: PositiveFloat | None = None
-    """Scale the change of each client down to this norm; null: do not clip."""
+    """Scale the change of a client down to this norm if it is larger; null: do not clip."""
     reject: Annotated[MedianRule | TrimmedRule, Field(discriminator="kind")] | None = None
-    """Refuse clients, before the others are clipped; null: none."""
+    """Refuse some clients, before the other clients are clipped; null: refuse none."""
 
     @model_validator(mode="after")
     def one_rule(self) -> RobustConfig:
@@ -111,43 +122,48 @@ class RobustConfig(Strict):
         return self
 
     def build(self) -> Guard:
+        from fedhl.server.robust import Guard
+
         return Guard(self.clip, self.reject and self.reject.build())
 
 
 class PrivacyConfig(Strict):
-    """Client-level differential privacy of all that leaves the server: docs/privacy.md says what that
-    protects. In a round every client takes part with the probability q that `participation` gives, on
-    its own, and counts for 1/(q N) of N; clients are weighted alike."""
+    """Client-level differential privacy of everything that leaves the server; docs/privacy.md says what that
+    protects. Each of the N clients takes part in a round independently, with the probability q that
+    `participation` gives, and counts with the weight 1/(q N): all clients are weighted alike."""
 
     clip: PositiveFloat
-    """Scale the change of each client, over all layers and the head, down to this norm."""
+    """Scale the change of a client, over all layers and the head together, down to this norm if it is
+    larger."""
     noise: PositiveFloat
-    """The noise multiplier: the standard deviation of the noise, in units of what one client can move."""
+    """The noise multiplier: the standard deviation of the noise, in units of the most that one client can
+    move the sum."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """The δ at which ε is reported; well below 1 over the number of clients."""
+    """The δ for which ε is reported. It should be well below 1 / (number of clients)."""
 
 
 class TrainingConfig(Strict):
     """What a client does in one round."""
 
     steps: PositiveInt | None = None
-    """Optimizer steps per round, in place of `epochs`."""
+    """The number of optimizer steps per round, instead of `epochs`."""
     epochs: PositiveFloat | None = None
-    """Passes over the client's rows per round, 1 unless given; may be a fraction."""
+    """The number of passes over the client's rows per round, which may be a fraction. If neither `steps` nor
+    `epochs` is given, there is one pass."""
     batch_size: PositiveInt = 16
-    """Rows per optimizer step."""
+    """The number of rows per optimizer step."""
     accumulation: PositiveInt = 1
-    """Split each batch into so many parts to save memory."""
+    """The number of parts into which each batch is split, to save memory."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """A fresh optimizer starts every client round."""
+    """The optimizer of a client. Its state begins anew in every round."""
     learning_rate: PositiveFloat = 1e-3
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over the whole run, across rounds."""
+    """How the learning rate falls from the first round of the run to the last."""
     warmup_rounds: NonNegativeInt = 0
-    """The learning rate rises linearly over so many rounds first."""
+    """The number of rounds at the start in which the learning rate rises linearly to its peak."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay on the adapter and the head."""
+    """Decoupled weight decay of the adapter and the head."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm; null: do not clip."""
 
@@ -162,44 +178,49 @@ class TrainingConfig(Strict):
         return self
 
     def steps_for(self, examples: int) -> int:
-        """Optimizer steps of one round on so many rows."""
+        """The number of optimizer steps in one round on this number of rows."""
         if self.steps is not None:
             return self.steps
         return max(1, math.ceil((self.epochs or 1.0) * examples / min(self.batch_size, examples)))
 
 
 class EvaluationConfig(Strict):
-    """When the global model is evaluated, and on what beside the server's rows."""
+    """When the global model is evaluated, and on which rows besides those of the server."""
 
     every: PositiveInt = 1
-    """Evaluate after every so many rounds (and always after the last)."""
+    """The number of rounds from one evaluation to the next. The last round is always evaluated."""
     batch_size: PositiveInt = 64
-    """Rows per forward pass."""
+    """The number of rows per forward pass."""
     client_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each client's rows that it never trains on, to report the mean and the worst client. Unless
-    given, 0.1 where the server has no rows (`data.held_out: null`) and without privacy, else 0."""
+    """The share of each client's rows that the client evaluates on and never trains on; the mean and the
+    worst over the clients are reported. The default is 0.1 if the server has no rows (`data.held_out: null`)
+    and there is no `privacy`, and 0 otherwise."""
 
 
 class ComputeConfig(Strict):
-    """Where and how precisely to compute."""
+    """Which device computes, and in which precision."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """The device; auto: the first of cuda, mps and cpu that this machine has."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: forward passes run under autocast; the weights stay as they are."""
+    """The precision of forward passes. With bfloat16, forward passes run under autocast, and the weights
+    keep their type."""
     threads: PositiveInt | None = None
-    """CPU threads; results are reproducible for one number of threads."""
+    """The number of CPU threads; null: what PyTorch chooses. Two runs are bit for bit the same only with the
+    same number of threads."""
 
 
 class TasksConfig(Strict):
-    """New labels arrive over time: the rounds are shared out among tasks, one after the other. A task
-    trains on the rows of its own labels, which compete only with each other; the head's rows of other
-    labels stay as they are. The learning rate's schedule begins anew with each task."""
+    """New labels arrive over time: the rounds are divided among tasks, one after the other. A task trains on
+    the rows of its own labels, and these labels compete only with each other; the head's rows for all other
+    labels stay as they are. The schedule of the learning rate begins anew with each task."""
 
     count: Annotated[int, Field(ge=2)] | None = None
-    """Split the labels into so many tasks, as equal as possible, in an order drawn by the run's seed."""
+    """The number of tasks. The labels are split among them as equally as possible, in an order drawn by the
+    run's seed."""
     groups: list[list[Any]] | None = None
-    """Or the labels of each task, at least two, each label in one task: `[[cat, dog], [fern, oak]]`."""
+    """Instead of `count`, the labels of each task: `[[cat, dog], [fern, oak]]`. A task has at least two
+    labels, and every label is in one task."""
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -228,21 +249,23 @@ class TasksConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    """What stays on disk."""
+    """Which checkpoints stay on disk."""
 
     keep: Annotated[int, Field(ge=2)] = 2
-    """How many of the last checkpoints stay on disk, beside the best."""
+    """The number of the newest checkpoints that stay on disk. The best checkpoint stays in any case."""
 
 
 class FederationConfig(Strict):
-    """Clients on other machines (`fedhl serve`): whom the server waits for, and how long."""
+    """Clients on other machines (`fedhl serve`): which clients the server waits for, and for how long."""
 
     clients: PositiveInt | None = None
-    """The first round begins when so many clients have reported; null: as many as the partition makes, if
-    it says how many (by-column does not: then give it)."""
+    """The number of clients that must have reported before the first round begins; null: `partition.clients`.
+    A by-column partition does not say how many clients there are, and needs this number."""
     minimum: PositiveInt = 1
-    """Later rounds begin with at least so many clients there."""
+    """The number of clients that must be connected for a later round to begin."""
     top_rank: PositiveInt = 256
-    """A client that brings its own data and rank is refused with a larger one: it would cost the others."""
+    """The largest rank that a client with its own data and its own rank may have. Clients of a larger rank
+    are refused, since all other clients would bear the cost."""
     deadline: PositiveFloat = 3600.0
-    """Seconds that a round waits for its clients before it goes on without those that are missing."""
+    """The number of seconds that a round waits for its clients. After that it goes on without the missing
+    clients."""

@@ -8,27 +8,29 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fedhl.config.named import Strict
+from fedhl.config.ranks import OneRank, RankByClient, RankList, RankRule, RankShares
 
 
 class ModelConfig(Strict):
-    """The base model: frozen, the same for everyone."""
+    """The base model. It is frozen, and the same for every client."""
 
     source: str
     """A Hugging Face hub id, a local folder, a .gguf file, or `package:import_name/path/inside`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+    """The branch, tag or commit of a model on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """How the frozen base weights are stored; adapters are always float32."""
+    """The type in which the frozen base weights are stored. Adapters are always float32."""
     four_bit: bool = False
-    """Load the base in 4-bit NF4 through bitsandbytes (CUDA only)."""
+    """Load the base weights in 4-bit NF4 through bitsandbytes (CUDA only)."""
     gradient_checkpointing: bool = False
-    """Trade compute for memory in the backward pass."""
+    """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The base model's own dropout while training; null: as the checkpoint says. 0 is faster."""
+    """The dropout probability inside the base model during training; null: what the checkpoint says. 0 is the
+    fastest."""
 
 
 class ClassificationTask(Strict):
-    """One label per text; the classification head is trained whole, beside the adapters."""
+    """One label per text. The classification head is trained whole, beside the adapters."""
 
     kind: Literal["sequence-classification"]
     text: str = "text"
@@ -36,34 +38,35 @@ class ClassificationTask(Strict):
     label: str = "label"
     """The field that holds the label."""
     max_length: PositiveInt = 128
-    """Longer texts are cut to this many tokens."""
+    """Longer texts are cut to this number of tokens."""
 
 
 class CausalTask(Strict):
-    """A language model that learns completions of prompts, or the assistant's turns of chats."""
+    """A language model that learns completions of prompts, or the assistant's turns in chats."""
 
     kind: Literal["causal-lm"]
     prompt: str = "prompt"
-    """The field that holds the prompt; no loss is taken on it."""
+    """The field that holds the prompt. The loss does not count the prompt's tokens."""
     completion: str = "completion"
-    """The field that holds the completion; the loss is taken on its tokens only."""
+    """The field that holds the completion. The loss counts the completion's tokens only."""
     messages: str | None = None
-    """A field of chat messages [{role, content}, ...] to use in place of prompt and completion."""
+    """A field of chat messages [{role, content}, ...], to use instead of prompt and completion."""
     max_length: PositiveInt = 512
-    """Longer rows are cut to this many tokens."""
+    """Longer rows are cut to this number of tokens."""
 
 
 class HeldOut(Strict):
-    """Rows for evaluating the global model: another source, or a part of `data.source`."""
+    """The rows that the global model is evaluated on: a part of `data.source`, or another source."""
 
     source: str | None = None
-    """A file or hub id of its own."""
+    """A file or hub id for the held-out rows alone."""
     split: str | None = None
-    """The split of a hub data set."""
+    """A split of a data set on the hub."""
     count: PositiveInt | None = None
-    """So many rows (of `source`: the first so many)."""
+    """The number of held-out rows. From a source or split of its own the first rows are taken, otherwise
+    rows of `data.source` are drawn."""
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """This share of the rows of `data.source`."""
+    """The share of the rows of `data.source` that is held out."""
 
     @model_validator(mode="after")
     def one_rule(self) -> HeldOut:
@@ -72,7 +75,7 @@ class HeldOut(Strict):
                 raise ValueError("give exactly one of count, fraction, or a source")
         elif self.fraction is not None:
             raise ValueError(
-                "fraction is a share of data.source; with a source of its own give count"
+                "fraction is a share of data.source; beside a source or split, give count instead"
             )
         return self
 
@@ -81,20 +84,21 @@ class DataConfig(Strict):
     """The rows, and which of them the server keeps for evaluation."""
 
     source: str
-    """A .jsonl, .json, .csv, .tsv (all also .gz) or .parquet file, `package:import_name/path/inside`, or a
-    hub id (`owner/name`, `owner/name:configuration`)."""
+    """A .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet file, `package:import_name/path/inside`, or
+    a hub id (`owner/name`, `owner/name:configuration`)."""
     split: str | None = None
-    """The split of a hub data set (train unless given)."""
+    """The split of a data set on the hub; null: train."""
     where: dict[str, Any] = Field(default_factory=dict)
-    """Use only rows whose field has this value, or one of these: `{source: rotten_tomatoes}`. Also of the
-    files that clients bring; a source of its own in held_out is taken whole."""
+    """Use only the rows in which a field has this value, or one of these values:
+    `{source: rotten_tomatoes}`. The rule also selects among the rows that clients bring, but not among those
+    of `held_out.source`."""
     limit: PositiveInt | None = None
-    """Use so many rows, drawn at random by the run's seed."""
+    """Use this number of rows, drawn at random by the run's seed; null: use all rows."""
     held_out: HeldOut | None = HeldOut(fraction=0.1)
-    """Rows kept from the clients to evaluate the global model; null if the server has no data."""
+    """The rows that no client gets, to evaluate the global model on; null: the server has no rows."""
     validation: PositiveInt | None = None
-    """So many more rows of `data.source` kept from the clients: settings are chosen by these, so that
-    the held-out rows stay unseen."""
+    """The number of further rows of `data.source` that no client gets. Settings are chosen by these rows, so
+    that the held-out rows stay unseen; null: no such rows."""
 
     @field_validator("where")
     @classmethod
@@ -103,58 +107,61 @@ class DataConfig(Strict):
             values = wanted if isinstance(wanted, list) else [wanted]
             if not values or not all(isinstance(v, str | int | float) for v in values):
                 raise ValueError(
-                    f"expected a value of the field {field!r} or a list of them, got {wanted!r}"
+                    f"expected a value of the field {field!r}, or a list of such values, got {wanted!r}"
                 )
         return where
 
 
 class IIDPartition(Strict):
-    """Every client holds rows of the same kind."""
+    """All clients hold rows from the same distribution."""
 
     kind: Literal["iid"]
     clients: PositiveInt
-    """How many clients share the rows equally and at random: client-0, client-1, ..., or, of more than ten,
-    client-00, client-01, ..."""
+    """The number of clients, which share the rows equally and at random. Their ids are client-0, client-1,
+    ...; with more than ten clients, client-00, client-01, ..."""
 
 
 class DirichletPartition(Strict):
-    """Label skew: every client holds its own mixture of labels."""
+    """Label skew: every client holds a mixture of labels of its own."""
 
     kind: Literal["dirichlet"]
     clients: PositiveInt
-    """How many clients."""
+    """The number of clients."""
     alpha: PositiveFloat
-    """Skew: each label is spread over clients by Dirichlet(alpha); small is very uneven."""
+    """The skew. The rows of each label are spread over the clients by Dirichlet(alpha): a small alpha spreads
+    them very unevenly."""
     by: str | None = None
-    """The field whose values are spread unevenly; the label unless given."""
+    """The field whose values are spread unevenly; null: the label."""
     min_examples: PositiveInt = 1
-    """Redraw until every client has so many rows."""
+    """Draw the partition again until every client has at least this number of rows."""
 
 
 class ColumnPartition(Strict):
-    """Natural clients: a field says whose a row is."""
+    """Natural clients: a field says which client a row belongs to."""
 
     kind: Literal["by-column"]
     column: str
-    """One client for each value of this field, which is its id."""
+    """The field that holds the client's id. Each of its values makes one client."""
 
 
 class LoRAConfig(Strict):
-    """The adapters: where, how large, and how they start."""
+    """The adapters: which modules have one, of which rank, and how adapters start."""
 
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """Module names that get an adapter, e.g. [q_proj, v_proj], or all linear layers."""
-    ranks: PositiveInt | list[PositiveInt] | dict[str | int, Any] = 8
-    """One rank for all; a list with one per client (in the order of their ids as text); `{shares:
-    {4: 0.6, 64: 0.4}}` to draw them; or `{clients: {asyncio: 4}, default: 8}` by client id."""
+    """The names of the modules that get an adapter, e.g. [q_proj, v_proj]; `all-linear`: all linear
+    layers."""
+    ranks: RankRule = OneRank(8)
+    """One rank for all clients; a list with a rank per client, in the order of the clients' ids as text;
+    `{shares: {4: 0.6, 64: 0.4}}` to draw the ranks; or `{clients: {asyncio: 4}, default: 8}` by client id."""
     alpha: PositiveFloat | str = "2r"
-    """LoRA's alpha: a number, or proportional to the rank as in `2r`. The scale is alpha / rank."""
+    """LoRA's alpha: a number, or a multiple of the rank such as `2r`. The scale is alpha / rank."""
     rslora: bool = False
-    """Rank-stabilised: the scale is alpha / sqrt(rank)."""
+    """Rank-stabilised LoRA: the scale is alpha / sqrt(rank)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before A during training."""
+    """The dropout probability before A during training."""
     start: str | None = None
-    """Folder of a PEFT adapter to start from, of at most the largest rank."""
+    """The folder of a PEFT adapter to start from. Its rank is at most the largest of `ranks`; null: start
+    from a new adapter."""
 
     # Checked before pydantic, which would report a mistake once for every member of a union.
 
@@ -184,11 +191,13 @@ class LoRAConfig(Strict):
 
     @field_validator("ranks", mode="before")
     @classmethod
-    def rank_rule(cls, value: Any) -> Any:
+    def rank_rule(cls, value: Any) -> RankRule:
+        if isinstance(value, RankRule):
+            return value
         if isinstance(value, dict) and set(value) == {"shares"}:
-            return RankShares.model_validate(value).model_dump()
+            return RankShares.model_validate(value)
         if isinstance(value, dict) and "clients" in value and set(value) <= {"clients", "default"}:
-            return RankByClient.model_validate(value).model_dump()
+            return RankByClient.model_validate(value)
         ranks = value if isinstance(value, list) else [value]
         for rank in ranks:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -196,7 +205,7 @@ class LoRAConfig(Strict):
                     "expected ranks of at least 1: one for all, a list, {shares: {rank: share, ...}} or "
                     f"{{clients: {{id: rank}}, default: rank}}, got {rank!r}"
                 )
-        return value
+        return (RankList if isinstance(value, list) else OneRank).model_validate(value)
 
     def alpha_of(self, rank: int) -> float:
         if isinstance(self.alpha, str):
@@ -205,16 +214,3 @@ class LoRAConfig(Strict):
 
     def scale_of(self, rank: int) -> float:
         return self.alpha_of(rank) / (math.sqrt(rank) if self.rslora else rank)
-
-
-class RankShares(Strict):
-    """Ranks drawn for the clients, in these shares."""
-
-    shares: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
-
-
-class RankByClient(Strict):
-    """Ranks by client id, and one for all others."""
-
-    clients: dict[str, PositiveInt]
-    default: PositiveInt | None = None

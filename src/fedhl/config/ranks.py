@@ -1,50 +1,113 @@
-"""The rank of every client, by the rule of the config."""
+"""The rules by which `lora.ranks` gives every client its rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Annotated
 
-import torch
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel
 
-from fedhl.config.inputs import LoRAConfig
+from fedhl.config.named import Strict
 from fedhl.errors import UserError
 from fedhl.names import unknown
 from fedhl.seeds import generator
 
+# Every rule has `assign`, the rank of each of these clients; `named`, the ranks that occur in the rule; and
+# `rank_of`, the rank of one client, or None if that depends on who the others are.
 
-def assign_ranks(config: LoRAConfig, clients: Sequence[str], seed: int) -> dict[str, int]:
-    """The rank of every client. Raises UserError if the rule does not fit these clients."""
-    rule = config.ranks
-    if isinstance(rule, int):
-        return dict.fromkeys(clients, rule)
-    if isinstance(rule, list):
-        if len(rule) != len(clients):
+
+class OneRank(RootModel[PositiveInt]):
+    """The same rank for all clients: `8`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @property
+    def named(self) -> list[int]:
+        return [self.root]
+
+    def rank_of(self, client: str) -> int | None:
+        return self.root
+
+    def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:
+        return dict.fromkeys(clients, self.root)
+
+
+class RankList(RootModel[list[PositiveInt]]):
+    """A rank for each client, in the order of the clients' ids as text: `[4, 4, 8]`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @property
+    def named(self) -> list[int]:
+        return self.root
+
+    def rank_of(self, client: str) -> int | None:
+        return None
+
+    def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:
+        """Raises UserError unless there is one rank for each client."""
+        if len(self.root) != len(clients):
             raise UserError(
-                f"lora.ranks: the list has {len(rule)} ranks for {len(clients)} clients; give one per "
+                f"lora.ranks: the list has {len(self.root)} ranks for {len(clients)} clients; give one per "
                 f"client, one rank for all, or {{shares: {{4: 0.5, 16: 0.5}}}}"
             )
-        return dict(zip(clients, rule, strict=True))
-    if "shares" in rule:
-        return draw_ranks(rule["shares"], clients, seed)
-    by_client, default = rule["clients"], rule["default"]
-    for name in by_client:
-        if name not in clients:
-            raise UserError(f"lora.ranks.clients: {unknown('client', name, clients)}")
-    missing = [name for name in clients if name not in by_client]
-    if missing and default is None:
-        raise UserError(f"lora.ranks: client {missing[0]!r} has no rank; name it or give a default")
-    return {name: by_client.get(name, default) for name in clients}
+        return dict(zip(clients, self.root, strict=True))
 
 
-def draw_ranks(shares: Mapping[int, float], clients: Sequence[str], seed: int) -> dict[str, int]:
-    """Ranks in these shares of the clients, to the nearest client, in an order drawn by the seed."""
-    total = sum(shares.values())
-    quotas = {rank: share / total * len(clients) for rank, share in sorted(shares.items())}
-    counts = {rank: math.floor(quota) for rank, quota in quotas.items()}
-    by_remainder = sorted(quotas, key=lambda rank: counts[rank] - quotas[rank])
-    for rank in by_remainder[: len(clients) - sum(counts.values())]:
-        counts[rank] += 1
-    ranks = [rank for rank, count in counts.items() for _ in range(count)]
-    order = torch.randperm(len(ranks), generator=generator(seed, "ranks")).tolist()
-    return {name: ranks[k] for name, k in zip(clients, order, strict=True)}
+class RankShares(Strict):
+    """Ranks that are drawn for the clients by the run's seed: `{shares: {4: 0.6, 64: 0.4}}`."""
+
+    shares: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
+    """Each rank with the share of the clients that get it, to the nearest client. Shares need not sum to
+    1."""
+
+    @property
+    def named(self) -> list[int]:
+        return list(self.shares)
+
+    def rank_of(self, client: str) -> int | None:
+        return None
+
+    def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:
+        import torch
+
+        total = sum(self.shares.values())
+        quotas = {r: share / total * len(clients) for r, share in sorted(self.shares.items())}
+        counts = {rank: math.floor(quota) for rank, quota in quotas.items()}
+        by_remainder = sorted(quotas, key=lambda rank: counts[rank] - quotas[rank])
+        for rank in by_remainder[: len(clients) - sum(counts.values())]:
+            counts[rank] += 1
+        ranks = [rank for rank, count in counts.items() for _ in range(count)]
+        order = torch.randperm(len(ranks), generator=generator(seed, "ranks")).tolist()
+        return {name: ranks[k] for name, k in zip(clients, order, strict=True)}
+
+
+class RankByClient(Strict):
+    """Ranks by the ids of the clients: `{clients: {asyncio: 4}, default: 8}`."""
+
+    clients: dict[str, PositiveInt]
+    """The rank of each client that is named here."""
+    default: PositiveInt | None = None
+    """The rank of all other clients; null: every client must be named."""
+
+    @property
+    def named(self) -> list[int]:
+        return [*self.clients.values(), *([self.default] if self.default else [])]
+
+    def rank_of(self, client: str) -> int | None:
+        """Raises UserError for a client that has no rank."""
+        rank = self.clients.get(client, self.default)
+        if rank is None:
+            raise UserError(f"lora.ranks: client {client!r} has no rank; name it or give a default")
+        return rank
+
+    def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:
+        """Raises UserError for a rank of a client that does not exist, and for a client without a rank."""
+        for name in self.clients:
+            if name not in clients:
+                raise UserError(f"lora.ranks.clients: {unknown('client', name, clients)}")
+        return {name: rank for name in clients if (rank := self.rank_of(name))}
+
+
+RankRule = OneRank | RankList | RankShares | RankByClient

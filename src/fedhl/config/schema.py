@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
 from fedhl.config.conduct import (
     ChannelConfig,
@@ -30,45 +30,51 @@ from fedhl.config.inputs import (
     ModelConfig,
 )
 from fedhl.config.named import MethodConfig, Strict, WeightingConfig, named
-from fedhl.server.channel import sends_products
-from fedhl.server.privacy import why_not
+
+DRAFT = {"draft": True}
+"""The validation context of a config whose method and weighting are known by name only: their classes, and
+torch with them, are not imported. Such a config is good for a first look, and never for a run."""
 
 
 class Config(Strict):
-    """Everything that decides a run. `fedhl check CONFIG` shows what it amounts to."""
+    """Everything that decides a run. `fedhl check CONFIG` shows what a config amounts to.
+
+    It is checked in two steps: first by itself, and if nothing is wrong, with the classes of the method and
+    the weighting, which complete their hyperparameters.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The run's name, and its folder: runs/NAME."""
+    """The name of the run, which is also the name of its folder: runs/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """The root of every random draw."""
+    """The seed from which every random draw of the run follows."""
     model: ModelConfig
     task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
-    """What is learnt: the labels of texts, or completions."""
+    """What the model learns: the labels of texts, or completions of prompts."""
     data: DataConfig
     partition: Annotated[
         IIDPartition | DirichletPartition | ColumnPartition, Field(discriminator="kind")
     ]
-    """Which client has which rows: drawn (iid, dirichlet), or by a field (by-column)."""
+    """Which client has which rows: drawn at random (iid, dirichlet), or by a field (by-column)."""
     lora: LoRAConfig = LoRAConfig()
     method: Annotated[MethodConfig, BeforeValidator(named)] = MethodConfig(name="fedhl")
-    """How updates are combined and what is sent back, by name or as `{name: fedsvd, period: 4}`;
-    [which one](methods.md#which-one)."""
+    """How the updates are combined and what the clients are sent, by name or as `{name: fedsvd, period: 4}`.
+    [Which method to choose](methods.md#which-one)."""
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
-    """How clients are weighted, by name or as `{name: balanced, lam: 0.1}`; null: as the method's paper
-    does (`fedhl methods` shows it). [Which one](methods.md#weights)."""
+    """How the clients are weighted, by name or as `{name: balanced, lam: 0.1}`; null: as in the method's
+    paper (`fedhl methods` shows how). [Which weighting to choose](methods.md#weights)."""
     rounds: PositiveInt = 10
-    """How many times the server and the clients exchange adapters."""
+    """The number of times that the server and the clients exchange adapters."""
     tasks: TasksConfig | None = None
-    """Class-incremental: labels that arrive over time; null: all of them from the start."""
+    """Class-incremental learning: new labels arrive over time; null: all labels are there from the start."""
     participation: Participation = Participation(fraction=1.0)
     channel: ChannelConfig | None = None
-    """An analog channel that adds up what the clients transmit at once, for study; null: a digital
-    one, without noise."""
+    """An analog channel, for study, which adds up what the clients transmit at the same time; null: a digital
+    channel without noise."""
     wire: WireConfig = WireConfig()
     robust: RobustConfig | None = None
-    """Clip or refuse clients who move too far; null: all count as they are."""
+    """Clip or refuse clients that move too far; null: all clients count as they are."""
     privacy: PrivacyConfig | None = None
-    """Client-level differential privacy, with the extra `fedhl[dp]`; null: none."""
+    """Client-level differential privacy, which needs the extra `fedhl[dp]`; null: no privacy."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -81,7 +87,7 @@ class Config(Strict):
         data = raw.get("data") if isinstance(raw, dict) else None
         if not isinstance(data, dict) or data.get("held_out", "by default") is not None:
             return raw
-        if raw.get("privacy"):  # what clients report of themselves is not covered by it
+        if raw.get("privacy"):  # the noise does not cover what clients report of themselves
             return raw
         evaluation = raw.get("evaluation") or {}
         if not isinstance(evaluation, dict):
@@ -93,7 +99,7 @@ class Config(Strict):
         if self.channel is not None and self.wire.payload != "float32":
             raise ValueError(
                 f"wire.payload: an analog channel transmits the numbers themselves, not {self.wire.payload}; "
-                "leave out wire or channel"
+                "leave out either wire or channel"
             )
         return self
 
@@ -113,29 +119,13 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
-    def robust_method(self) -> Config:
-        if self.robust is None or self.robust.clip is None:
-            return self
-        if not sends_products(self.method.build()):
-            raise ValueError(
-                f"robust.clip: method {self.method.name!r} combines factors, and scaling those does not "
-                "scale their product; use method: fedhl or flexlora, or robust.reject, which goes with "
-                "any method"
-            )
-        return self
-
-    @model_validator(mode="after")
     def privacy_rules(self) -> Config:
         if self.privacy is None:
             return self
-        if reason := why_not(self.method.build()):
-            raise ValueError(
-                f"privacy: method {self.method.name!r} {reason}; use method: fedhl, fedhera or fed_plora"
-            )
         if self.weighting is not None and self.weighting.name != "uniform":
             raise ValueError(
                 f"privacy: weighting {self.weighting.name!r} would let one client change the weights of "
-                "others; leave it out, or use weighting: uniform"
+                "other clients; leave the weighting out, or use weighting: uniform"
             )
         for name, given in (
             ("participation.stragglers", self.participation.stragglers),
@@ -145,20 +135,51 @@ class Config(Strict):
         ):
             if given:
                 raise ValueError(
-                    f"privacy: {name} cannot go with it, since the bound on what one client can move "
+                    f"privacy: {name} cannot go with privacy, since the bound on what one client can move "
                     f"would not hold; leave {name} out"
                 )
         return self
 
+    @model_validator(mode="after")
+    def with_classes(self, info: ValidationInfo) -> Config:
+        """The second step, which needs the classes of the method and the weighting."""
+        if info.context == DRAFT:
+            return self
+        for name, value in (("method", self.method), ("weighting", self.weighting)):
+            if value is not None:
+                try:
+                    whole = value.completed()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                object.__setattr__(self, name, whole)  # frozen from here on
+        self.refuse_method()
+        return self
+
+    def refuse_method(self) -> None:
+        """Raises ValueError for settings that the method does not go with."""
+        from fedhl.server.channel import sends_products
+        from fedhl.server.privacy import why_not
+
+        method, name = self.method.build(), self.method.name
+        if self.robust and self.robust.clip is not None and not sends_products(method):
+            raise ValueError(
+                f"robust.clip: method {name!r} combines factors, and scaling the factors does not scale "
+                "their product; use method: fedhl or flexlora, or robust.reject, which goes with any method"
+            )
+        if self.privacy and (reason := why_not(method)):
+            raise ValueError(
+                f"privacy: method {name!r} {reason}; use method: fedhl, fedhera or fed_plora"
+            )
+
     @property
     def period(self) -> int:
-        """The rounds of one task; without tasks, of the whole run."""
+        """The number of rounds of one task; without tasks, of the whole run."""
         return self.rounds // self.tasks.number if self.tasks else self.rounds
 
     @property
     def weighting_used(self) -> WeightingConfig:
-        """The weighting that was named, or that of the method; with privacy, uniform."""
+        """The weighting that the config names, or else the method's own; with privacy, uniform."""
         if self.privacy is not None:
             return WeightingConfig(name="uniform")
         theirs = self.method.build().weighting
-        return self.weighting or WeightingConfig(name=theirs)
+        return self.weighting or WeightingConfig(name=theirs).completed()

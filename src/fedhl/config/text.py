@@ -19,13 +19,17 @@ from fedhl.config.inputs import (
     IIDPartition,
 )
 from fedhl.config.named import Strict, named
-from fedhl.config.schema import Config
+from fedhl.config.schema import DRAFT, Config
 from fedhl.errors import UserError
 from fedhl.names import unknown
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with `a.b=value` overrides. Raises UserError, naming the field."""
+def load_config(path: Path, overrides: Sequence[str] = (), *, draft: bool = False) -> Config:
+    """The config in a YAML file, with `a.b=value` overrides. Raises UserError, naming the field.
+
+    `draft`: only what can be checked without the classes of the method and the weighting, which import torch;
+    for a first look, and never for a run.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -43,14 +47,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         set_value(raw, override)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(raw, context=DRAFT if draft else None)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and a key that
-    is given twice an error."""
+    """YAML in which `1e-3` is a number, as everybody expects (YAML 1.1 reads a string), and in which a key
+    that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -101,7 +105,7 @@ def set_value(raw: dict[str, Any], override: str) -> None:
             child = {"name": "fedhl"}
         if child is None and depth == 0 and part == "weighting":
             raise UserError(
-                f"--set {override!r}: say which weighting has this setting: "
+                f"--set {override!r}: name the weighting that has this setting: "
                 f"weighting={{name: NAME, {last}: {text}}}"
             )
         if child is None:
@@ -134,6 +138,7 @@ def explain(error: ValidationError) -> str:
 
 
 def explain_one(item: dict[str, Any]) -> str:
+    """The line of one mistake."""
     unsaid = {"[key]", *(kind for name in KINDS for kind in kinds(name))}
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
@@ -151,6 +156,10 @@ def explain_one(item: dict[str, Any]) -> str:
     message = re.sub(r"a valid dictionary or instance of \w+", "a group of settings", message)
     message = message[0].lower() + message[1:]
     got = item.get("input")
+    if (
+        item["type"] == "value_error" and not location
+    ):  # a rule of the whole config names its field itself
+        return message
     if item["type"] == "value_error" or isinstance(got, dict):
         return f"{field}: {message}"
     return f"{field}: {message}, got {got!r}"
@@ -177,6 +186,7 @@ def siblings(location: tuple[int | str, ...]) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
+    """The YAML of a config, with every setting and the weighting that is used."""
     data = config.model_dump(mode="json")
     data["weighting"] = config.weighting_used.model_dump(mode="json")
     return yaml.dump(data, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)

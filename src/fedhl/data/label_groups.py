@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-
 from fedhl.seeds import generator
 
 Accuracy = Sequence[Sequence[float]]
@@ -19,6 +17,8 @@ Accuracy = Sequence[Sequence[float]]
 
 def split_labels(labels: int, count: int, seed: int) -> list[list[int]]:
     """Label ids in `count` groups whose sizes differ by one at most, in an order drawn by the seed."""
+    import torch
+
     order = torch.randperm(labels, generator=generator(seed, "tasks")).tolist()
     edges = [k * labels // count for k in range(count + 1)]
     return [sorted(order[a:b]) for a, b in pairwise(edges)]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedhl import __version__
 from fedhl import lora as algebra
-from fedhl.data.locate import locate
 from fedhl.errors import UserError
 from fedhl.export.cards import front_matter
+from fedhl.export.fetch import adapter_folder
 from fedhl.export.folders import _publish
 from fedhl.lora import LoRA
 from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
@@ -88,7 +88,7 @@ def merge_folders(
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
-    parts = [load_adapter(_adapter_folder(folder)) for folder in folders]
+    parts = [load_adapter(adapter_folder(folder)) for folder in folders]
     if not parts:
         raise UserError("no adapters to merge; name at least one adapter folder")
     used = list(weights) if weights is not None else [1.0] * len(parts)
@@ -141,23 +141,6 @@ def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
-
-
-def _adapter_folder(source: str) -> Path:
-    """The folder of an adapter; one on the hub is downloaded first."""
-    path = locate(source)
-    if path is not None:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["adapter_*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"no adapter folder {source!r} here, and it cannot be fetched from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
 
 
 def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:

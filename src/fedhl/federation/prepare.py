@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from fedhl.config import Config
-from fedhl.config.ranks import assign_ranks
 from fedhl.data import shards
 from fedhl.errors import UserError
+from fedhl.federation.examine import Examined, examine, refuse_strangers
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
-from fedhl.names import unknown
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
@@ -127,21 +126,6 @@ def mechanism(config: Config, clients: int) -> Mechanism | None:
     return Mechanism(config.privacy.clip, config.privacy.noise, rate, clients, secret)
 
 
-def examine(config: Config) -> tuple[shards.Shards, dict[str, int]]:
-    """The rows and the ranks of the clients. Raises UserError for all that shows without the model."""
-    check_config(config)
-    data = shards.read(config)
-    clients = list(data.clients)
-    ranks = assign_ranks(config.lora, clients, config.seed)
-    if (config.participation.count or 0) > len(ranks):
-        raise UserError(
-            f"participation.count: {config.participation.count} clients a round, but there are only "
-            f"{len(ranks)}; lower it, or leave participation out for all"
-        )
-    refuse_strangers(config, clients)
-    return data, ranks
-
-
 def check_config(config: Config) -> None:
     """Raises UserError for what shows before any row is read: an extra that is not installed, or a
     method whose results nobody could evaluate."""
@@ -167,16 +151,15 @@ def clients_keep(config: Config) -> bool:
     return bool(method.broadcast(state, 1, 1.0).keep)
 
 
-def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
-    """Raises UserError if participation.layers names a client that is not one of these."""
-    for name in config.participation.layers:
-        if name not in clients:
-            raise UserError(f"participation.layers: {unknown('client', name, clients)}")
+def prepare(
+    config: Config, watcher: Watcher = SILENT, examined: Examined | None = None
+) -> Prepared:
+    """Read the data, load the model, attach the adapters. Raises UserError before any training.
 
-
-def prepare(config: Config, watcher: Watcher = SILENT) -> Prepared:
-    """Read the data, load the model, attach the adapters. Raises UserError before any training."""
-    data, ranks = examine(config)
+    `examined`: the rows and ranks, if they have been read already.
+    """
+    check_config(config)
+    data, ranks = examined or examine(config)
     watcher.say(f"{len(data.rows):,} rows for {len(ranks)} clients; loading {config.model.source}")
     return assemble(config, data, ranks, watcher)
 

@@ -44,8 +44,8 @@ from fedhl.model.loading import tokenizer_hash
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary
-from fedhl.run.folder import alone, load_run_config, networked
-from fedhl.run.loop import begin, go_on, refuse_taken
+from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
+from fedhl.run.loop import begin, go_on
 from fedhl.server import Client, Reply, ServerState
 from fedhl.watch import Watcher
 

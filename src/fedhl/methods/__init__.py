@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedhl.method import Method
-from fedhl.methods.fed_plora import FedPLoRA
-from fedhl.methods.fedex_lora import FedExLoRA
-from fedhl.methods.fedhera import FedHera
-from fedhl.methods.fedhl import FedHL
-from fedhl.methods.fedit import FedIT
-from fedhl.methods.fedsa_lora import FedSALoRA
-from fedhl.methods.fedsvd import FedSVD
-from fedhl.methods.ffa_lora import FFALoRA
-from fedhl.methods.flexlora import FlexLoRA
-from fedhl.methods.flora import FLoRA
-from fedhl.methods.flora_na import FLoRANA
-from fedhl.methods.florist import FLoRIST
-from fedhl.methods.fslora import FSLoRA
-from fedhl.methods.hetlora import HetLoRA
-from fedhl.methods.hlora import HLoRA
-from fedhl.methods.lora_a2 import LoRAA2
-from fedhl.methods.lora_fair import LoRAFAIR
-from fedhl.methods.rac_lora import RACLoRA
-from fedhl.methods.raflora import RaFLoRA
-from fedhl.methods.rbla import RBLA
-from fedhl.methods.rolora import RoLoRA
-from fedhl.methods.sd_lora import SDLoRA
-from fedhl.names import build, construct
+from fedhl.names import Table, build, construct, imported
 
-METHODS: dict[str, type[Any]] = {
-    "fed_plora": FedPLoRA,
-    "fedex_lora": FedExLoRA,
-    "fedhera": FedHera,
-    "fedhl": FedHL,
-    "fedit": FedIT,
-    "fedsa_lora": FedSALoRA,
-    "fedsvd": FedSVD,
-    "ffa_lora": FFALoRA,
-    "flexlora": FlexLoRA,
-    "flora": FLoRA,
-    "flora_na": FLoRANA,
-    "florist": FLoRIST,
-    "fslora": FSLoRA,
-    "hetlora": HetLoRA,
-    "hlora": HLoRA,
-    "lora_a2": LoRAA2,
-    "lora_fair": LoRAFAIR,
-    "rac_lora": RACLoRA,
-    "raflora": RaFLoRA,
-    "rbla": RBLA,
-    "rolora": RoLoRA,
-    "sd_lora": SDLoRA,
-}
+if TYPE_CHECKING:
+    from fedhl.method import Method
 
+METHODS = Table(
+    {
+        "fed_plora": "fedhl.methods.fed_plora:FedPLoRA",
+        "fedex_lora": "fedhl.methods.fedex_lora:FedExLoRA",
+        "fedhera": "fedhl.methods.fedhera:FedHera",
+        "fedhl": "fedhl.methods.fedhl:FedHL",
+        "fedit": "fedhl.methods.fedit:FedIT",
+        "fedsa_lora": "fedhl.methods.fedsa_lora:FedSALoRA",
+        "fedsvd": "fedhl.methods.fedsvd:FedSVD",
+        "ffa_lora": "fedhl.methods.ffa_lora:FFALoRA",
+        "flexlora": "fedhl.methods.flexlora:FlexLoRA",
+        "flora": "fedhl.methods.flora:FLoRA",
+        "flora_na": "fedhl.methods.flora_na:FLoRANA",
+        "florist": "fedhl.methods.florist:FLoRIST",
+        "fslora": "fedhl.methods.fslora:FSLoRA",
+        "hetlora": "fedhl.methods.hetlora:HetLoRA",
+        "hlora": "fedhl.methods.hlora:HLoRA",
+        "lora_a2": "fedhl.methods.lora_a2:LoRAA2",
+        "lora_fair": "fedhl.methods.lora_fair:LoRAFAIR",
+        "rac_lora": "fedhl.methods.rac_lora:RACLoRA",
+        "raflora": "fedhl.methods.raflora:RaFLoRA",
+        "rbla": "fedhl.methods.rbla:RBLA",
+        "rolora": "fedhl.methods.rolora:RoLoRA",
+        "sd_lora": "fedhl.methods.sd_lora:SDLoRA",
+    }
+)
+"""Name -> class. A class is imported when it is first asked for: a name can be refused without torch."""
 
 CONTRACT = (
     "mixed_ranks",
@@ -80,9 +61,8 @@ def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
     """
     if ":" not in name:
         return build("method", METHODS, name, hyperparameters)
-    module, _, attribute = name.partition(":")
     try:
-        cls = getattr(import_module(module), attribute)
+        cls = imported(name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"method {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and is_dataclass(cls)):

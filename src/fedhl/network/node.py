@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhl.config import Config
-from fedhl.config.ranks import assign_ranks
 from fedhl.data import shards
 from fedhl.errors import UserError
+from fedhl.federation.examine import examine
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, measure, train_client
-from fedhl.federation.prepare import examine, load_federation
+from fedhl.federation.prepare import check_config, load_federation
 from fedhl.files import cache, file_name, write_bytes
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
@@ -210,7 +210,9 @@ def partition(config: Config) -> tuple[shards.Shards, dict[str, int]]:
 
 @lru_cache(maxsize=1)
 def _partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
-    return examine(Config.model_validate_json(config))
+    read = Config.model_validate_json(config)
+    check_config(read)
+    return examine(read)
 
 
 def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
@@ -253,16 +255,13 @@ def unquoted(node: Node) -> Iterator[None]:
 
 def rank_of(config: Config, client: str) -> int:
     """The rank of a client with its own data, where the config knows it without knowing the others."""
-    rule = config.lora.ranks
-    if isinstance(rule, list) or (isinstance(rule, dict) and "shares" in rule):
+    rank = config.lora.ranks.rank_of(client)
+    if rank is None:
         raise UserError(
             f"node config: lora.ranks is a rule for all clients together; give client {client!r} a rank "
             "of its own, e.g. --node-config 'rank=8'"
         )
-    if isinstance(rule, dict):
-        rule = {**rule, "clients": {k: v for k, v in rule["clients"].items() if k == client}}
-    lora = config.lora.model_copy(update={"ranks": rule})
-    return assign_ranks(lora, [client], config.seed)[client]
+    return rank
 
 
 def own_config(config: Config, node: Node) -> Config:

@@ -19,15 +19,13 @@ from fedhl.report.files import (
     num,
     read_run,
 )
-from fedhl.report.format import metric_text, percent, seconds
-from fedhl.report.run_page import run_page
-from fedhl.report.statistics import mean_accuracy
-from fedhl.report.tasks import matrix
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["final_table", "write_report"]
+
+# What imports matplotlib is imported in the functions: a folder that is no run is refused without it.
 
 
 def write_report(run: Path) -> Path:
@@ -36,7 +34,10 @@ def write_report(run: Path) -> Path:
     Raises UserError when metrics.jsonl is missing, or when it or summary.json is malformed; an incomplete
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
-    write_text(run / "report.html", run_page(read_run(run)))
+    read = read_run(run)
+    from fedhl.report.run_page import run_page
+
+    write_text(run / "report.html", run_page(read))
     return run / "report.html"
 
 
@@ -44,10 +45,14 @@ def final_table(run: Path) -> Table:
     """Round 0, the last of each task, the best and the last evaluated round, with bytes and seconds up
     to each; for tasks also the mean accuracy over those so far, and in the end what was forgotten.
     """
+    read = read_run(run)
     from rich.table import Table
     from rich.text import Text
 
-    read = read_run(run)
+    from fedhl.report.format import metric_text, percent, seconds
+    from fedhl.report.statistics import mean_accuracy
+    from fedhl.report.tasks import matrix
+
     result = Table(title=Text(read.name), title_justify="left")
     kinds = headline_kinds(read)
     for header in (

@@ -39,7 +39,7 @@ def export_run(
     to load it. Raises UserError, e.g. if `out` is not empty or the round was not kept.
     """
     if rank is not None and rank < 1:
-        raise UserError(f"--rank must be at least 1, got {rank}")
+        raise UserError(f"rank must be at least 1, got {rank}")
     config, summary = load_run_config(run), read_summary(run)
     # names and shapes of the base are all that is needed of it: any machine will do
     model = config.model.model_copy(update={"four_bit": False})

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -19,15 +19,36 @@ from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.files import write_text
 from fedhl.record import read_metrics, read_summary, rounds_in
-from fedhl.run import checkpoint
-from fedhl.server import ServerState
 from fedhl.watch import SILENT, Watcher
+
+if TYPE_CHECKING:
+    from fedhl.server import ServerState
+
+
+def refuse_other(folder: Path) -> None:
+    """Raises UserError unless this is a run folder."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raises UserError unless a new run can have this folder."""
+    if (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
+            "folder with --out"
+        )
+    # what a run that was killed at its very start may have left
+    torn = {".config.yaml.partial"}
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - torn):
+        raise UserError(
+            f"{folder} exists already and is not a run; choose another folder with --out"
+        )
 
 
 def load_run_config(folder: Path) -> Config:
     """The config of a run folder. Raises UserError if it is not one."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    refuse_other(folder)
     return load_config(folder / "config.yaml")
 
 
@@ -42,6 +63,8 @@ def load_checkpoint(
     A corrupt newest checkpoint is named, and the one before it is used. Raises UserError if there is
     none that serves, naming those that are there.
     """
+    from fedhl.run import checkpoint  # imports torch, which the rest of this file does without
+
     rounds = rounds_in(folder / "state")
     if which == "last":
         for round, path in rounds.items():

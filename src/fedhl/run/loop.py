@@ -12,6 +12,7 @@ from fedhl import server
 from fedhl.config import Config, dump_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, run_round
+from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
 from fedhl.files import append_line, write_text
@@ -25,6 +26,7 @@ from fedhl.run.folder import (
     load_checkpoint,
     load_run_config,
     networked,
+    refuse_taken,
     secret_of,
     uninterrupted,
     writing,
@@ -35,10 +37,15 @@ from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
 
 
-def start_run(config: Config, folder: Path, watcher: Watcher = SILENT) -> None:
-    """Run from the first round into a new folder. Raises UserError if there is a run already."""
+def start_run(
+    config: Config, folder: Path, watcher: Watcher = SILENT, examined: Examined | None = None
+) -> None:
+    """Run from the first round into a new folder. Raises UserError if there is a run already.
+
+    `examined`: the rows and ranks, if they have been read already.
+    """
     refuse_taken(folder)
-    begin(prepare(config, watcher), folder, watcher)
+    begin(prepare(config, watcher, examined), folder, watcher)
 
 
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
@@ -51,21 +58,6 @@ def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
         )
     with alone(folder):
         go_on(prepare(config, watcher), folder, watcher)
-
-
-def refuse_taken(folder: Path) -> None:
-    """Raises UserError unless a new run can have this folder."""
-    if (folder / "config.yaml").exists():
-        raise UserError(
-            f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
-            "folder with --out"
-        )
-    # what a run that was killed at its very start may have left
-    torn = {".config.yaml.partial"}
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - torn):
-        raise UserError(
-            f"{folder} exists already and is not a run; choose another folder with --out"
-        )
 
 
 def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:

@@ -1,0 +1,168 @@
+"""Commands for what a run has learned: report, eval, export; and merge, for adapters from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedhl.cli.app import Round, RunFolder, friendly, stdout, watching
+from fedhl.errors import UserError
+
+commands = typer.Typer()
+PANEL = "Use the results"
+
+
+@commands.command(rich_help_panel=PANEL)
+def report(run: RunFolder) -> None:
+    """Write report.html of a run again, whether the run is finished or not, and print its final numbers."""
+    with friendly():
+        from fedhl.report import final_table, write_report
+
+        path = write_report(run)
+        stdout().print(final_table(run))
+        stdout().print(f"report: {path}", markup=False)
+
+
+@commands.command(name="eval", rich_help_panel=PANEL)
+def evaluate(
+    run: RunFolder,
+    round: Round = "last",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="SOURCE", help="Other rows than those that the run has held out."
+        ),
+    ] = None,
+) -> None:
+    """Evaluate a run again: the full-rank update, and its truncation to every rank of a client."""
+    with friendly(), watching(quiet=False) as watcher:
+        which = parse_round(round)
+        from fedhl.data.locate import locate
+        from fedhl.run.folder import refuse_other
+
+        refuse_other(run)
+        if data is not None:
+            locate(data)
+        from fedhl.run.delivery import evaluate_run
+
+        table = evaluate_run(run, which, data, watcher)
+        stdout().print(table)
+
+
+@commands.command(rich_help_panel=PANEL)
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Write a PEFT adapter of this rank.")
+    ] = None,
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged", help="Write the whole model, with the full-rank update merged into it."
+        ),
+    ] = False,
+    round: Round = "last",
+) -> None:
+    """Write what a run has learned: a PEFT adapter of any rank, or the merged model, with a model card."""
+    with friendly(), watching(quiet=False) as watcher:
+        if (rank is None) != merged:
+            raise UserError(
+                "give either --rank R, for an adapter, or --merged, for the whole model"
+            )
+        check_rank(rank)
+        which = parse_round(round)
+        from fedhl.run.folder import refuse_other
+
+        refuse_other(run)
+        from fedhl.run.delivery import export_run
+
+        for line in export_run(run, out, rank, which, watcher):
+            watcher.say(line)
+
+
+@commands.command(rich_help_panel=PANEL)
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders of any ranks and alphas."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The folder for the merged adapter.")
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W,...",
+            help="A weight for each adapter. Default: equal weights.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", help="Write the best approximation of this rank. Default: the exact sum."
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Divide the weights by their sum.")
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge adapters even if their base models differ.")
+    ] = False,
+) -> None:
+    """Merge PEFT adapters of any ranks and alphas into exactly `Σ w s B A`, the mean of their updates.
+
+    The mean of the factors A and B would be something else: it mixes the B of one client with the A of
+    another.
+    """
+    with friendly():
+        given = parse_weights(weights)
+        check_rank(rank)
+        from fedhl.export.fetch import adapter_folder
+
+        for adapter in adapters:
+            adapter_folder(adapter)
+        from fedhl.export import merge_folders
+
+        result = merge_folders(adapters, given, rank, out, normalize=normalize, force=force)
+        ranks = sorted(set(result.ranks.values()))
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        console = stdout()
+        for folder, weight in zip(adapters, result.weights, strict=True):
+            console.print(f"{weight:.4f}  {folder}", markup=False)
+        console.print(
+            f"merged {len(result.ranks)} layers at rank {shown} into {out}; truncation lost "
+            f"{100 * result.error:.3g}% of the squared norm",
+            markup=False,
+        )
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        if result.errors[worst] > 0:
+            console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)
+
+
+def check_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank must be at least 1, got {rank}")
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {text!r}: expected numbers with commas, e.g. 0.5,0.3,0.2"
+        ) from None
+
+
+def parse_round(text: str) -> Any:
+    """best, last, or a round's number."""
+    if text in ("best", "last"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise UserError(f"--round {text!r}: expected best, last or the number of a kept round")

@@ -1,0 +1,259 @@
+"""Commands that train: check, run, resume, serve, compare."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedhl.cli.app import (
+    ConfigFile,
+    NewRunFolder,
+    Overrides,
+    Quiet,
+    Ray,
+    RunFolder,
+    friendly,
+    method_names,
+    stdout,
+    watching,
+    weighting_names,
+)
+from fedhl.errors import UserError
+
+commands = typer.Typer()
+PANEL = "Train"
+
+
+@commands.command(rich_help_panel=PANEL)
+def check(config: ConfigFile, set: Overrides = None) -> None:
+    """Show what a config amounts to, before anything is trained.
+
+    The data is read and the model is loaded, so that every mistake shows now. Printed are the clients and
+    their rows, the parameters that are trained at each rank, the bytes per client and round, and the memory
+    needed.
+    """
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl.config import load_config
+
+        draft = load_config(config, set or (), draft=True)
+        from fedhl.data.locate import locate
+        from fedhl.federation.examine import examine
+
+        locate(draft.model.source)
+        examined = examine(draft)
+        from fedhl.federation.prepare import prepare
+        from fedhl.run import overview
+
+        prepared = prepare(load_config(config, set or ()), watcher, examined)
+        tables = (overview.clients_table, overview.ranks_table, overview.memory_table)
+        lines, made = list(overview.overview(prepared)), [table(prepared) for table in tables]
+        console = stdout()
+        for line in lines:
+            console.print(line, markup=False)
+        for table in made:
+            console.print(table)
+        console.print(f"nothing was trained; to train: fedhl run {config}", markup=False)
+
+
+@commands.command(rich_help_panel=PANEL)
+def run(
+    config: ConfigFile,
+    set: Overrides = None,
+    out: NewRunFolder = None,
+    ray: Ray = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train as a config says, into a new run folder.
+
+    Every finished round is saved. After Ctrl-C or a crash, `fedhl resume RUN` continues to the same result.
+    The run folder holds the whole config, metrics.jsonl, summary.json and report.html.
+    """
+    with friendly():
+        from fedhl.config import load_config
+
+        draft = load_config(config, set or (), draft=True)
+        from fedhl.run.folder import refuse_taken
+
+        folder = out or Path("runs") / draft.name
+        refuse_taken(folder)
+    with friendly(folder, ray), watching(quiet) as watcher:
+        if ray is None:
+            from fedhl.data.locate import locate
+            from fedhl.federation.examine import examine
+
+            locate(draft.model.source)
+            examined = examine(draft)
+            from fedhl.run import start_run
+
+            start_run(load_config(config, set or ()), folder, watcher, examined)
+        else:
+            flower("ray").simulate(load_config(config, set or ()), folder, watcher, ray)
+    finished(folder, quiet)
+
+
+@commands.command(rich_help_panel=PANEL)
+def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
+    """Continue a run that was stopped, to the result that it would have had without the stop."""
+    with friendly(run, ray), watching(quiet) as watcher:
+        from fedhl.run.folder import load_run_config, refuse_other
+
+        refuse_other(run)
+        if ray is None:
+            from fedhl.run import resume_run
+
+            resume_run(run, watcher)
+        else:
+            flower("ray").simulate(load_run_config(run), run, watcher, ray)
+    finished(run, quiet)
+
+
+@commands.command(rich_help_panel=PANEL)
+def serve(
+    config: ConfigFile,
+    superlink: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUPERLINK", help="The SuperLink's name in Flower's $FLWR_HOME/config.toml."
+        ),
+    ],
+    set: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The run folder on the SuperLink's machine. Default: this folder's runs/NAME.",
+        ),
+    ] = None,
+) -> None:
+    """Train with clients on other machines, through a Flower SuperLink.
+
+    The SuperLink must be up, and each client's machine must run `flower-supernode --node-config 'client="ID"
+    data="rows.jsonl"'`; docs/deployment.md says how to start both, with TLS and keys. The same command
+    continues a run that was stopped.
+    """
+    with friendly():
+        from fedhl.config import load_config
+
+        settings = load_config(config, set or ())
+        folder = out or Path("runs") / settings.name
+        flower("submit").submit(settings, folder, superlink)
+
+
+def flower(module: str) -> Any:
+    """A part of fedhl that needs Flower. Raises UserError if Flower is not installed."""
+    try:
+        return import_module(f"fedhl.flower.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("flwr", "ray"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'fedhl[flower]'") from None
+
+
+@commands.command(rich_help_panel=PANEL)
+def compare(
+    config: ConfigFile,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="A,B,...",
+            help="The methods, each as NAME or NAME@KEY=VALUE, e.g. "
+            "fedhl,fedit@lora.ranks=8,hetlora@method.gamma=1.",
+            autocompletion=method_names,
+        ),
+    ],
+    seeds: Annotated[
+        str,
+        typer.Option(
+            "--seeds",
+            metavar="N,N,...",
+            help="Each seed draws the clients, cohorts, batches, initial adapters and held-out rows.",
+        ),
+    ] = "0,1,2",
+    set: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="A folder for all runs. Default: runs/compare-NAME."
+        ),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            "--rates",
+            metavar="X,X,...",
+            help="Choose the learning rate of each method among these, on rows that are not reported.",
+        ),
+    ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            "--weighting",
+            metavar="NAME",
+            help="One weighting for all methods. Default: the config's, or else that of each method's paper.",
+            autocompletion=weighting_names,
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run several methods with several seeds, and report means, intervals, bytes and seconds.
+
+    A run that is missing is started, one that was stopped is resumed, and one that is finished is left alone:
+    after Ctrl-C, the same command continues. The rows, batches, initial adapters and client steps are the
+    same for all methods.
+    """
+    with friendly():
+        from fedhl.config import load_config
+
+        overrides = [*([f"weighting={weighting}"] if weighting else []), *(set or ())]
+        load_config(config, overrides, draft=True)
+        from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
+
+        variants, numbers = parse_variants(methods), parse_numbers("--seeds", seeds, int)
+        grid = parse_numbers("--rates", rates, float) if rates else []
+        for text in variants:
+            parse_variant(text)
+        from fedhl.compare import compare as run_all
+        from fedhl.report.compare import comparison_tables, read_comparison
+
+        base = load_config(config, overrides)
+        folder = out or Path("runs") / f"compare-{base.name}"
+        stopped = False
+        try:
+            with watching(quiet) as watcher:
+                run_all(base, variants, numbers, folder, watcher, grid)
+        except KeyboardInterrupt:
+            if not (folder / "comparison.json").is_file():
+                raise
+            stopped = True
+        if not quiet:
+            stdout().print(*comparison_tables(folder), sep="\n")
+            stdout().print(f"report: {folder / 'comparison.html'}", markup=False)
+        if stopped:
+            done, planned = read_comparison(folder).finished
+            print(
+                f"\nstopped; {done} of {planned} runs are finished, and the finished rounds of this one "
+                "are saved. Continue with the same command.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130)
+
+
+def finished(run: Path, quiet: bool) -> None:
+    """The last words of a run: its numbers, its report, and what to do next."""
+    if quiet:
+        return
+    from fedhl.report import final_table
+
+    console = stdout()
+    console.print(final_table(run))
+    console.print(f"report: {run / 'report.html'}", markup=False)
+    console.print(
+        f"a PEFT adapter of rank 8: fedhl export {run} --rank 8 --out {run.name}-rank8",
+        markup=False,
+    )

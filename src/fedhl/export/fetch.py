@@ -1,0 +1,25 @@
+"""Where an adapter to merge is: here, or on the hub, from which it is fetched first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedhl.data.locate import locate
+from fedhl.errors import UserError
+
+
+def adapter_folder(source: str) -> Path:
+    """The folder of an adapter; one on the hub is downloaded first. Raises UserError if there is none."""
+    path = locate(source)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["adapter_*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"no adapter folder {source!r} here, and it cannot be fetched from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error

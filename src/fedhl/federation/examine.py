@@ -1,0 +1,36 @@
+"""What shows before the model is loaded: the rows, the clients and their ranks. No tensor is needed for it,
+so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedhl.config import Config
+from fedhl.data import shards
+from fedhl.errors import UserError
+from fedhl.names import unknown
+
+Examined = tuple[shards.Shards, dict[str, int]]
+"""The rows, and the ranks of the clients."""
+
+
+def examine(config: Config) -> Examined:
+    """The rows and the ranks of the clients. Raises UserError for a mistake in the data, and for a setting
+    that does not fit these clients."""
+    data = shards.read(config)
+    clients = list(data.clients)
+    ranks = config.lora.ranks.assign(clients, config.seed)
+    if (config.participation.count or 0) > len(ranks):
+        raise UserError(
+            f"participation.count: {config.participation.count} clients a round, but there are only "
+            f"{len(ranks)}; lower it, or leave participation out for all"
+        )
+    refuse_strangers(config, clients)
+    return data, ranks
+
+
+def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
+    """Raises UserError if participation.layers names a client that is not one of these."""
+    for name in config.participation.layers:
+        if name not in clients:
+            raise UserError(f"participation.layers: {unknown('client', name, clients)}")
