@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 from fedhl.config import Config, LoRAConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/CARD.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 INTRODUCTION = """# Configuration
 

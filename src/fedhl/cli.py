@@ -558,6 +558,16 @@ def bench_server(
     device: Annotated[
         str, typer.Option(help="cpu or cuda; of layer, growth and ceilings.")
     ] = "cpu",
+    clients: Annotated[
+        str,
+        typer.Option(metavar="K,K,...", help="Of ceilings: so many clients, one after the other."),
+    ] = "100",
+    side: Annotated[
+        int | None,
+        typer.Option(
+            min=64, metavar="N", help="Of ceilings: other square matrices than 4096 x 4096."
+        ),
+    ] = None,
     run: Annotated[
         list[Path] | None,
         typer.Option(
@@ -576,6 +586,7 @@ def bench_server(
         from fedhl.bench import PARTS
         from fedhl.bench import bench_server as measure
         from fedhl.checkpoint import stored
+        from fedhl.compare import parse_numbers
         from fedhl.model import device_named
 
         device_named(device)
@@ -589,7 +600,11 @@ def bench_server(
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")
-        measure(chosen, repeats, device, run or [], folder, json, partial(print, flush=True))
+        cohorts = parse_numbers("--clients", clients, int)
+        if min(cohorts) < 1:
+            raise UserError(f"--clients {clients}: expected numbers of at least 1")
+        say = partial(print, flush=True)
+        measure(chosen, repeats, device, run or [], folder, json, say, cohorts, side)
 
 
 def main() -> None:
