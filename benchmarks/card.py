@@ -268,30 +268,18 @@ def pack(folder: Path) -> None:
     found = look(folder / "nothing", None, dry=True)
     if set(found.weights) != set(MODELS):
         raise SystemExit("--pack needs the packages with MiniLM and SmolLM2: make .venv/smollm2")
-    for name, source in found.weights.items():
-        package, _, inside = source.removeprefix("package:").partition("/")
-        spec = find_spec(package)
-        assert spec is not None and spec.submodule_search_locations
-        place = Path(spec.submodule_search_locations[0]) / inside
-        target = folder / name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        if name == "minilm":
-            for file in place.iterdir():
-                if file.name == "model.safetensors":
-                    halved = {
-                        k: t.half() for k, t in load_file(file).items() if t.is_floating_point()
-                    }
-                    save_file(halved, target / file.name, {"format": "pt"})
-                elif file.is_file() and file.suffix in (".json", ".txt"):
-                    shutil.copy(file, target / file.name)
-        else:
-            whole = place.read_bytes()
-            for k, at in enumerate(range(0, len(whole), 50_000_000)):
-                part = folder / f"smollm2-{k}" / f"part-{k}"
-                part.parent.mkdir(exist_ok=True)
-                part.write_bytes(whole[at : at + 50_000_000])
-            shutil.rmtree(target)
+    encoder, decoder = (inside_package(found.weights[name]) for name in ("minilm", "smollm2"))
+    (folder / "minilm").mkdir(parents=True, exist_ok=True)
+    for file in encoder.iterdir():
+        if file.suffix in (".json", ".txt"):
+            shutil.copy(file, folder / "minilm")
+    weights = load_file(encoder / "model.safetensors")
+    halved = {name: x.half() for name, x in weights.items() if x.is_floating_point()}
+    save_file(halved, folder / "minilm/model.safetensors", {"format": "pt"})
+    whole = decoder.read_bytes()
+    for k, at in enumerate(range(0, len(whole), 50_000_000)):
+        (folder / f"smollm2-{k}").mkdir(exist_ok=True)
+        (folder / f"smollm2-{k}/part-{k}").write_bytes(whole[at : at + 50_000_000])
     if found.data is not None:
         for name in sorted(DATA):
             if (found.data / name).is_dir():
@@ -299,6 +287,14 @@ def pack(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         size = sum(p.stat().st_size for p in entry.rglob("*") if p.is_file())
         print(f"{size / 1e6:7.1f} MB  {entry}")
+
+
+def inside_package(source: str) -> Path:
+    """The file or folder that `package:NAME/PATH` names."""
+    package, _, inside = source.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / inside
 
 
 def parse_parts(text: str) -> list[str]:

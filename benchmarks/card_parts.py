@@ -467,16 +467,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def ceilings(job: Job) -> Figures:
     """`fedhl bench server`, which compares with float64 what it times."""
     file = job.work / "server.json"
-    command = [
-        "bench",
-        "server",
-        "--parts",
-        "ceilings",
-        "--clients",
-        "10,100",
-        "--device",
-        job.device,
-    ]
+    command = ["bench", "server", "--parts", "ceilings", "--device", job.device]
+    command += ["--clients", "10", "--clients", "100"]
     command += ["--repeats", "1", "--side", "128"] if job.toy else ["--repeats", "5"]
     done = subprocess.run(fedhl(*command, "--json", str(file)), stderr=subprocess.PIPE, text=True)
     if done.returncode:

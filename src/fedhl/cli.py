@@ -559,9 +559,11 @@ def bench_server(
         str, typer.Option(help="cpu or cuda; of layer, growth and ceilings.")
     ] = "cpu",
     clients: Annotated[
-        str,
-        typer.Option(metavar="K,K,...", help="Of ceilings: so many clients, one after the other."),
-    ] = "100",
+        list[int] | None,
+        typer.Option(
+            min=1, metavar="K", help="How many clients ceilings has (100 unless given). Repeatable."
+        ),
+    ] = None,
     side: Annotated[
         int | None,
         typer.Option(
@@ -586,7 +588,6 @@ def bench_server(
         from fedhl.bench import PARTS
         from fedhl.bench import bench_server as measure
         from fedhl.checkpoint import stored
-        from fedhl.compare import parse_numbers
         from fedhl.model import device_named
 
         device_named(device)
@@ -600,10 +601,7 @@ def bench_server(
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")
-        cohorts = parse_numbers("--clients", clients, int)
-        if min(cohorts) < 1:
-            raise UserError(f"--clients {clients}: expected numbers of at least 1")
-        say = partial(print, flush=True)
+        say, cohorts = partial(print, flush=True), clients or [100]
         measure(chosen, repeats, device, run or [], folder, json, say, cohorts, side)
 
 
