@@ -285,42 +285,49 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
     return rows
 
 
-def ceilings(repeats: int, say: Say, device: str) -> list[Row]:
-    """A step of each layer shape of Llama-2-7B, 100 clients, against the product and the copy of W that
-    no server can do without; last, all linear layers together, one after the other."""
-    ranks = drawn(100)
+def ceilings(
+    repeats: int, say: Say, device: str, cohorts: Sequence[int] = (100,), side: int | None = None
+) -> list[Row]:
+    """A step of each layer shape of Llama-2-7B, or of one with matrices of another side, against the product
+    and the copy of W that no server can do without, for so many clients; last, all linear layers together,
+    one after the other."""
     rows: list[Row] = []
-    for (m, n), layers in Counter(llama_block().values()).items():
+    for (m, n), layers in Counter(llama_block(side).values()).items():
         state = to(state_of(harmonic(m, n)), device)
-        updates = cohort(state, ranks, len(ranks))
-        taken = interleaved(
-            {
-                "copy of W": state.W.clone,
-                "bare product": bare(state, sum(ranks)),
-                "step": partial(step, FedHL(), state, updates),
-            },
-            repeats,
-            device,
-        )
-        off = difference(FedHL().aggregate(state, updates).W, state, updates)
-        rows.append(
-            {
-                **{"shape": [m, n], "layers": layers * BLOCKS["llama2"], "clients": len(ranks)},
-                **against_ceiling(taken),
-                "copy, GB/s": 8e-9 * m * n / taken["copy of W"],
-                "product, TFLOP/s": 2e-12 * m * n * sum(ranks) / taken["bare product"],
-                "relative difference from float64": off,
-            }
-        )
-        say(describe(rows[-1]))
-    total = {
-        work: sum(row["layers"] * row[f"{work}, s"] for row in rows)
-        for work in ("copy of W", "bare product", "step")
-    }
-    whole: Row = {"model": "Llama-2-7B, all linear", "layers": sum(row["layers"] for row in rows)}
-    whole |= against_ceiling(total)
-    say(describe(whole))
-    return [*rows, whole]
+        for ranks in map(drawn, cohorts):
+            updates = cohort(state, ranks, len(ranks))
+            taken = interleaved(
+                {
+                    "copy of W": state.W.clone,
+                    "bare product": bare(state, sum(ranks)),
+                    "step": partial(step, FedHL(), state, updates),
+                },
+                repeats,
+                device,
+            )
+            off = difference(FedHL().aggregate(state, updates).W, state, updates)
+            rows.append(
+                {
+                    **{"shape": [m, n], "layers": layers * BLOCKS["llama2"], "clients": len(ranks)},
+                    **against_ceiling(taken),
+                    "copy, GB/s": 8e-9 * m * n / taken["copy of W"],
+                    "product, TFLOP/s": 2e-12 * m * n * sum(ranks) / taken["bare product"],
+                    "relative difference from float64": off,
+                }
+            )
+            say(describe(rows[-1]))
+    wholes: list[Row] = []
+    for clients in cohorts:
+        theirs = [row for row in rows if row["clients"] == clients]
+        total = {
+            work: sum(row["layers"] * row[f"{work}, s"] for row in theirs)
+            for work in ("copy of W", "bare product", "step")
+        }
+        count = sum(row["layers"] for row in theirs)
+        whole: Row = {"model": "Llama-2-7B, all linear", "layers": count, "clients": clients}
+        wholes.append(whole | against_ceiling(total))
+        say(describe(wholes[-1]))
+    return rows + wholes
 
 
 def against_ceiling(taken: Mapping[str, float]) -> Row:
@@ -331,12 +338,13 @@ def against_ceiling(taken: Mapping[str, float]) -> Row:
     }
 
 
-def llama_block() -> dict[str, tuple[int, int]]:
-    """The linear layers of one of Llama-2-7B's blocks."""
-    wide = 11008 * SIDE // 4096
+def llama_block(side: int | None = None) -> dict[str, tuple[int, int]]:
+    """The linear layers of one of Llama-2-7B's blocks, or of one with square matrices of another side."""
+    side = side or SIDE
+    wide = 11008 * side // 4096
     return {
-        **{name: (SIDE, SIDE) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        **{"gate_proj": (wide, SIDE), "up_proj": (wide, SIDE), "down_proj": (SIDE, wide)},
+        **{name: (side, side) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{"gate_proj": (wide, side), "up_proj": (wide, side), "down_proj": (side, wide)},
     }
 
 
@@ -520,10 +528,12 @@ def bench_server(
     folder: Path | None,
     file: Path | None,
     say: Say,
+    cohorts: Sequence[int] = (100,),
+    side: int | None = None,
 ) -> dict[str, Any]:
     """All figures of the server step, as data; see docs/performance.md. `file`: where they go as soon as
-    a part is done, beside the parts that are there already. Raises AssertionError where a result is not
-    that of the float64 reference."""
+    a part is done, beside the parts that are there already; `cohorts`, `side`: of `ceilings`. Raises
+    AssertionError where a result is not that of the float64 reference."""
     machine = {
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -535,7 +545,7 @@ def bench_server(
         "layer": lambda: one_layer(repeats, say, device),
         "accuracy": lambda: accuracy(say, runs),
         "growth": lambda: growth(repeats, say, device),
-        "ceilings": lambda: ceilings(repeats, say, device),
+        "ceilings": lambda: ceilings(repeats, say, device, cohorts, side),
         "model": lambda: whole_model(repeats, say),
         "disk": lambda: from_disk(say, folder),
     }
