@@ -140,8 +140,8 @@ def bench_server(
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")
-        from fedhl.bench.bench import PARTS
-        from fedhl.bench.bench import bench_server as measure
+        from fedhl.bench.server import PARTS
+        from fedhl.bench.server import bench_server as measure
         from fedhl.model.loading import device_named
 
         device_named(device)

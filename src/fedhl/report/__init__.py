@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedhl.files import write_text
 from fedhl.names import size
-from fedhl.report.files import (
-    best,
-    dig,
-    final_evaluation,
-    headline_kinds,
-    num,
-    read_run,
-)
+from fedhl.report.files import best, dig, final_evaluation, headline_kinds, num, read_run
 
 if TYPE_CHECKING:
     from rich.table import Table
