@@ -547,13 +547,13 @@ def test_what_is_just_within_the_limits_is_read() -> None:
 
 
 @pytest.mark.parametrize("character", ["\x01", "\U0001f600", '"'], ids=ascii)
-def test_names_that_are_long_as_JSON_are_within_the_limit(character: str) -> None:
+def test_texts_that_are_long_as_JSON_are_within_the_limit(character: str) -> None:
     """A character takes up to 14 bytes where it is written as JSON twice: a pair of `\\ud83d`, and their
-    backslashes again. Run, client and layers are named so."""
+    backslashes again. Run and client are named so; layers are short, whose own limit would hide it."""
     method, shape = get_method("fedhl"), (4, 3)
-    text = 500 * character  # enough that the slack of the other fields hides no byte of each
-    layers = {f"{k}{text}": initial(*shape, 2, 1.0, seed=0) for k in range(2)}
-    head = {f"head{text}": torch.zeros(1)}
+    text = 500 * character
+    layers = {f"{k}{character}": initial(*shape, 2, 1.0, seed=0) for k in range(2)}
+    head = {f"head{character}": torch.zeros(1)}
     state = server.init(method, layers, head, SEED)
     client, run = Client(text, 1, 1.0, 5, payload="int8"), Run(text, text, text)
     sent = server.broadcast(method, state, client, SEED)
