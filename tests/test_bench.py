@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import fedhl
 
-from fedhl.bench import problems, server
+from fedhl.bench import checks, problems, server
 
 FIGURES = {
     "layer": {

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedhl import server
-from fedhl.bench.checks import check_layer
 from fedhl.method import Update
 from fedhl.methods import get_method
 from fedhl.methods.full_rank import FullRank
