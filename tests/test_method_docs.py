@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_contract as contract
+from support import contract
 
 from fedhl import LAWS, METHODS, WEIGHTINGS, Method, get_method
 from fedhl.methods.catalogue import markdown

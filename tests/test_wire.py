@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
+from support import tiny
 from torch import Tensor
 
 from fedhl import METHODS, get_method, get_weighting, server
