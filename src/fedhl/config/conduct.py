@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from fedhl.config.named import Strict
 from fedhl.server.robust import Guard, Median, Trimmed
+from fedhl.strict import Strict
 
 
 class Participation(Strict):

@@ -1,4 +1,4 @@
-"""What is trained, on what: the model, the task, the rows, the clients, the adapters."""
+"""What is trained, on what: the model, the rows, the clients, the adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from fedhl.config.named import Strict
+from fedhl.strict import Strict
 
 
 class ModelConfig(Strict):
@@ -25,32 +25,6 @@ class ModelConfig(Strict):
     """Trade compute for memory in the backward pass."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The base model's own dropout while training; null: as the checkpoint says. 0 is faster."""
-
-
-class ClassificationTask(Strict):
-    """One label per text; the classification head is trained whole, beside the adapters."""
-
-    kind: Literal["sequence-classification"]
-    text: str = "text"
-    """The field that holds the text."""
-    label: str = "label"
-    """The field that holds the label."""
-    max_length: PositiveInt = 128
-    """Longer texts are cut to this many tokens."""
-
-
-class CausalTask(Strict):
-    """A language model that learns completions of prompts, or the assistant's turns of chats."""
-
-    kind: Literal["causal-lm"]
-    prompt: str = "prompt"
-    """The field that holds the prompt; no loss is taken on it."""
-    completion: str = "completion"
-    """The field that holds the completion; the loss is taken on its tokens only."""
-    messages: str | None = None
-    """A field of chat messages [{role, content}, ...] to use in place of prompt and completion."""
-    max_length: PositiveInt = 512
-    """Longer rows are cut to this many tokens."""
 
 
 class HeldOut(Strict):

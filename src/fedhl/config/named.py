@@ -1,4 +1,4 @@
-"""Groups of settings that are strict, and names with their hyperparameters."""
+"""Names with their hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 from fedhl.method import Method
 from fedhl.methods import METHODS, get_method
 from fedhl.weighting import WEIGHTINGS, Weighting, get_weighting
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, values do not change, and the text under a field is its help."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def named(value: Any) -> Any:

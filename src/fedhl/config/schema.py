@@ -20,8 +20,6 @@ from fedhl.config.conduct import (
     WireConfig,
 )
 from fedhl.config.inputs import (
-    CausalTask,
-    ClassificationTask,
     ColumnPartition,
     DataConfig,
     DirichletPartition,
@@ -29,9 +27,11 @@ from fedhl.config.inputs import (
     LoRAConfig,
     ModelConfig,
 )
-from fedhl.config.named import MethodConfig, Strict, WeightingConfig, named
+from fedhl.config.named import MethodConfig, WeightingConfig, named
 from fedhl.server.channel import sends_products
 from fedhl.server.privacy import why_not
+from fedhl.strict import Strict
+from fedhl.task import KINDS, Task
 
 
 class Config(Strict):
@@ -42,7 +42,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The root of every random draw."""
     model: ModelConfig
-    task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
+    task: Annotated[Task, Field(discriminator="kind")]
     """What is learnt: the labels of texts, or completions."""
     data: DataConfig
     partition: Annotated[
@@ -101,8 +101,9 @@ class Config(Strict):
     def task_rounds(self) -> Config:
         if self.tasks is None:
             return self
-        if not isinstance(self.task, ClassificationTask):
-            raise ValueError("tasks: only sequence-classification has labels that arrive over time")
+        if self.task.class_field is None:
+            able = ", ".join(name for name, kind in KINDS.items() if kind.class_setting)
+            raise ValueError(f"tasks: only {able} has labels that arrive over time")
         number = self.tasks.number
         if self.rounds % number:
             more = self.rounds + -self.rounds % number

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.config import Config
-from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, as_now
@@ -51,6 +50,7 @@ from fedhl.record import read_summary, round_name, rounds_in
 from fedhl.run.folder import alone, load_run_config, networked
 from fedhl.run.loop import begin, go_on, refuse_taken
 from fedhl.server import Client, Reply, ServerState
+from fedhl.task.labels import sorted_labels
 from fedhl.watch import Watcher
 
 T = TypeVar("T")
@@ -658,8 +658,8 @@ def writable(text: str, length: int) -> bool:
 def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
     """A client's metrics. Raises Malformed unless they are those of the task, and finite numbers."""
     metrics = header.get("metrics")
-    names = ["loss", "examples"]
-    names += ["accuracy"] if config.task.kind == "sequence-classification" else []
+    loss, *others = config.task.metrics
+    names = [loss, "examples", *others]
     if not isinstance(metrics, dict) or set(metrics) != set(names):
         raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
     for name, value in metrics.items():
