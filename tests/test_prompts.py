@@ -15,17 +15,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedhl.data.locate import locate
-from fedhl.data.prompts import (
-    IGNORED,
-    Encoded,
-    Example,
-    collate,
-    encode_chat,
-    encode_classification,
-    encode_completion,
-    label_ids,
-)
 from fedhl.errors import UserError
+from fedhl.task.causal import encode_chat, encode_completion
+from fedhl.task.classification import encode_classification
+from fedhl.task.examples import IGNORED, Encoded, Example, collate
+from fedhl.task.labels import label_ids
 
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 TEMPLATE = (

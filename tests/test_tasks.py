@@ -33,7 +33,6 @@ from fedhl import METHODS, get_method, get_weighting
 from fedhl.config import Config, load_config
 from fedhl.data import shards
 from fedhl.data.label_groups import begins, forgetting, mean_accuracy, split_labels, task_of
-from fedhl.data.prompts import Example, collate
 from fedhl.errors import UserError
 from fedhl.federation import engine, local, scores
 from fedhl.federation.engine import run_round
@@ -45,6 +44,7 @@ from fedhl.report import final_table, write_report
 from fedhl.run.telling import steps
 from fedhl.seeds import derive, generator
 from fedhl.server import Client, ServerState
+from fedhl.task.examples import Example, collate
 from fedhl.watch import Watcher
 
 EPS32 = torch.finfo(torch.float32).eps

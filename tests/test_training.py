@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from fedhl.config.conduct import TrainingConfig
-from fedhl.data.prompts import IGNORED, Example
 from fedhl.model import peft
 from fedhl.model.training import Trained, batches, learning_rate, targets, train
 from fedhl.seeds import generator
+from fedhl.task.examples import IGNORED, Example
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
