@@ -1,6 +1,6 @@
 """Train the adapters of several clients in one forward and backward pass, against one client after the other.
 
-    python benchmarks/batched_clients.py [--model minilm smollm2] [--repeats 3] [--json FILE]
+    python benchmarks/batched_clients.py [--model minilm smollm2] [--repeats 3] [--set K=V] [--json FILE]
 
 The rows of K clients are stacked to one batch. The product with the frozen weights is shared; each client has
 its own low-rank products (`torch.bmm` over the clients), its own classifier, its own loss (the mean over its
@@ -111,13 +111,14 @@ def together(
     prepared: Prepared, clients: Sequence[Start], training: TrainingConfig, steps: int
 ) -> list[End]:
     """All clients in each forward and backward pass, one optimizer over all of them."""
-    slots, K = prepared.federation.slots, len(clients)
+    slots, device, K = prepared.federation.slots, prepared.federation.device, len(clients)
     top = max(client.rank for client in clients)
     padded = [{name: pad(x, top) for name, x in client.adapter.items()} for client in clients]
-    A = {name: stacked([p[name].A for p in padded]) for name in slots.modules}
-    B = {name: stacked([p[name].B for p in padded]) for name in slots.modules}
-    head = {name: stacked([client.head[name] for client in clients]) for name in slots.head}
-    scale = torch.tensor([peft.scale(slots, client.rank) for client in clients]).view(K, 1, 1)
+    A = {name: stacked([p[name].A for p in padded], device) for name in slots.modules}
+    B = {name: stacked([p[name].B for p in padded], device) for name in slots.modules}
+    head = {name: stacked([client.head[name] for client in clients], device) for name in slots.head}
+    scales = [peft.scale(slots, client.rank) for client in clients]
+    scale = torch.tensor(scales, device=device).view(K, 1, 1)
     parameters = [*A.values(), *B.values(), *head.values()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=training.weight_decay)
     orders = [batches(len(c.rows), training.batch_size, c.seed) for c in clients]
@@ -135,7 +136,9 @@ def together(
                 for client, order in zip(clients, orders, strict=True)
                 for j in next(order)
             ]
-            batch = collate(rows, prepared.federation.pad_id)
+            batch = {
+                name: x.to(device) for name, x in collate(rows, prepared.federation.pad_id).items()
+            }
             labels = batch.pop("labels")
             losses(slots.model(**batch).logits, labels, K).sum().backward()
             if training.max_grad_norm is not None:
@@ -146,20 +149,20 @@ def together(
         End(
             {
                 name: prefix(
-                    LoRA(A[name][k].detach(), B[name][k].detach(), float(scale[k])),
+                    LoRA(A[name][k].detach().cpu(), B[name][k].detach().cpu(), scales[k]),
                     client.rank,
-                    float(scale[k]),
+                    scales[k],
                 )
                 for name in A
             },
-            {name: value[k].detach() for name, value in head.items()},
+            {name: value[k].detach().cpu() for name, value in head.items()},
         )
         for k, client in enumerate(clients)
     ]
 
 
-def stacked(tensors: Sequence[Tensor]) -> nn.Parameter:
-    return nn.Parameter(torch.stack([*tensors]))
+def stacked(tensors: Sequence[Tensor], device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.stack([*tensors]).to(device))
 
 
 def adds_products(A: Tensor, B: Tensor, scale: Tensor) -> Callable[..., Tensor]:
@@ -222,12 +225,19 @@ def difference(clients: Sequence[Start], a: Sequence[End], b: Sequence[End]) -> 
     return worst
 
 
-def measure(model: str, repeats: int) -> Iterator[dict[str, Any]]:
-    config = load_config(Path(__file__).parents[1] / "configs" / CONFIGS[model])
+def measure(
+    model: str,
+    repeats: int,
+    overrides: Sequence[str] = (),
+    settings: Sequence[tuple[int, int, int]] | None = None,
+    cohorts: Sequence[Sequence[int]] = COHORTS,
+) -> Iterator[dict[str, Any]]:
+    """`settings` and `cohorts` in place of those above."""
+    config = load_config(Path(__file__).parents[1] / "configs" / CONFIGS[model], overrides)
     prepared = prepare(config)
-    for size, steps, most in SETTINGS[model]:
+    for size, steps, most in settings or SETTINGS[model]:
         training = config.training.model_copy(update={"batch_size": size})
-        for ranks in COHORTS:
+        for ranks in cohorts:
             if len(ranks) > most:
                 continue
             clients = cohort(prepared, ranks)
@@ -247,7 +257,7 @@ def measure(model: str, repeats: int) -> Iterator[dict[str, Any]]:
                 "model": model,
                 "rows per client and step": size,
                 "steps": steps,
-                "ranks": ranks,
+                "ranks": [*ranks],
                 **{f"{way} seconds": median(times) for way, times in seconds.items()},
                 "ratio": median(a / b for a, b in zip(*seconds.values(), strict=True)),
                 "relative difference": apart,
@@ -267,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", nargs="+", choices=[*CONFIGS], default=[*CONFIGS])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configs")
     parser.add_argument(
         "--json", type=Path, default=Path(__file__).parent / "results" / "batched_clients.json"
     )
@@ -278,7 +289,7 @@ def main() -> None:
     )
     for model in arguments.model:
         rows = []
-        for row in measure(model, arguments.repeats):
+        for row in measure(model, arguments.repeats, arguments.set):
             rows.append(row)
             show(row)
         machine = {

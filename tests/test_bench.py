@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import fedhl
 
-from fedhl.bench import bench
+from fedhl.bench import checks, problems, server
 
 FIGURES = {
     "layer": {
@@ -28,14 +28,14 @@ FIGURES = {
 def test_every_part_reports_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "SIDE", 288)
-    monkeypatch.setattr(bench, "BLOCKS", {"smollm2": 1, "llama2": 1})
+    monkeypatch.setattr(problems, "SIDE", 288)
+    monkeypatch.setattr(problems, "BLOCKS", {"smollm2": 1, "llama2": 1})
     said: list[str] = []
     file = tmp_path / "new/figures.json"
-    for parts in (bench.PARTS[:1], bench.PARTS[1:]):  # the second adds to the first
-        bench.bench_server(parts, 1, "cpu", [], tmp_path, file, said.append)
+    for parts in (server.PARTS[:1], server.PARTS[1:]):  # the second adds to the first
+        server.bench_server(parts, 1, "cpu", [], tmp_path, file, said.append)
     loaded = json.loads(file.read_text("utf-8"))
-    assert set(loaded) == set(bench.PARTS)
+    assert set(loaded) == set(server.PARTS)
     assert all(part["machine"]["repeats"] == 1 for part in loaded.values())
     result = {name: part["rows"] for name, part in loaded.items()}
     for part, figures in FIGURES.items():
@@ -54,10 +54,10 @@ def test_every_part_reports_what_it_measured(
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SIDE", 288)
-    monkeypatch.setattr(bench, "dense_step", lambda state, updates: state.W.double() * 1.001)
+    monkeypatch.setattr(problems, "SIDE", 288)
+    monkeypatch.setattr(checks, "dense_step", lambda state, updates: state.W.double() * 1.001)
     with pytest.raises(AssertionError):
-        bench.one_layer(1, lambda line: None, "cpu")
+        server.one_layer(1, lambda line: None, "cpu")
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

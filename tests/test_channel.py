@@ -15,6 +15,7 @@ from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.lora import dense
 from fedhl.method import Method, Update
 from fedhl.seeds import generator
+from fedhl.server import Rules
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
 
 
@@ -135,7 +136,12 @@ def test_a_round_over_the_air(name: str):
     replies = [obedient(method, state, client) for client in clients]
     rounds = {
         snr: server.aggregate(
-            method, weighting, state, replies, SEED, channel=AirComp(snr_db=snr) if snr else None
+            method,
+            weighting,
+            state,
+            replies,
+            SEED,
+            Rules(channel=AirComp(snr_db=snr) if snr else None),
         )
         for snr in (None, 200.0, 30.0, 10.0)
     }
@@ -164,7 +170,7 @@ def test_a_layer_that_few_returned_is_noisier():
     found = {}
     for channel in (None, AirComp(snr_db=0.0)):
         after, outcome = server.aggregate(
-            method, weighting, state, [one, *others], SEED, silence={}, channel=channel
+            method, weighting, state, [one, *others], SEED, Rules(silence={}, channel=channel)
         )
         found[channel] = [x.W for x in after.layers.values()]
     noise = outcome.diagnostics["channel_noise"]
@@ -185,7 +191,7 @@ def test_the_channel_is_that_of_the_round():
         replies = [replace(obedient(method, x, c), round=x.round + 1) for c in CLIENTS]
         replies = [replace(r, adapter=obedient(method, state, r.client).adapter) for r in replies]
         after, _ = server.aggregate(
-            method, weighting, x, replies, SEED, channel=AirComp(snr_db=10.0)
+            method, weighting, x, replies, SEED, Rules(channel=AirComp(snr_db=10.0))
         )
         deltas.append([dense(method.delta(s)) for s in after.layers.values()])  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(deltas[0], deltas[1], strict=True))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedhl import get_method, server
+from fedhl import get_method, get_weighting, server
 from fedhl.files import sha256
 from fedhl.lora import LoRA, initial
 from fedhl.method import flatten
@@ -45,7 +45,7 @@ def start(method: str) -> ServerState:
 
 def example(method: str = "fedhl", round: int = 2) -> ServerState:
     """A state after two rounds of one client, so that everything in it has moved."""
-    rule, weighting, state = get_method(method), lambda cohort: torch.ones(1), start(method)
+    rule, weighting, state = get_method(method), get_weighting("uniform"), start(method)
     client = server.Client("one", 3, 2.0, 10)
     draw = generator(1)
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_the_next_round_from_a_loaded_state_is_the_same(tmp_path: Path) -> None:
         sent = server.broadcast(get_method("fedhl"), x, client, 0)
         trained = {n: LoRA(b.lora.A + 0.1, b.lora.B - 0.3, 1.5) for n, b in sent.items()}
         reply = server.Reply(client, 3, trained, x.head, 0.5, 1)
-        weighting = lambda cohort: torch.ones(1)  # noqa: E731
+        weighting = get_weighting("uniform")
         rounds.append(server.aggregate(get_method("fedhl"), weighting, x, [reply], 0)[0])
     assert same(*rounds)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from test_report import Page, fake_run
+from markupsafe import escape
+from test_report import EVIL, Page, evil, evil_metric, fake_run
 from tiny import classification, fedhl, start, write_config
 
 from fedhl.compare import compare
@@ -22,14 +23,9 @@ from fedhl.config import Config, load_config
 from fedhl.config.ranks import RankShares
 from fedhl.errors import UserError
 from fedhl.record import read_metrics, read_summary
-from fedhl.report.compare import (
-    comparison_tables,
-    mean_interval,
-    read_comparison,
-    spread_text,
-    t_quantile,
-    write_comparison,
-)
+from fedhl.report.compare import comparison_tables, read_comparison, write_comparison
+from fedhl.report.format import spread_text
+from fedhl.report.statistics import mean_interval, t_quantile
 from fedhl.run.folder import load_run_config
 from fedhl.watch import Watcher
 
@@ -574,6 +570,45 @@ def test_nothing_finished_yet_and_names_that_are_not_tame(tmp_path: Path) -> Non
     html = write_comparison(write_plan(tmp_path, runs, name=bad)).read_text("utf-8")
     assert html.count("<script>") == 1 and "alert(" in "".join(Page(html).text)
     assert "Too few rounds were evaluated" in html
+
+
+def test_no_text_of_a_comparison_is_taken_for_markup(tmp_path: Path) -> None:
+    """Names, settings, hashes, a config and a metric with a tag in them, in every section and plot."""
+    rates = [0.1, 0.2]
+    entries = []
+    for k, variant in enumerate((EVIL, f"fedhl@data={EVIL}")):
+        grid = [{"rate": rate, "folder": f"{k}-{rate}"} for rate in rates]
+        runs = [{"seed": seed, "folder": one["folder"]} for seed, one in enumerate(grid)]
+        entries.append({"variant": variant, "learning_rate": 0.1, "grid": grid, "runs": runs})
+        for one in grid:
+            run = fake_run(tmp_path / one["folder"], clients=3, rounds=3, seed=k)
+            summary = json.loads((run / "summary.json").read_text())
+            own = f"{one['rate']}{EVIL}"  # that of no other run: the header names it
+            summary |= {"commit": own, "device": own, "precision": EVIL}
+            summary |= {"hashes": {"config": EVIL, "data": own, EVIL: EVIL}}
+            summary |= {"weighting": {"name": EVIL, EVIL: EVIL, "k": k}, "versions": {EVIL: EVIL}}
+            (run / "summary.json").write_text(json.dumps(summary))
+    config = {"model": {"source": EVIL}, "data": {"source": EVIL}, "rounds": EVIL, EVIL: EVIL}
+    more = {"name": EVIL, "seeds": [0, EVIL], "rates": rates, "chosen_on": "clients"}
+    plan = results(write_plan(tmp_path, {}, config=config, **more))
+
+    def page(entries: list[Json]) -> str:
+        (tmp_path / "comparison.json").write_text(json.dumps(plan | {"variants": entries}))
+        html = write_comparison(tmp_path).read_text("utf-8")
+        assert Page(html).open == [] and evil(html) == []
+        comparison_tables(tmp_path)
+        return html
+
+    html = page(entries)
+    titles = ["Results", "Final models", "Learning curves", "Learning rates", "Runs", "Provenance"]
+    assert re.findall("<h2>(.*?)</h2>", html) == titles
+    assert "".join(Page(html).text).count(EVIL) > 30  # nothing is lost either
+    assert "<figure>" in page([entries[0] | {"variant": f"{k}{EVIL}"} for k in range(9)])
+    for folder in tmp_path.glob("*/"):
+        evil_metric(folder)
+    unfinished = tmp_path / "1-0.2/summary.json"
+    unfinished.write_text(unfinished.read_text().replace('"finished"', json.dumps(EVIL)))
+    assert f"Final {escape(EVIL)}" in page(entries)
 
 
 def test_runs_that_were_not_made_alike_are_named(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The contract of every aggregation method: each is put through the same laws.
 
 A law of `LAWS` is tested both ways: a method that claims it satisfies it in every scenario, and a
-method that does not claim it breaks it in at least one. The universal laws hold for all. Every
-check takes a method, so that a method from elsewhere can be put through them too.
+method that does not claim it breaks it in at least one. The universal laws hold for all, and what a
+client starts from is compared with the dense reference that the method names. Every check takes a
+method, so that a method from elsewhere can be put through them too; tests/test_wrong_methods.py has
+methods that each of them must refuse.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reference.starts import OWN, Start
+from reference.starts import STARTS as REFERENCES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedhl import LAWS, METHODS, Broadcast, LoRA, Method, Update, dense
 from fedhl.lora import initial
-from fedhl.method import flatten, unflatten
+from fedhl.method import STARTS, Truncating, flatten, unflatten
 from fedhl.seeds import generator
 
 SHAPES = ((7, 5, 3), (4, 9, 2), (6, 8, 5))
@@ -77,35 +82,53 @@ def play(method: Method[Any], state: Any, top: int, g: torch.Generator) -> list[
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """A state and the updates that answer it."""
+    """A state, the updates that answer it, and the state `after`."""
 
+    method: Method[Any]
     state: Any
     updates: list[Update]
     top: int
     dtype: torch.dtype
     start: LoRA
 
+    @cached_property
+    def after(self) -> Any:
+        return self.method.aggregate(self.state, self.updates)
+
 
 def scenarios(
     method: Method[Any],
     shapes: Iterable[tuple[int, int, int]] = SHAPES,
     rounds: Iterable[int] = (0, 1, 3),
-) -> Iterator[Scenario]:
-    """States after 0, 1 and 3 rounds, from a fresh and from a trained adapter, in both precisions."""
-    for (m, n, top), trained, count, dtype in itertools.product(
-        shapes, (False, True), rounds, DTYPES
-    ):
-        g = generator(SEED, "scenario", m, n, count)
-        start = adapter(m, n, top, seed=count, dtype=dtype, trained=trained)
-        state = method.init(start, seed=SEED)
-        for _ in range(count):
-            state = method.aggregate(state, play(method, state, top, g))
-        yield Scenario(state, play(method, state, top, g), top, dtype, start)
+) -> list[Scenario]:
+    """States after 0, 1 and 3 rounds, from a fresh and from a trained adapter, in both precisions.
+
+    Each is played once for all checks of a method, none of which edits what it is given.
+    """
+    every = itertools.product(shapes, (False, True), rounds, DTYPES)
+    return [played(method, *each) for each in every]
+
+
+@cache
+def played(
+    method: Method[Any],
+    shape: tuple[int, int, int],
+    trained: bool,
+    rounds: int,
+    dtype: torch.dtype,
+) -> Scenario:
+    m, n, top = shape
+    g = generator(SEED, "scenario", m, n, rounds)
+    start = adapter(m, n, top, seed=rounds, dtype=dtype, trained=trained)
+    state = method.init(start, seed=SEED)
+    for _ in range(rounds):
+        state = method.aggregate(state, play(method, state, top, g))
+    return Scenario(method, state, play(method, state, top, g), top, dtype, start)
 
 
 def scenario(method: Method[Any], rounds: int = 2) -> Scenario:
     """One of them, for laws that need no search."""
-    return next(scenarios(method, rounds=[rounds]))
+    return scenarios(method, rounds=[rounds])[0]
 
 
 def observed(method: Method[Any], state: Any, top: int, scale: float = 1.5) -> Tensor:
@@ -157,7 +180,7 @@ def exact_mean(method: Method[Any]) -> Gaps:
     for s in scenarios(method):
         before = change(method, s.state)
         mean = sum(u.weight * (u.lora.delta() - u.sent.lora.delta()) for u in s.updates)
-        after = change(method, method.aggregate(s.state, s.updates))
+        after = change(method, s.after)
         yield float((after - (before + mean)).norm()), tolerance(s, before)
 
 
@@ -173,7 +196,7 @@ def gauge(method: Method[Any]) -> Gaps:
     for s in scenarios(method):
         g = generator(SEED, "gauge")
         turned = [replace(u, lora=change_basis(u.lora, g)) for u in s.updates]
-        one = change(method, method.aggregate(s.state, s.updates))
+        one = change(method, s.after)
         two = change(method, method.aggregate(s.state, turned))
         # The two cohorts are rounded separately, the second one with factors whose basis change has
         # condition number <= 4 each: 2 · 4 times the rounding of one.
@@ -248,7 +271,7 @@ def test_flexlora_has_the_exact_mean_from_the_start():
         if s.start.B.any():
             continue
         mean = sum(u.weight * u.lora.delta() for u in s.updates)
-        after = change(method, method.aggregate(s.state, s.updates))
+        after = change(method, s.after)
         assert float((after - mean).norm()) <= tolerance(s, after)
 
 
@@ -267,6 +290,8 @@ def tensors_of(*things: Any) -> list[Tensor]:
             more = (sent.base, sent.index, sent.magnitudes, thing.magnitudes, *past)
             extra = [x for x in more if x is not None]
             found += [thing.lora.A, thing.lora.B, sent.lora.A, sent.lora.B, *extra]
+        elif isinstance(thing, Broadcast):
+            found += tensors_of(Update(thing, thing.lora, 1.0))
         else:
             found += flatten(thing).values()
     return found
@@ -306,16 +331,96 @@ def check_state_is_its_own(method: Method[Any]) -> None:
 
 def check_order_is_irrelevant(method: Method[Any]) -> None:
     for s in scenarios(method):
-        one = observed(method, method.aggregate(s.state, s.updates), s.top)
+        one = observed(method, s.after, s.top)
         two = observed(method, method.aggregate(s.state, s.updates[::-1]), s.top)
-        assert float((one - two).norm()) <= 2 * tolerance(s, one)
+        assert float((one - two).norm()) <= 2 * tolerance(s, one), "the order of clients matters"
+
+
+def check_split(method: Method[Any]) -> None:
+    """A client that comes twice, with half its weight, changes nothing."""
+    for s in scenarios(method):
+        first, *others = s.updates
+        half = replace(first, weight=first.weight / 2)
+        one = observed(method, s.after, s.top)
+        two = observed(method, method.aggregate(s.state, [half, *others, half]), s.top)
+        assert float((one - two).norm()) <= 2 * tolerance(s, one), "split: a client in two halves"
+
+
+def check_rescale(method: Method[Any]) -> None:
+    """`(B/c, A, c s)` in place of `(B, A, s)` changes nothing: for any client that trains B where scales
+    may differ, from the initial adapter on where they may not."""
+    factors = (0.5, 3.0, 0.7, 2.0)
+    if method.mixed_ranks:
+        for s in scenarios(method):
+            turned = [
+                replace(u, lora=rescaled(u.lora, c)) if "B" in u.sent.train else u
+                for u, c in zip(s.updates, factors, strict=True)
+            ]
+            one = observed(method, s.after, s.top)
+            two = observed(method, method.aggregate(s.state, turned), s.top)
+            assert float((one - two).norm()) <= 2 * tolerance(s, one), "rescale: a client's scale"
+        return
+    for s, c in itertools.product(scenarios(method, rounds=[0]), factors[:2]):
+        state = method.init(rescaled(s.start, c), SEED)
+        one = observed(method, s.after, s.top)
+        turned = []
+        for key, u in enumerate(s.updates):
+            sent = method.broadcast(state, s.top, c * u.lora.scale, key)
+            assert float((started(sent) - started(u.sent)).norm()) <= 2 * tolerance(s, one)
+            turned.append(replace(u, sent=sent, lora=rescaled(u.lora, c)))
+        two = observed(method, method.aggregate(state, turned), s.top, c * s.start.scale)
+        assert float((one - two).norm()) <= 2 * tolerance(s, one), "rescale: the scale of all"
+
+
+def rescaled(lora: LoRA, c: float) -> LoRA:
+    """The same product, with c times the scale."""
+    return LoRA(lora.A, lora.B / c, c * lora.scale)
+
+
+def check_start_scale(method: Method[Any]) -> None:
+    """What a client starts from does not depend on its scale (a method that refuses all scales but
+    one is put to it by `check_rescale`)."""
+    if not method.mixed_ranks:
+        return
+    for s in scenarios(method):
+        for rank in served(method, s.top):
+            one, two = (started(method.broadcast(s.state, rank, c)) for c in (0.7, 3.0))
+            off = float((one - two).norm())
+            assert off <= 2 * tolerance(s, one), f"start scale: rank {rank} is off by {off:.1e}"
+
+
+def check_per_client(method: Method[Any]) -> None:
+    """The key of a client matters if `per_client` says so, and only then."""
+    differ = False
+    for s in scenarios(method):
+        for rank in served(method, s.top):
+            first, *others = (tensors_of(method.broadcast(s.state, rank, 1.5, k)) for k in range(4))
+            differ = differ or not all(same_bits(first, other) for other in others)
+    said = f"per_client is {method.per_client}"
+    assert differ == method.per_client, f"{said}, but the key {'matters' if differ else 'does not'}"
+
+
+def check_lost(method: Method[Any]) -> None:
+    """`lost`, of a method that has it, is `||delta - base - ΔW(sent)||_F²`."""
+    if not isinstance(method, Truncating):
+        return
+    for s in scenarios(method):
+        W = change(method, s.state)
+        for rank in served(method, s.top):
+            gap = float((W - started(method.broadcast(s.state, rank, 1.5))).double().norm())
+            off = tolerance(s, W)
+            assert abs(method.lost(s.state, rank) - gap**2) <= 2 * gap * off + off**2, "lost"
+
+
+def served(method: Method[Any], top: int) -> Iterable[int]:
+    """The ranks that a method serves."""
+    return range(1, top + 1) if method.mixed_ranks else [top]
 
 
 def check_ranks(method: Method[Any]) -> None:
     """A client gets the rank it asked for, with factors of the layer's shape and its own scale."""
     for s in scenarios(method):
-        ranks = range(1, s.top + 1) if method.mixed_ranks else [s.top]
-        for rank in ranks:
+        for rank in served(method, s.top):
             sent = method.broadcast(s.state, rank, 1.5).lora
             assert (sent.rank, sent.shape, sent.scale) == (rank, s.start.shape, 1.5)
 
@@ -340,7 +445,7 @@ def check_no_dead_component(method: Method[Any]) -> None:
 
 def check_gradients(method: Method[Any], state: Any, top: int) -> None:
     """Over two rounds, since a method may train one factor after the other."""
-    for rank in range(1, top + 1) if method.mixed_ranks else [top]:
+    for rank in served(method, top):
         first = method.broadcast(state, rank, 1.5)
         squares = squared_gradients(first)
         after = method.aggregate(state, [Update(first, first.lora, 1.0)])
@@ -372,8 +477,8 @@ def check_deterministic(method: Method[Any]) -> None:
             one, two = (method.broadcast(s.state, rank, scale, key) for _ in range(2))
             assert same_bits(tensors_of(one.lora), tensors_of(two.lora))
             assert torch.equal(started(one), started(two))
-        one, two = (method.aggregate(s.state, s.updates) for _ in range(2))
-        assert same_bits(tensors_of(one), tensors_of(two))
+        again = method.aggregate(s.state, s.updates)
+        assert same_bits(tensors_of(s.after), tensors_of(again))
         again = method.init(s.start, SEED), method.init(s.start, SEED)
         assert same_bits(tensors_of(again[0]), tensors_of(again[1]))
     assert torch.equal(before, torch.get_rng_state())
@@ -394,8 +499,7 @@ def check_round_trip(method: Method[Any], folder: Path) -> None:
             assert same_bits(tensors_of(lora), tensors_of(sent.lora))
             assert torch.equal(started(update.sent), started(sent))
             updates.append(replace(update, sent=sent))
-        one, two = method.aggregate(s.state, s.updates), method.aggregate(loaded, updates)
-        assert same_bits(tensors_of(one), tensors_of(two))
+        assert same_bits(tensors_of(s.after), tensors_of(method.aggregate(loaded, updates)))
 
 
 def check_zero_weight(method: Method[Any]) -> None:
@@ -423,9 +527,8 @@ class Lazy:
 
 def check_lazy_updates(method: Method[Any]) -> None:
     for s in scenarios(method):
-        one = method.aggregate(s.state, s.updates)
         two = method.aggregate(s.state, Lazy(s.updates))
-        assert same_bits(tensors_of(one), tensors_of(two))
+        assert same_bits(tensors_of(s.after), tensors_of(two))
 
 
 def check_errors(method: Method[Any]) -> None:
@@ -500,6 +603,11 @@ UNIVERSAL: list[Callable[[Method[Any]], None]] = [
     check_inputs_untouched,
     check_state_is_its_own,
     check_order_is_irrelevant,
+    check_split,
+    check_rescale,
+    check_start_scale,
+    check_per_client,
+    check_lost,
     check_ranks,
     check_no_dead_component,
     check_deterministic,
@@ -515,6 +623,46 @@ UNIVERSAL: list[Callable[[Method[Any]], None]] = [
 @pytest.mark.parametrize("check", UNIVERSAL, ids=lambda check: check.__name__)
 def test_universal(name: str, check: Callable[[Method[Any]], None]):
     check(METHODS[name]())
+
+
+# ---------------------------------------------------------------------------------------------
+# What a client starts from.
+# ---------------------------------------------------------------------------------------------
+
+DRAWS = 100
+"""The keys over which a start that is right on average is averaged."""
+
+
+def check_start(method: Method[Any], reference: Start | None = None) -> None:
+    """What a client starts from is what its dense reference says: that of `starts`, or the one given."""
+    reference = reference or REFERENCES.get(method.starts)
+    assert reference is not None, f"starts is {method.starts!r}: give `check_start` a reference"
+    for s in scenarios(method):
+        for rank in served(method, s.top):
+            want = reference(method, s.state, rank)
+            keys = range(DRAWS if method.starts == "mean" else 3 if method.per_client else 1)
+            starts = torch.stack(
+                [started(method.broadcast(s.state, rank, 1.5, k)).double() for k in keys]
+            )
+            off, bound = float((starts.mean(dim=0) - want).norm()), tolerance(s, want)
+            if method.starts == "mean":  # four standard errors
+                bound += 4 * float(starts.var(dim=0).sum() / DRAWS) ** 0.5
+            assert off <= bound, f"start: rank {rank} is off by {off:.1e} (rounding: {bound:.0e})"
+
+
+def test_every_start_has_a_reference():
+    assert {*REFERENCES, "other"} == set(STARTS)
+    assert {name for name in METHODS if METHODS[name].starts == "other"} == set(OWN)
+
+
+@everyone
+def test_start(name: str):
+    check_start(METHODS[name](), OWN.get(name))
+
+
+# ---------------------------------------------------------------------------------------------
+# What a checkpoint and a table need.
+# ---------------------------------------------------------------------------------------------
 
 
 @everyone

@@ -40,6 +40,7 @@ from fedhl.lora import initial
 from fedhl.model import peft
 from fedhl.model.adapters import load_adapter, save_adapter
 from fedhl.seeds import generator
+from fedhl.server import Rules
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -619,7 +620,7 @@ def test_layers_divided_by_all_clients():
         reached = {name: x for name, x in adapter.items() if k < 2 or name == "output"}
         replies.append(server.Reply(client, 1, reached, {}, loss=1.0, steps=1))
     weighting = get_weighting("uniform")
-    following, _ = server.aggregate(method, weighting, state, replies, 0, silence={})
+    following, _ = server.aggregate(method, weighting, state, replies, 0, Rules(silence={}))
     for name, members in ((layer, replies[:2]), ("output", replies)):
         mean = sum(r.adapter[name].delta() for r in members) / len(members)
         gap = following.layers[name].W - mean

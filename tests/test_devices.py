@@ -28,7 +28,7 @@ from fedhl.federation.local import measure as metrics
 from fedhl.federation.scores import evaluate_round
 from fedhl.lora import LoRA, initial
 from fedhl.model import peft
-from fedhl.server import Round, ServerState
+from fedhl.server import Outcome, Rules, ServerState
 from fedhl.server.channel import AirComp
 from fedhl.server.privacy import SECRET_BYTES, Mechanism, why_not
 from fedhl.server.robust import Guard, Median
@@ -159,7 +159,7 @@ def of_both(
     method: Method[Any],
     device: str,
     clients: list[server.Client],
-    play: Callable[[ServerState, list[server.Reply]], tuple[ServerState, Round]],
+    play: Callable[[ServerState, list[server.Reply]], tuple[ServerState, Outcome]],
 ) -> None:
     """Two rounds, each from one state there and here: the same states and the same figures."""
     adapter = {n: initial(*shape, TOP, 2.0, seed=0) for n, shape in SHAPES.items()}
@@ -193,8 +193,8 @@ def a_weighting(device: str, name: str) -> None:
     method, weighting = get_method("fedhl"), get_weighting(name)
     guard = Guard(clip=2.0, reject=Median(4.0))
 
-    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Round]:
-        return server.aggregate(method, weighting, state, replies, SEED, guard=guard)
+    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Outcome]:
+        return server.aggregate(method, weighting, state, replies, SEED, Rules(guard=guard))
 
     of_both(method, device, CLIENTS, play)
 
@@ -207,9 +207,9 @@ def test_over_the_air(there: There, name: str) -> None:
 def over_the_air(device: str, name: str) -> None:
     method, weighting = get_method(name), get_weighting("examples")
 
-    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Round]:
+    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Outcome]:
         channel = AirComp(snr_db=20)
-        return server.aggregate(method, weighting, state, replies, SEED, channel=channel)
+        return server.aggregate(method, weighting, state, replies, SEED, Rules(channel=channel))
 
     of_both(method, device, clients_of(method), play)
 
@@ -224,8 +224,8 @@ def in_small_numbers(device: str, name: str) -> None:
     method, weighting = get_method(name), get_weighting("examples")
     silence = dict.fromkeys(SHAPES, 0.1) if method.mixed_ranks else None
 
-    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Round]:
-        return server.aggregate(method, weighting, state, replies, SEED, silence=silence)
+    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Outcome]:
+        return server.aggregate(method, weighting, state, replies, SEED, Rules(silence=silence))
 
     of_both(method, device, [replace(c, payload="int8") for c in clients_of(method)], play)
 
@@ -239,7 +239,7 @@ def a_noisy_sum(device: str, name: str) -> None:
     method = get_method(name)
     mechanism = Mechanism(clip=0.5, noise=1.0, rate=0.5, clients=8, secret=bytes(SECRET_BYTES))
 
-    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Round]:
+    def play(state: ServerState, replies: list[server.Reply]) -> tuple[ServerState, Outcome]:
         return server.release(mechanism, method, state, replies, SEED)
 
     of_both(method, device, OF_RANK_4, play)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -151,6 +152,30 @@ def test_aggregation_error(updates: list[Update], name: str) -> None:
     want = 0.0 if name == "fedhl" else norm(torch.as_tensor(lost))
     # float32 sums of inner size up to 5 x 6 on both sides, and a float32 SVD
     assert got == pytest.approx(want, abs=30 * EPS32 * (norm(W) + size(answers)))
+
+
+@given(cohorts(), st.integers(1, 40))
+def test_what_was_sent_is_taken_once_however_little_is_held(
+    updates: list[Update], most: int
+) -> None:
+    """Two clients were sent each of the broadcasts; before more than `most` components of these are held,
+    they are given away, and counted no second time."""
+    twice = [u for u in updates for _ in range(2)]
+    read, waiting, total = 0, 0, torch.zeros(updates[0].lora.shape, dtype=torch.float64)
+
+    def counted() -> Iterator[Update]:
+        nonlocal read, waiting
+        for u in twice:
+            assert waiting <= most
+            read += 1
+            waiting += u.sent.lora.rank * (read % 2)  # its twin adds nothing
+            yield u
+
+    for weight, sent in diagnostics.besides(counted(), most):
+        waiting = 0
+        total += weight * exact(sent)
+    want = torch.stack([u.weight * exact(u.sent.lora) for u in twice]).sum(0)
+    assert norm(total + want) <= 4 * EPS64 * size(twice) * len(twice)
 
 
 @given(cohorts())

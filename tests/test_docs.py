@@ -15,7 +15,8 @@ from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/CARD.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 # --- the config reference -----------------------------------------------------------------------
 

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 import tiny
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import Answers, InProcessGrid
@@ -23,27 +32,19 @@ from safetensors.torch import load_file
 
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.federation.federation import Federation
 from fedhl.files import file_name
-from fedhl.flower.records import TRAIN, pack, unpack
-from fedhl.flower.server import (
-    LABEL,
-    LABELS,
-    NAME,
-    Member,
-    Rounds,
-    answer,
-    introduction,
-    metrics_of,
-    one_line,
-)
+from fedhl.flower.engine import metrics_of, serve
+from fedhl.flower.incoming import Incoming, clients_interrupted
+from fedhl.flower.mailbox import Mailbox, answer, one_line
+from fedhl.flower.records import EVALUATE, TRAIN, pack, unpack
+from fedhl.flower.roster import LABEL, LABELS, NAME, Member, Roster, clients_needed, introduction
+from fedhl.flower.server import app
 from fedhl.flower.submit import submit, toml, write_app
-from fedhl.model.evaluation import Metrics
 from fedhl.network.message import WHOLE, Malformed
 from fedhl.record import read_metrics, read_summary
 from fedhl.run import resume_run, start_run
 from fedhl.run.delivery import evaluate_run
-from fedhl.server import ServerState
+from fedhl.server import Client
 from fedhl.watch import Watcher
 
 HELLO = {
@@ -235,7 +236,7 @@ def settings_of(project: Path, name: str, **changes: Any) -> Config:
 def settings(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
     monkeypatch.chdir(project)
     monkeypatch.setenv("FEDHL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedhl.flower.server.POLL", 0.01)
+    monkeypatch.setattr("fedhl.flower.mailbox.POLL", 0.01)
     return settings_of(project, "grid")
 
 
@@ -244,12 +245,22 @@ NAMED = {k: {"client": f"client-{k}", "data": "partition"} for k in range(3)}
 
 
 def run(
-    settings: Config, folder: Path, grid: InProcessGrid, said: list[str] | None = None
+    settings: Config,
+    folder: Path,
+    grid: InProcessGrid,
+    said: list[str] | None = None,
+    watcher: Watcher | None = None,
 ) -> list[dict[str, Any]]:
     """The run, as far as it goes; its metrics without round 0."""
-    watcher = Watcher(say=(said if said is not None else []).append)
-    Rounds(settings, folder, watcher).start(grid)
+    watcher = watcher or Watcher(say=(said if said is not None else []).append)
+    serve(settings, folder, grid, clients_needed(settings), watcher)
     return read_metrics(folder)[1:]
+
+
+def roster_of(settings: Config, grid: InProcessGrid, said: list[str] | None = None) -> Roster:
+    """The roster of a run that has not begun."""
+    watcher = Watcher(say=(said if said is not None else []).append)
+    return Roster(settings, Mailbox(grid), watcher)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -282,6 +293,16 @@ def test_the_run_is_the_one_without_flower(settings: Config, tmp_path: Path, ora
     assert accepted(lines) == [[f"client-{k}" for k in range(3)]] * 2
     assert same(tmp_path / "run", oracle)
     assert not (tmp_path / "run" / "incoming").exists()
+
+
+def test_the_app_serves_the_run_that_its_config_describes(
+    settings: Config, tmp_path: Path, oracle: Path
+):
+    folder = tmp_path / "run"
+    told = {"config": settings.model_dump_json(), "folder": str(folder)}
+    app(InProcessGrid(NAMED), Context(1, 0, {}, RecordDict(), run_config=told))
+    assert read_summary(folder)["status"] == "finished"
+    assert same(folder, oracle)
 
 
 # --- hostile replies ----------------------------------------------------------------------------
@@ -344,6 +365,37 @@ def test_no_reply_stops_the_run(project: Path, settings: Config, tmp_path: Path)
     assert lines[-1]["refused"][0]["bytes_up"] == 10**6  # refused, but paid for
 
 
+def test_no_reply_above_its_limit_is_kept(settings: Config, tmp_path: Path):
+    """The reader of a reply refuses it, too; but by then it would have filled the disk."""
+    incoming, client = Incoming(tmp_path / "small", 1), Client("client-0", 4, 2.0, 10)
+    incoming.begin([("client-0", 4, 10)])
+    with pytest.raises(Malformed, match="it has 11 bytes, expected at most 10"):
+        incoming.keep(client, {}, bytes(11), limit=10, least_rank=4)
+    assert incoming.size(client) == 0
+    incoming.keep(client, {}, bytes(10), limit=10, least_rank=4)
+    assert incoming.size(client) == 10
+
+    kept: list[int] = []
+
+    class Watched(InProcessGrid):
+        def get_node_ids(self) -> list[int]:
+            files = (tmp_path / "run").glob("incoming/*/*.safetensors")
+            kept.extend(file.stat().st_size for file in files)
+            return list(self.nodes)
+
+    def between(node: int, message: Message, reply: Message) -> Answers:
+        if message.metadata.message_type != TRAIN:
+            return [reply]
+        header, payload = unpack(reply.content)
+        assert payload is not None
+        return [Message(pack(header, payload + bytes(10**6 * (node == 2))), reply_to=message)]
+
+    lines = run(settings, tmp_path / "run", Watched(NODES, between))
+    assert accepted(lines) == [["client-0", "client-1"]] * 2
+    assert kept
+    assert max(kept) < 10**6
+
+
 def test_what_flower_cannot_read_is_missing_and_takes_nothing_with_it(
     settings: Config, tmp_path: Path, oracle: Path
 ):
@@ -371,7 +423,7 @@ def test_what_flower_cannot_read_is_missing_and_takes_nothing_with_it(
 def test_a_reply_whose_upload_never_ends_holds_up_nobody(
     settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("fedhl.flower.server.STALL", 0.2)
+    monkeypatch.setattr("fedhl.flower.mailbox.STALL", 0.2)
     over = threading.Event()
 
     class Stalled(InProcessGrid):
@@ -420,12 +472,13 @@ def test_an_answer_given_twice_counts_once(settings: Config, tmp_path: Path, ora
 
 
 def test_a_node_that_flower_takes_no_message_for_is_missing(settings: Config, tmp_path: Path):
-    rounds, grid = Rounds(settings, tmp_path / "run", Watcher()), InProcessGrid(NODES)
-    rounds.grid = grid
-    assert len(rounds.look()) == 3
-    grid.deaf = {2}
-    rounds.start(grid)
-    lines = read_metrics(tmp_path / "run")[1:]
+    grid = InProcessGrid(NODES)
+
+    def listen(line: str) -> None:
+        if "'client-2' is here" in line:
+            grid.deaf.add(2)
+
+    lines = run(settings, tmp_path / "run", grid, watcher=Watcher(say=listen))
     assert accepted(lines) == [["client-0", "client-1"]] * 2
     assert all("has not taken the message" in found["client-2"] for found in reasons(lines))
 
@@ -469,55 +522,81 @@ def test_a_lie_about_oneself_does_not_stop_the_run(project: Path, settings: Conf
         assert any("refused" in line and reason in line for line in said), (reason, said)
 
 
-def test_the_first_to_come_does_not_decide_the_tokenizer(settings: Config, tmp_path: Path):
+def test_the_first_to_come_does_not_decide_the_tokenizer(settings: Config):
     def between(node: int, message: Message, reply: Message) -> Answers:
         header, _ = unpack(reply.content)
         return [Message(pack(header | ({"tokenizer": "x"} if node == 0 else {})), reply_to=message)]
 
-    rounds = Rounds(settings, tmp_path / "run", Watcher())
-    rounds.grid = InProcessGrid(NODES, between)
-    assert sorted(rounds.look()) == ["client-1", "client-2"]
+    roster = roster_of(settings, InProcessGrid(NODES, between))
+    assert sorted(roster.look()) == ["client-1", "client-2"]
 
 
-def test_a_rank_of_its_own_has_a_limit(settings: Config, tmp_path: Path):
-    rounds = Rounds(settings, tmp_path / "run", Watcher())
-    mine = HELLO | {"tokenizer": rounds.tokenizer}
-    assert rounds.welcome(mine | {"rank": 256}).rank == 256
+def test_a_rank_of_its_own_has_a_limit(settings: Config):
+    roster = roster_of(settings, InProcessGrid({}))
+    mine = HELLO | {"tokenizer": roster.tokenizer}
+    assert roster.welcome(mine | {"rank": 256}).rank == 256
     with pytest.raises(
         Malformed, match=r"has rank 257, expected at most 256 \(federation.top_rank\)"
     ):
-        rounds.welcome(mine | {"rank": 257})
+        roster.welcome(mine | {"rank": 257})
 
 
 # --- nodes that come and go ---------------------------------------------------------------------
 
 
 def test_a_machine_that_was_started_again_is_let_in_when_its_old_node_has_left(
-    settings: Config, tmp_path: Path
+    settings: Config,
 ):
     said: list[str] = []
-    rounds = Rounds(settings, tmp_path / "run", Watcher(say=said.append))
-    rounds.grid = grid = InProcessGrid(NODES)
-    grid.nodes[9] = NODES[1]
-    assert rounds.look() == {f"client-{k}": k for k in range(3)}
+    grid = InProcessGrid(NODES | {9: NODES[1]})
+    roster = roster_of(settings, grid, said)
+    assert roster.look() == {f"client-{k}": k for k in range(3)}
     assert any("another node is client 'client-1' already" in line for line in said)
     asked = len(grid.asked)
-    assert rounds.look()["client-1"] == 1
+    assert roster.look()["client-1"] == 1
     assert len(grid.asked) == asked  # it is not asked again and again
     del grid.nodes[1]
-    assert rounds.look() == {"client-0": 0, "client-1": 9, "client-2": 2}
+    assert roster.look() == {"client-0": 0, "client-1": 9, "client-2": 2}
 
 
-def test_an_answer_of_a_node_that_has_left_is_not_waited_for(settings: Config, tmp_path: Path):
-    rounds = Rounds(settings, tmp_path / "run", Watcher())
-    rounds.grid = grid = InProcessGrid(NODES, lambda node, message, reply: [reply] * (node != 1))
-    assert sorted(rounds.look()) == ["client-0", "client-2"]
-    (id,) = rounds.asked
+def test_an_answer_of_a_node_that_has_left_is_not_waited_for(settings: Config):
+    grid = InProcessGrid(NODES, lambda node, message, reply: [reply] * (node != 1))
+    roster = roster_of(settings, grid)
+    assert sorted(roster.look()) == ["client-0", "client-2"]
+    (id,) = roster.asked
     del grid.nodes[1]
-    rounds.look()
-    assert id not in rounds.asked
+    roster.look()
+    assert id not in roster.asked
     grid.nodes[9], grid.between = NODES[1], lambda node, message, reply: [reply]
-    assert rounds.look()["client-1"] == 9
+    assert roster.look()["client-1"] == 9
+
+
+def test_no_message_goes_to_a_node_that_has_left(project: Path, settings: Config, tmp_path: Path):
+    """One node leaves between the beginning of a round and its messages, another between two rounds."""
+    settings = settings_of(project, "leaving", evaluation={"client_fraction": 0.2, "every": 1})
+    folder = tmp_path / "run"
+
+    class Leaving(InProcessGrid):
+        def get_node_ids(self) -> list[int]:
+            if Incoming(folder, 1).clients() is not None:
+                self.nodes.pop(2, None)
+            return list(self.nodes)
+
+        def push(self, message: Message) -> str:
+            assert message.metadata.dst_node_id in self.nodes
+            return super().push(message)
+
+    grid = Leaving(NODES)
+
+    def listen(line: str) -> None:
+        if line.startswith("round 1"):
+            grid.nodes.pop(1)
+
+    lines = run(settings, folder, grid, watcher=Watcher(say=listen))
+    assert accepted(lines) == [["client-0", "client-1"], ["client-0"]]
+    assert reasons(lines) == [{"client-2": "its node has left"}, {}]
+    assert [node for node, kind in grid.asked if kind == TRAIN] == [0, 1, 0]
+    assert [node for node, kind in grid.asked if kind == EVALUATE] == [0, 1, 2, 0, 1, 0]
 
 
 # --- restarts -----------------------------------------------------------------------------------
@@ -560,7 +639,7 @@ def torn(own_settings: Config, own: dict[int, dict[str, Any]], tmp_path: Path) -
             return list(self.nodes)
 
     with pytest.raises(Killed):
-        Rounds(own_settings, folder, Watcher()).start(Dying(own, between))
+        run(own_settings, folder, Dying(own, between))
     return folder
 
 
@@ -609,11 +688,9 @@ def test_a_round_that_was_closed_is_not_opened_again(
     """Its sum may have been sent, to be evaluated, when the server was killed: a reply that comes only now
     would make another one, with the same noise if there is any."""
 
-    class Dying(Rounds):
-        def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
-            if state.round == 2:
-                raise Killed
-            return super().evaluate(federation, state)
+    def step(phase: str, done: int, total: int) -> None:
+        if phase == "round 2: evaluating":
+            raise Killed
 
     def between(node: int, message: Message, reply: Message) -> Answers:
         late = node == 0 and message.metadata.message_type == TRAIN
@@ -621,7 +698,7 @@ def test_a_round_that_was_closed_is_not_opened_again(
 
     folder = tmp_path / "run"
     with pytest.raises(Killed):
-        Dying(own_settings, folder, Watcher()).start(InProcessGrid(own, between))
+        run(own_settings, folder, InProcessGrid(own, between), watcher=Watcher(step=step))
     grid = InProcessGrid(own)  # in which everybody answers
     lines = run(own_settings, folder, grid)
     assert TRAIN not in [kind for _, kind in grid.asked]
@@ -675,14 +752,14 @@ def test_who_keeps_factors_goes_on_where_they_are(project: Path, settings: Confi
 
         with pytest.raises(Killed):
             if networked:
-                Rounds(settings, folder, dying).start(InProcessGrid(NODES))
+                run(settings, folder, InProcessGrid(NODES), watcher=dying)
             else:
                 start_run(settings, folder, dying)
         with pytest.raises(UserError, match=r"other processes|begun in one process"):
             if networked:
                 resume_run(folder)
             else:
-                Rounds(settings, folder, Watcher()).start(InProcessGrid(NODES))
+                run(settings, folder, InProcessGrid(NODES))
     with pytest.raises(UserError, match=r"only the clients of .* can evaluate"):
         evaluate_run(tmp_path / "True", "last", None)
 
@@ -702,17 +779,16 @@ def test_the_number_of_registered_clients_stays_after_a_restart(
         participation={"fraction": 0.5},
     )
     folder, late = tmp_path / "run", own[0] | {"client": "late"}
+    grid = InProcessGrid(own)
 
-    class Dying(Rounds):
-        def present(self, federation: Federation, round: int) -> Federation:
-            self.grid.nodes[9] = late  # pyright: ignore[reportAttributeAccessIssue]
-            self.look()
-            if round == 3:
-                raise Killed
-            return super().present(federation, round)
+    def listen(line: str) -> None:
+        if line.startswith("round 1"):
+            grid.nodes[9] = late
+        if line.startswith("round 2"):
+            raise Killed
 
     with pytest.raises(Killed):
-        Dying(settings, folder, Watcher()).start(InProcessGrid(own))
+        run(settings, folder, grid, watcher=Watcher(say=listen))
     assert len(read_summary(folder)["clients"]) == 4
     run(settings, folder, InProcessGrid(own | {9: late}))
     whole = tmp_path / "whole"
@@ -736,11 +812,10 @@ def test_after_a_restart_clients_must_be_as_they_were(
     assert any("'larger' has rank 8, expected at most 3" in line for line in said)
 
 
-def test_only_an_unfinished_round_is_waited_for(own_settings: Config, torn: Path):
-    rounds = Rounds(own_settings, torn, Watcher())
-    assert rounds.interrupted() == 3
+def test_only_an_unfinished_round_is_waited_for(torn: Path):
+    assert clients_interrupted(torn) == 3
     shutil.copytree(torn / "state" / "round-000001", torn / "state" / "round-000002")
-    assert rounds.interrupted() == 0
+    assert clients_interrupted(torn) == 0
 
 
 # --- configs that cannot be served, and Flower that is not there ---------------------------------
@@ -759,7 +834,7 @@ def test_a_config_that_cannot_be_served_is_refused_before_anything_is_sent(
     )
     with pytest.raises(UserError, match=r"federation.clients: say how many"):
         submit(by_column, project / "runs" / "refused", "nowhere")
-    assert Rounds(by_column, project / "runs" / "refused", Watcher(), nodes=3).first == 3
+    assert clients_needed(by_column, nodes=3) == 3
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -170,9 +170,17 @@ def test_every_part_of_the_maths_exists():
 
 
 def test_reports_read_files_only():
+    """A page is made of files: from fedhl it needs what reads them, and else what draws and lays out."""
     for module in MODULES:
         if part(module) in BESIDE:
-            assert outside(module) <= {"matplotlib", "rich"}, f"{module} only reads files and draws"
+            assert inside(module) <= {"errors", "names", "files", "watch", "record"}, module
+            assert outside(module) <= {"matplotlib", "rich", "jinja2", "markupsafe"}, module
+
+
+def test_statistics_know_nothing_of_pages():
+    of_numbers = {"fedhl.report.files"}
+    own = {name for name in imports("fedhl.report.statistics") if name.startswith("fedhl")}
+    assert own <= of_numbers and outside("fedhl.report.statistics") == set()
 
 
 def test_the_reader_sees_every_way_to_import():

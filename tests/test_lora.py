@@ -20,6 +20,7 @@ from fedhl.lora import (
     own,
     pad,
     prefix,
+    refill,
     squared_norm,
     svd,
     trainable_truncation,
@@ -275,6 +276,26 @@ def test_noise_of_rounding_is_not_taken_for_a_component():
     assert 0 < sigma[2] < 1e-5 * sigma[0]
     full = trainable_truncation(W, 6, seed=0)
     assert not full.B[:, 2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_component_is_dead_below_eight_roundings_and_no_sooner(dtype: torch.dtype):
+    """What is replaced has at most `(8 eps)²` of the energy, all that follows it counted together."""
+    rows = torch.linalg.qr(draw(1, 9, 4)).Q.T.to(dtype)
+    columns = torch.linalg.qr(draw(2, 12, 4)).Q.to(dtype)
+    limit = 8 * torch.finfo(dtype).eps
+    for tail, live in (
+        ((1.1, 0.0), 3),
+        ((0.9, 0.0), 2),
+        ((0.8, 0.8), 3),  # the two together are 1.13 of it, the last alone is not
+        ((0.6, 0.6), 2),
+        ((1.2, 1.1), 4),
+    ):
+        sigma = torch.tensor([1.0, 0.1, *(limit * x for x in tail)], dtype=dtype)
+        full = refill(LoRA(rows, columns * sigma, 1.0), 4, seed=7)
+        assert int(full.B.any(dim=0).sum()) == live
+        assert torch.equal(full.A[:live], rows[:live])
+        assert torch.equal(full.B[:, :live], (columns * sigma)[:, :live])
 
 
 def test_squared_norm_is_never_negative():

@@ -41,6 +41,13 @@ def test_every_method_and_weighting_is_described():
         assert f"`{name}`" in prose, f"docs/methods.md does not describe {name}"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_described_with_its_paper(name: str):
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if re.match(rf"(\||-) `{name}` ", line)]
+    assert any(METHODS[name].reference.name in line for line in lines)
+
+
 # Links and the worked example
 
 
@@ -60,6 +67,7 @@ def test_the_example_fulfils_the_contract(example: Method[Any], tmp_path: Path):
         contract.check_law(example, law)
     for check in contract.UNIVERSAL:
         check(example)
+    contract.check_start(example)
     contract.check_round_trip(example, tmp_path)
 
 

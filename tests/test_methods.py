@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_contract as contract
 import torch
 from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense as reference
+from reference.starts import truncated
 from test_contract import change, started
 from tiny import classification
 from torch import Tensor
 
-from fedhl import METHODS, Broadcast, Cohort, LoRA, Update, get_method, get_weighting
+from fedhl import METHODS, Broadcast, Cohort, LoRA, Method, Update, get_method, get_weighting
 from fedhl.config import Config
 from fedhl.lora import initial, truncate
-from fedhl.methods import flexlora
+from fedhl.methods import OPTIONAL
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.fedit import FedIT
 from fedhl.methods.flexlora import FlexLoRA
-from fedhl.methods.full_rank import FullRank
+from fedhl.methods.full_rank import FullRank, begin, move
 from fedhl.server.diagnostics import truncation_error
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -191,6 +192,22 @@ def test_the_balanced_split_would_be_dead(method: Any):
     assert float(dead[2:].max()) < 1e-6  # √(rounding of σ), not a gradient
     sent = method.broadcast(holding(method, W, top=5), 5, 1.0).lora
     assert float((slope @ sent.A.T).norm(dim=0)[2:].min()) > 0.1
+
+
+def test_dead_components_are_drawn_anew_in_every_round():
+    """W has rank 1 and stays as it is: the other two rows are random, and other ones in the next round
+    and with another seed, so that no direction is tried for ever. They are orthogonal to the live one."""
+    fresh = LoRA(draw(1, 3, 9), draw(2, 12, 3), 1.0)
+    W = torch.outer(draw(3, 12), draw(4, 9))
+    one = move(begin(fresh, seed=5), W)
+    later, other = move(one), move(begin(fresh, seed=6), W)
+    for state in (one, later, other):
+        A = state.sent.A
+        assert int(state.sent.B.any(dim=0).sum()) == 1
+        assert torch.allclose(A @ A.T, torch.eye(3, dtype=A.dtype), atol=10 * EPS64)
+    for state in (later, other):
+        assert torch.allclose(state.sent.A[:1], one.sent.A[:1])
+        assert not torch.isclose(state.sent.A[1:], one.sent.A[1:]).any()
 
 
 # Scale
@@ -407,17 +424,45 @@ def test_a_method_from_elsewhere():
     assert get_method("fedhl.methods.flexlora:FlexLoRA") == FlexLoRA()
 
 
-def test_a_method_from_elsewhere_that_names_no_weighting(
+SILENT = """
+from dataclasses import dataclass
+from fedhl.methods.flexlora import FlexLoRA
+
+@dataclass(frozen=True)
+class Silent:
+    mixed_ranks, laws = FlexLoRA.mixed_ranks, FlexLoRA.laws
+    init, broadcast, aggregate = FlexLoRA.init, FlexLoRA.broadcast, FlexLoRA.aggregate
+    delta, traffic = FlexLoRA.delta, FlexLoRA.traffic
+"""
+"""A method that inherits nothing and has only what it must."""
+
+
+def test_a_method_from_elsewhere_that_inherits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Clients then count by their rows."""
-    lines = inspect.getsource(flexlora).replace("FlexLoRA", "Silent").splitlines()
-    text = "\n".join(line for line in lines if "weighting: ClassVar" not in line)
-    (tmp_path / "silent.py").write_text(text, encoding="utf-8")
+    """Clients then count by their rows, and each broadcast is built for one client."""
+    (tmp_path / "silent.py").write_text(SILENT, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     config = Config.model_validate(classification(weighting=None, method="silent:Silent"))
-    assert not hasattr(config.method.build(), "weighting")
     assert config.weighting_used.name == "examples"
+    method = config.method.build()
+    assert [getattr(method, part) for part in OPTIONAL] == [
+        getattr(Method, part) for part in OPTIONAL
+    ]
+    with pytest.raises(AssertionError, match="per_client is True, but the key does not"):
+        contract.check_per_client(method)
+    with pytest.raises(AssertionError, match="starts is 'other': give `check_start` a reference"):
+        contract.check_start(method)
+    contract.check_start(method, truncated)
+
+
+def test_a_method_that_lacks_a_part_cannot_be_made():
+    class Half(Method[LoRA]):
+        def init(self, lora: LoRA, seed: int = 0) -> LoRA:
+            return lora
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize(
@@ -425,7 +470,7 @@ def test_a_method_from_elsewhere_that_names_no_weighting(
     [
         ("no_such_package.at_all:Thing", "cannot be imported.*no_such_package"),
         ("fedhl.methods.fedhl:Missing", "cannot be imported.*Missing"),
-        ("fedhl.methods.fedhl:send", "must be a dataclass"),
+        ("fedhl.methods.fedhl:move", "must be a dataclass"),
         ("fedhl.weighting:Uniform", "lacks mixed_ranks, laws, init, broadcast"),
     ],
 )

@@ -205,6 +205,7 @@ def test_every_hyperparameter_fulfils_the_contract(method: Method[Any], tmp_path
         contract.check_law(method, law)
     for check in contract.UNIVERSAL:
         check(method)
+    contract.check_start(method)
     contract.check_round_trip(method, tmp_path)
 
 

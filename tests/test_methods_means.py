@@ -25,6 +25,7 @@ from fedhl.methods.fslora import FSLoRA
 from fedhl.methods.hetlora import HetLoRA
 from fedhl.methods.lora_fair import LoRAFAIR
 from fedhl.methods.rbla import RBLA
+from fedhl.server.payload import carried
 
 EPS64 = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
@@ -625,6 +626,25 @@ def test_a_small_residual_is_not_lost_in_float32(k: int | None):
     if k is not None:
         want = dense.truncation(want, k)
     assert float((after.base - want).norm()) <= 4 * EPS32 * float(want.norm())
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_what_the_wire_rounds_away_is_in_the_base(k: int | None):
+    """Clients who return what they were sent, in bfloat16: nothing moves. The base takes over what is
+    missing in what they have, since the adapter is from now on the rounded one."""
+    method, start = FedExLoRA(residual_rank=k), server(9, 7, top=2)
+    state = method.init(LoRA(start.A.float(), start.B.float(), start.scale))
+    sent = carried(method.broadcast(state, 2, 1.5), "bfloat16")
+    after = method.aggregate(state, [Update(sent, sent.lora, w) for w in (0.25, 0.75)])
+    lost = exact(state.lora) - exact(sent.lora)
+    rounding = 4 * EPS32 * size([Update(sent, sent.lora, 1.0)])  # `s B` is a float32 in each term
+    assert float(lost.norm()) > 1e3 * rounding, "the test is about something"
+    assert float((after.base - lost).norm()) <= rounding
+    assert torch.equal(after.lora.A, sent.lora.A) and torch.equal(after.lora.B, sent.lora.B)
+
+
+def exact(lora: LoRA) -> Tensor:
+    return lora.scale * lora.B.double() @ lora.A.double()
 
 
 def test_the_traffic_of_fedex_lora():

@@ -10,11 +10,12 @@ from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, draw, exact, reply, st
 from test_simulation import RANKS, federate, kinds
 
 from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
-from fedhl.federation import engine
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.method import Broadcast, flatten
-from fedhl.server import Reply, ServerState, refusals
+from fedhl.model import peft
+from fedhl.server import Reply, Rules, ServerState, refusals
+from fedhl.server.layers import Layers
 from fedhl.server.participation import corrected, matching, reached, silence
 
 LAYERS = [f"encoder.layer.{k}.{part}" for k in (1, 10) for part in ("query", "value")] + ["pooler"]
@@ -74,6 +75,18 @@ def test_the_correction_makes_the_mean_over_all_rounds_that_of_full_participatio
     assert corrected(same, 0.0, products=False) is same
 
 
+def test_the_correction_makes_the_mean_of_magnitudes_that_of_full_participation():
+    past, before, after = LoRA(draw(3, 2, 5), draw(4, 7, 2), 0.5), draw(5, 2), draw(6, 2)
+    lora = LoRA(draw(0, 2, 5), draw(1, 7, 2), 0.5)
+    sent = Broadcast(lora, past=past, magnitudes=before)
+    for p in (0.1, 0.5, 0.9):
+        moved = corrected(Update(sent, lora, 0.3, after), p, products=False)
+        assert moved.magnitudes is not None
+        mean = p * before + (1 - p) * moved.magnitudes
+        assert (mean - after).norm() <= 20 * EPS32 * (before.norm() + after.norm())
+        assert (moved.lora.A - lora.A).norm() <= 20 * EPS32 * lora.A.norm() / (1 - p)
+
+
 def test_the_correction_of_a_product_is_exact_where_both_factors_moved():
     sent = Broadcast(LoRA(draw(0, 2, 5), draw(1, 7, 2), 0.5))
     lora = LoRA(draw(3, 2, 5), draw(2, 7, 2), 0.5)
@@ -108,7 +121,7 @@ def test_a_layer_is_averaged_over_those_who_returned_it(name: str):
     state = start(method, top=top, scale=clients[0].scale)
     answers = [obedient(method, state, client) for client in clients]
     partial = [without(answers[0], first), without(answers[1], first, second), *answers[2:]]
-    after, outcome = server.aggregate(method, weighting, state, partial, SEED, silence={})
+    after, outcome = server.aggregate(method, weighting, state, partial, SEED, Rules(silence={}))
     assert [c["layers"] for c in outcome.clients] == [2, 1, 3, 3]
     for layer, members in ((first, answers[2:]), (second, [answers[0], *answers[2:]])):
         alone, _ = server.aggregate(method, weighting, state, members, SEED)
@@ -138,7 +151,7 @@ def test_a_layer_that_nobody_returned_stays():
     first = next(iter(SHAPES))
     state = start()
     answers = [without(reply(state, client), first) for client in CLIENTS]
-    after, _ = server.aggregate(method, weighting, state, answers, SEED, silence={})
+    after, _ = server.aggregate(method, weighting, state, answers, SEED, Rules(silence={}))
     assert after.layers[first] is state.layers[first]
     assert all(after.layers[name] is not state.layers[name] for name in SHAPES if name != first)
 
@@ -146,12 +159,14 @@ def test_a_layer_that_nobody_returned_stays():
 def test_a_missing_layer_is_refused_unless_stragglers_are_expected():
     state, first = start(), next(iter(SHAPES))
     partial = without(reply(state, CLIENTS[0]), first)
-    assert refusals.refusal(get_method("fedhl"), state, partial, SEED) == (
+    assert refusals.refusal(Layers(get_method("fedhl"), state, SEED), partial) == (
         f"layer {first!r} is missing"
     )
-    assert refusals.refusal(get_method("fedhl"), state, partial, SEED, stragglers=True) is None
+    assert (
+        refusals.refusal(Layers(get_method("fedhl"), state, SEED), partial, stragglers=True) is None
+    )
     nothing = replace(partial, adapter={})
-    assert refusals.refusal(get_method("fedhl"), state, nothing, SEED, stragglers=True) == (
+    assert refusals.refusal(Layers(get_method("fedhl"), state, SEED), nothing, stragglers=True) == (
         f"layer {first!r} is missing"
     )
 
@@ -161,9 +176,12 @@ def test_a_client_that_trains_some_layers_returns_exactly_those():
     client = replace(CLIENTS[0], layers=frozenset(others))
     full = replace(reply(state, client), client=client)
     method = get_method("fedhl")
-    assert refusals.refusal(method, state, full, SEED) == f"layer {first!r} is not one it trains"
-    assert refusals.refusal(method, state, without(full, first), SEED) is None
-    assert refusals.refusal(method, state, without(full, first, others[0]), SEED) == (
+    assert (
+        refusals.refusal(Layers(method, state, SEED), full)
+        == f"layer {first!r} is not one it trains"
+    )
+    assert refusals.refusal(Layers(method, state, SEED), without(full, first)) is None
+    assert refusals.refusal(Layers(method, state, SEED), without(full, first, others[0])) == (
         f"layer {min(others)!r} is missing"
     )
 
@@ -173,8 +191,10 @@ def test_the_correction_of_a_layer_reaches_its_update():
     state = start(method, top=4, scale=2.0)
     answers = [obedient(method, state, client) for client in OF_RANK_4]
     first, second, _ = SHAPES
-    plain, _ = server.aggregate(method, weighting, state, answers, SEED, silence={})
-    more, _ = server.aggregate(method, weighting, state, answers, SEED, silence={first: 0.75})
+    plain, _ = server.aggregate(method, weighting, state, answers, SEED, Rules(silence={}))
+    more, _ = server.aggregate(
+        method, weighting, state, answers, SEED, Rules(silence={first: 0.75})
+    )
     moves = {
         layer: [dense(method.delta(x.layers[layer])) for x in (state, plain, more)]  # type: ignore[arg-type]
         for layer in (first, second)
@@ -188,11 +208,11 @@ def test_a_frozen_factor_that_came_back_changed_is_refused():
     method = get_method("ffa_lora")
     state = start(method, top=4, scale=2.0)
     good = obedient(method, state, OF_RANK_4[0])
-    assert refusals.refusal(method, state, good, SEED) is None
+    assert refusals.refusal(Layers(method, state, SEED), good) is None
     first = sorted(SHAPES)[0]
     x = good.adapter[first]
     bad = replace(good, adapter={**good.adapter, first: replace(x, A=x.A * 1.01)})
-    assert refusals.refusal(method, state, bad, SEED) == (
+    assert refusals.refusal(Layers(method, state, SEED), bad) == (
         f"layer {first!r}: factor A was not to be changed, but came back different"
     )
 
@@ -209,7 +229,7 @@ def test_the_weights_of_norms_do_not_depend_on_how_many_layers_came_back():
     whole, part = (replace(x, adapter=square) for x in (one, twin))
     part = without(part, first, second)
     _, outcome = server.aggregate(
-        method, get_weighting("norm"), state, [whole, part], SEED, silence={}
+        method, get_weighting("norm"), state, [whole, part], SEED, Rules(silence={})
     )
     assert [c["weight"] for c in outcome.clients] == pytest.approx([0.5, 0.5], abs=1e-6)
     assert [c["layers"] for c in outcome.clients] == [3, 1]
@@ -222,7 +242,7 @@ def test_the_weights_of_norms_do_not_depend_on_how_many_layers_came_back():
 @pytest.mark.parametrize("method", ["fedhl", "flora"])
 def test_clients_of_some_layers_leave_the_others_alone(kind: str, method: str):
     federation = federate(kind, method=method)
-    layers = list(engine.peft.layers(federation.slots))
+    layers = list(peft.layers(federation.slots))
     ours = frozenset(layers[:1])
     federation = replace(
         federation, clients=[replace(client, layers=ours) for client in federation.clients]
@@ -234,7 +254,7 @@ def test_clients_of_some_layers_leave_the_others_alone(kind: str, method: str):
         assert (following.layers[name] is state.layers[name]) == (name not in ours)
     whole = run_round(federate(kind, method=method), state)[1]
     head = 4 * sum(p.numel() for p in federation.slots.head.values())
-    m, n = engine.peft.layers(federation.slots)[layers[0]]
+    m, n = peft.layers(federation.slots)[layers[0]]
     for one, other in zip(outcome.clients, whole.clients, strict=True):
         assert one["bytes_down"] == other["bytes_down"]
         assert one["bytes_up"] == 4 * one["rank"] * (m + n) + head < other["bytes_up"]
@@ -251,7 +271,7 @@ def test_stragglers_train_only_what_they_reach_and_are_reproducible():
             counts += [c["layers"] for c in outcome.clients]
         return states, counts
 
-    layers = len(engine.peft.layers(federate("bert").slots))
+    layers = len(peft.layers(federate("bert").slots))
     states, counts = play(0.9)
     assert min(counts) < layers and set(counts) <= set(range(1, layers + 1))
     again, _ = play(0.9)
@@ -268,6 +288,6 @@ def test_the_last_layers_are_those_nearest_to_the_output(kind: str):
     """`query` before `value` in a block, block 0 before block 1, whatever the alphabet says."""
     federation = federate(kind)
     got = federation.slots.order
-    assert sorted(got) == sorted(engine.peft.layers(federation.slots))
+    assert sorted(got) == sorted(peft.layers(federation.slots))
     blocks = [[int(part) for part in name.split(".") if part.isdigit()] for name in got]
     assert blocks == sorted(blocks)

@@ -27,10 +27,12 @@ from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
+from fedhl.lora import initial
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import secret_of
-from fedhl.server import Client, Reply, ServerState, arrivals, rounds
+from fedhl.server import Client, Reply, ServerState, measures, rounds
 from fedhl.server.accounting import ORDERS, epsilon
+from fedhl.server.layers import Layers
 from fedhl.server.privacy import Mechanism, normals, uniforms, why_not
 from fedhl.watch import Watcher
 
@@ -93,14 +95,13 @@ def test_one_client_moves_the_sum_by_at_most_c_over_d(
     sums = []
     for cohort in (others, [*others, wild]):
         accepted, _, checks = rounds.guarded(
-            rounds.Guard(clip=private.clip), FEDHL, state, cohort, SEED
+            rounds.Guard(clip=private.clip), Layers(FEDHL, state, SEED), cohort
         )
         assert len(accepted) == len(cohort)
         parts = []
         for name, layer in state.layers.items():
-            alone = replace(state, layers={name: layer})
             p = torch.ones(len(accepted), dtype=torch.float64)
-            updates = arrivals.arrivals(FEDHL, alone, name, accepted, p, SEED, 0.0)
+            updates = Layers(FEDHL, state, SEED).layer(name).updates(accepted, p)
             terms = [(c.factor, u) for c, u in zip(checks, updates, strict=True)]
             released = private.released(FEDHL, layer, terms, 1, name)
             parts.append(exact(released.lora) - exact(released.sent.lora))
@@ -135,6 +136,33 @@ def test_without_noise_it_is_the_clipped_sum_over_a_constant(name: str) -> None:
         assert norm([a - b for a, b in zip(got, want, strict=True)]) <= 1e-4 * norm(want)
         assert round or norm(want) <= private.clip
         state = following
+
+
+def test_what_a_release_reports(state: ServerState) -> None:
+    """Of each client the weight `1/D` of the sum, D not being the number of those who arrived; and of
+    all of them the numbers of an equal mean, against their shares of the rows."""
+    answers = [reply(state, client) for client in CLIENTS[:3]]
+    private = mechanism(clients=8)
+    _, outcome = server.release(private, FEDHL, state, answers, SEED)
+    assert [c["weight"] for c in outcome.clients] == [1 / (0.75 * 8)] * 3
+    assert [c["drift"] for c in outcome.clients] == [None] * 3
+    norms = measures.change_norms(Layers(FEDHL, state, SEED), answers)
+    assert [c["norm"] for c in outcome.clients] == norms
+    assert [c["clip"] for c in outcome.clients] == [min(1, private.clip / x) for x in norms]
+    whole = sum(float(x.W.double().square().sum()) for x in state.layers.values())
+    errors = []
+    for client in CLIENTS[:3]:
+        sent = server.broadcast(FEDHL, state, client, SEED)
+        lost = [x.W.double() - exact(sent[name].lora) for name, x in state.layers.items()]
+        errors.append(sum(float(x.square().sum()) for x in lost) / whole)
+    assert [c["error"] for c in outcome.clients] == pytest.approx(errors, rel=1e-5)
+    rows = [client.examples for client in CLIENTS[:3]]
+    q = [x / sum(rows) for x in rows]
+    assert outcome.diagnostics == {
+        "effective_clients": pytest.approx(3),
+        "chi2": pytest.approx(sum((1 / 3 - x) ** 2 / x for x in q)),
+        "weighted_error": pytest.approx(sum(errors) / 9, rel=1e-5),
+    }
 
 
 def test_the_denominator_does_not_depend_on_who_arrived(state: ServerState) -> None:
@@ -216,6 +244,8 @@ def test_the_noise_follows_from_the_secret_alone(state: ServerState) -> None:
 def test_the_numbers_are_uniform_and_normal() -> None:
     u = uniforms(SECRET, 20_000, "test")
     assert float(u.min()) > 0 and float(u.max()) < 1
+    halves = 2.0**53 * u[u < 0.5]  # above, a float64 has no room for the half
+    assert torch.equal(halves % 1, torch.full_like(halves, 0.5)), "never 0, which has no logarithm"
     ordered, grid = u.sort().values, torch.arange(1, 20_001).double() / 20_000
     assert float((ordered - grid).abs().max()) < 1.95 / 20_000**0.5  # Kolmogorov's 0.1 % bound
     z = normals(SECRET, torch.Size((101, 99)), "test")
@@ -224,6 +254,36 @@ def test_the_numbers_are_uniform_and_normal() -> None:
     grid = torch.arange(1, 10_000).double() / 9_999
     assert float((ordered - grid).abs().max()) < 1.95 / 9_999**0.5
     assert not torch.equal(z, normals(SECRET, torch.Size((101, 99)), "another"))
+
+
+def test_every_number_of_the_noise_is_drawn_on_its_own() -> None:
+    """No two entries of one draw have anything in common, by sign or by size: a half that repeats the
+    other would pass as normal, and could be subtracted from it."""
+    count, size = 4000, 23  # an odd one, so that the last pair is cut
+    z = torch.stack([normals(SECRET, torch.Size((size,)), "test", k) for k in range(count)])
+    assert len(z.unique()) == count * size
+    different = ~torch.eye(size, dtype=torch.bool)
+    for x in (z, (z.square() - 1) / 2**0.5):  # each entry of mean 0 and variance 1
+        covariance = (x.T @ x / count)[different]
+        # of independent entries it has mean 0 and variance 1/count: six standard deviations, for the
+        # squares' tails are heavy and there are 253 pairs
+        assert float(covariance.abs().max()) < 6 / count**0.5
+
+
+def test_no_two_layers_nor_rounds_share_their_noise() -> None:
+    """Layers and head parameters of one shape, in two rounds: eight draws, no number twice."""
+    shape, private = (6, 5), Mechanism(1.0, 1.0, 1.0, 1, SECRET)
+    layer = FEDHL.init(initial(*shape, 2, 1.0, seed=0))
+    head = {name: torch.zeros(shape, dtype=torch.float64) for name in "ab"}
+    drawn: list[Tensor] = []
+    for round in (1, 2):
+        drawn += private.released_head(head, [], round).values()
+        for name in "ab":
+            released = private.released(FEDHL, layer, [], round, name)
+            drawn.append(exact(released.lora) - exact(released.sent.lora))
+    z = torch.stack([x.flatten() for x in drawn])
+    near = torch.isclose(z[:, None, :, None], z[None, :, None, :], rtol=1e-6, atol=0)
+    assert int(near.sum()) == z.numel(), "each is near itself alone"
 
 
 # --- the cohort ---------------------------------------------------------------------------------

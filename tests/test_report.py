@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import hashlib
 import json
 import math
 import random
@@ -12,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
+import fedhl.report
 from fedhl.errors import UserError
 from fedhl.report import final_table, write_report
 from fedhl.report.files import best, read_run
-from fedhl.report.html import size
+from fedhl.report.format import size
 from fedhl.report.plots import spread
+from fedhl.report.render import TEMPLATES
 
 Json = dict[str, Any]
 LAYERS = ("encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value")
@@ -354,6 +360,84 @@ def test_an_unknown_metric_is_escaped_too(run: Path) -> None:
     )
     assert "<b>[red]" not in report(run).lower()
     final_table(run)
+
+
+EVIL = """<evil a="'$x^{$'">&"""
+
+
+def evil(html: str) -> list[str]:
+    """Where a text from a file became a tag or an attribute of the page."""
+    tags = [tag for tag, attributes in Page(html).tags if "evil" in f"{tag}{[*attributes]}"]
+    return tags + re.findall("<evil.{,20}", html)
+
+
+def evil_metric(run: Path) -> None:
+    for file in (run / "metrics.jsonl", run / "summary.json"):
+        file.write_text(file.read_text().replace('"accuracy"', json.dumps(EVIL)))
+
+
+@pytest.mark.parametrize("clients", [3, 14])
+def test_no_text_of_a_run_is_taken_for_markup(clients: int, tmp_path: Path) -> None:
+    """Names, labels, a metric and whatever else is text with a tag in it, in every section and plot."""
+    run = fake_run(tmp_path / "run", clients=clients, rounds=6, labels=3)
+    evil_metric(run)
+
+    def spoil(line: Json) -> None:
+        for client in line["clients"]:
+            client["id"] += EVIL
+        for one in line["refused"]:
+            one |= {"id": EVIL, "reason": EVIL}
+        scores = line["evaluation"]
+        scores["clients"] = {"by_client": {f"client-0{EVIL}": scores["full"]}}
+        if "ranks" in scores:
+            scores["ranks"][EVIL] = scores["full"]
+
+    rewrite(run, spoil)
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("name", "status", "model", "data", "task", "device", "commit", "fedhl"):
+        summary[key] = EVIL
+    summary |= {group: {EVIL: EVIL} for group in ("seeds", "versions", "hashes")}
+    summary |= {name: {"name": EVIL, EVIL: EVIL} for name in ("method", "weighting")}
+    summary["tasks"] = {"labels": [[EVIL]], "accuracy": [[0.5]], "rounds": [6], "forgetting": 0.1}
+    for client in summary["clients"]:
+        client |= {"id": client["id"] + EVIL, "labels": {f"{k}{EVIL}": 3 for k in range(9)}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "config.yaml").write_text(f"name: {EVIL}")
+    html = report(run)
+    page = Page(html)
+    assert page.open == [] and evil(html) == []
+    titles = ["Quality", "Tasks", "Clients", "Spectrum of W", "Federation diagnostics"]
+    titles += ["Bytes and seconds", "Missing or refused", "Provenance"]
+    assert re.findall("<h2>(.*?)</h2>", html) == titles
+    assert "".join(page.text).count(EVIL) > 30  # nothing is lost either
+    final_table(run)
+
+
+def test_the_policy_of_a_page_allows_its_own_script_alone(demo: tuple[Path, str]) -> None:
+    _, html = demo
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (a["content"] for t, a in Page(html).tags if t == "meta" and "http-equiv" in a)
+    assert f"script-src 'sha256-{digest}'" in str(policy)
+    assert "addEventListener" in script and "&" not in script.replace("&&", "")
+
+
+def test_a_value_that_nobody_gave_is_an_error() -> None:
+    template = TEMPLATES.get_template("run/tasks.html")
+    assert template.render(tasks=None).strip() == ""
+    with pytest.raises(UndefinedError, match="'tasks' is undefined"):
+        template.render()
+    with pytest.raises(UndefinedError, match="no attribute 'rows'"):
+        template.render(tasks={})
+
+
+def test_markup_stands_in_templates_alone() -> None:
+    """But for the SVG that Matplotlib draws."""
+    for path in Path(fedhl.report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and path.name != "plots.py":
+                assert not re.search(r"</?[a-z]+[\s>]|&[a-z]+;", text), (path.name, text)
 
 
 def test_a_hundred_clients_and_rounds_stay_small(tmp_path: Path) -> None:

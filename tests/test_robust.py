@@ -32,8 +32,9 @@ from fedhl.config import Config
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.method import Broadcast
-from fedhl.server import Reply, ServerState, measures, robust
+from fedhl.server import Reply, Rules, ServerState, measures, robust
 from fedhl.server.channel import AirComp, sends_products
+from fedhl.server.layers import Layers
 from fedhl.server.robust import Guard, Median, Trimmed
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -52,7 +53,7 @@ def louder(answer: Reply, times: float) -> Reply:
 
 
 def aggregate(state: ServerState, replies: Sequence[Reply], guard: Guard | None, method=FEDHL):
-    return server.aggregate(method, TRUNCATION, state, replies, SEED, guard=guard)
+    return server.aggregate(method, TRUNCATION, state, replies, SEED, Rules(guard=guard))
 
 
 # --- norms --------------------------------------------------------------------------------------
@@ -102,9 +103,9 @@ def test_what_is_clipped_is_the_change_of_the_product(state: ServerState) -> Non
     """`W + Σ p_i c_i (ΔW_i - ΔW(sent_i))`, and the head alike, against the dense formula."""
     answers = [louder(reply(state, client), k + 1) for k, client in enumerate(CLIENTS)]
     uniform = get_weighting("uniform")
-    bound = min(measures.change_norms(FEDHL, state, answers, SEED))
+    bound = min(measures.change_norms(Layers(FEDHL, state, SEED), answers))
     following, outcome = server.aggregate(
-        FEDHL, uniform, state, answers, SEED, guard=Guard(clip=bound)
+        FEDHL, uniform, state, answers, SEED, Rules(guard=Guard(clip=bound))
     )
     factors = [c["clip"] for c in outcome.clients]
     assert min(factors) < 0.5 and max(factors) == 1, "the test is about something"
@@ -133,19 +134,27 @@ def test_a_clipped_update_is_that_of_a_client_who_moved_less(name: str) -> None:
     answers = [reply(state, client, method) for client in CLIENTS]
     state, _ = server.aggregate(method, uniform, state, answers, SEED)
     loud, *others = [louder(reply(state, client, method), 3) for client in CLIENTS]
-    bound = max(measures.change_norms(method, state, others, SEED))
+    bound = max(measures.change_norms(Layers(method, state, SEED), others))
     loud = louder(loud, 50)
-    (norm,) = measures.change_norms(method, state, [loud], SEED)
+    (norm,) = measures.change_norms(Layers(method, state, SEED), [loud])
     after, outcome = server.aggregate(
-        method, uniform, state, [loud, *others], SEED, guard=Guard(clip=bound)
+        method, uniform, state, [loud, *others], SEED, Rules(guard=Guard(clip=bound))
     )
     assert [c["clip"] for c in outcome.clients] == pytest.approx([bound / norm, 1, 1, 1])
-    unclipped, _ = server.aggregate(method, uniform, state, [loud, *others], SEED)
-    quiet, _ = server.aggregate(method, uniform, state, others, SEED)
+    c = bound / norm
     for layer in SHAPES:
-        deltas = [method.delta(s.layers[layer]) for s in (after, unclipped, quiet)]
-        one, two, three = (dense(d).double() for d in deltas if d is not None)
-        assert (one - three).norm() < 0.3 * (two - three).norm()
+        updates, size = [], 0.0
+        for answer in (loud, *others):
+            sent = server.broadcast(method, state, answer.client, SEED)[layer]
+            own, was = exact(answer.adapter[layer]), exact(sent.lora)
+            product = was + (c if answer is loud else 1.0) * (own - was)
+            whole = LoRA(product, torch.eye(len(product), dtype=torch.float64), 1.0)
+            updates.append(Update(sent, whole, 1 / 4))
+            size += float(own.norm() + was.norm())
+        deltas = (after.layers[layer], method.aggregate(state.layers[layer], updates))
+        one, two = (dense(x).double() for x in map(method.delta, deltas) if x is not None)
+        # sums of products, and one SVD, in float32
+        assert (one - two).norm() <= 30 * EPS32 * size
 
 
 def test_who_is_not_clipped_changes_no_bit(state: ServerState) -> None:
@@ -159,7 +168,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
     """A client cannot buy weight, nor drown the others' signals, by an update that is cut anyway."""
     answers = [reply(state, client) for client in CLIENTS]
     attack = [louder(answers[0], 1e6), *answers[1:]]
-    bound = max(measures.change_norms(FEDHL, state, answers, SEED))
+    bound = max(measures.change_norms(Layers(FEDHL, state, SEED), answers))
     norm = get_weighting("norm")
     for clip, most in ((None, (0.99, 1.0)), (bound, (0.0, 0.6))):
         _, outcome = server.aggregate(
@@ -168,11 +177,23 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
             state,
             attack,
             SEED,
-            guard=Guard(clip=clip),
-            channel=AirComp(snr_db=20),
+            Rules(guard=Guard(clip=clip), channel=AirComp(snr_db=20)),
         )
         assert most[0] <= outcome.clients[0]["weight"] <= most[1]
         assert (outcome.diagnostics["channel_noise"] > 100) == (clip is None)
+
+
+def test_the_norms_of_the_weighting_are_those_of_what_is_left(state: ServerState) -> None:
+    """`||ΔW(sent) + c (ΔW - ΔW(sent))||`, which is not c times the norm of the update."""
+    answers, factors = [reply(state, client) for client in CLIENTS], [0.0, 0.3, 1.0, 0.9]
+    cohort = measures.measure(Layers(FEDHL, state, SEED), answers, factors=factors)
+    want = []
+    for c, answer in zip(factors, answers, strict=True):
+        sent = server.broadcast(FEDHL, state, answer.client, SEED)
+        own = {n: exact(answer.adapter[n]) for n in SHAPES}
+        left = [exact(sent[n].lora) + c * (own[n] - exact(sent[n].lora)) for n in SHAPES]
+        want.append(sum(float(x.square().sum()) for x in left) ** 0.5)
+    assert torch.as_tensor(cohort.norms).tolist() == pytest.approx(want, rel=1e-5)
 
 
 # --- rejection ----------------------------------------------------------------------------------
@@ -186,6 +207,8 @@ def test_who_is_rejected() -> None:
 
     assert out(Median(5.0)(norms)) == [3]
     assert out(Median(7.0)(norms)) == []
+    assert out(Median(2.0)([1.0, 1.0, 2.0])) == [], "exactly as far as is allowed"
+    assert out(Median(1.0)([0.0, 0.0, 0.0])) == [], "nobody moved"
     assert "moved by 7, more than 5 times the median of 1.1" in str(Median(5.0)(norms)[3])
     assert out(Trimmed(0.4)(norms)) == [1, 3]
     assert out(Trimmed(0.19)(norms)) == [], "rounded down"

@@ -29,6 +29,7 @@ from fedhl.model import peft
 from fedhl.run import checkpoint
 from fedhl.seeds import generator
 from fedhl.server import Reply, ServerState, diagnostics, refusals
+from fedhl.server.layers import Layers
 from fedhl.server.participation import corrected
 
 EPS = torch.finfo(torch.float64).eps
@@ -265,7 +266,7 @@ def test_magnitudes_nobody_asked_for_are_refused() -> None:
     reply = train_client(now, client, sent, state.head, 1).reply
     assert reply.magnitudes == {}
     reply = replace(reply, magnitudes={name: torch.ones(1) for name in state.layers})
-    said = refusals.refusal(federation.method, state, reply, 0)
+    said = refusals.refusal(Layers(federation.method, state, 0), reply)
     assert said is not None and "got magnitudes of shape (1,), expected None" in said
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
-from fedhl.method import flatten
+from fedhl.method import Broadcast, flatten
 from fedhl.seeds import generator
-from fedhl.server import Client, Reply, Round, ServerState, arrivals, diagnostics, measures
+from fedhl.server import Client, Outcome, Reply, ServerState, diagnostics, measures, refusals
+from fedhl.server.layers import Layers
 
 EPS32 = torch.finfo(torch.float32).eps
 SEED = 3
@@ -64,7 +65,7 @@ def reply(
 
 def play(
     state: ServerState, replies: Sequence[Reply], method: Any = FEDHL, weighting: Any = TRUNCATION
-) -> tuple[ServerState, Round]:
+) -> tuple[ServerState, Outcome]:
     return server.aggregate(method, weighting, state, replies, SEED)
 
 
@@ -173,6 +174,27 @@ def test_a_broadcast_nobody_can_be_sent_names_layer_and_client(state: ServerStat
         server.broadcast(FEDHL, state, greedy, SEED)
 
 
+def test_a_draw_is_of_its_round_client_and_layer() -> None:
+    """A client is sent 3 of 6 components by chance. Sixteen rounds, clients or layers that all had the
+    same 3 of the 20 choices would share the draw."""
+    method = get_method("fslora")
+    names, clients = (
+        [f"layer.{k}" for k in range(16)],
+        [Client(f"{k}", 3, 1.0, 1) for k in range(16)],
+    )
+    state = server.init(method, {name: initial(9, 8, 6, 1.0, seed=0) for name in names}, {}, SEED)
+
+    def drawn(round: int, client: Client, layer: str) -> tuple[int, ...]:
+        now = replace(state, round=round)
+        index = server.broadcast(method, now, client, SEED)[layer].index
+        assert index is not None
+        return tuple(index.tolist())
+
+    assert len({drawn(round, clients[0], names[0]) for round in range(16)}) > 1
+    assert len({drawn(1, client, names[0]) for client in clients}) > 1
+    assert len({drawn(1, clients[0], name) for name in names}) > 1
+
+
 def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     """Per layer `Σ_{j>r} σ_j²`, and over all layers ê_i, relative to the energy.
 
@@ -180,7 +202,7 @@ def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     by no more than δ, and its square by `2 ||R|| ||δ|| + ||δ||²`.
     """
     replies = [reply(state, client) for client in CLIENTS]
-    cohort = measures.measure(FEDHL, state, replies, SEED)
+    cohort = measures.measure(Layers(FEDHL, state, SEED), replies)
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy)
     tails = torch.zeros_like(error)
     for column, name in enumerate(SHAPES):
@@ -276,9 +298,7 @@ def test_what_a_round_reports(state: ServerState) -> None:
     numbers = dict(outcome.diagnostics)
     squares = {"aggregation_error": 0.0, "product_gap": 0.0}
     for name in SHAPES:
-        updates = arrivals.LayerUpdates(
-            FEDHL, state, name, replies, p.tolist(), SEED, range(len(replies))
-        )
+        updates = Layers(FEDHL, state, SEED).layer(name).updates(replies, p)
         before, after = state.layers[name].W, following.layers[name].W
         products = diagnostics.of_products(updates)
         lost = diagnostics.aggregation_error(before, after, updates, products)
@@ -446,6 +466,60 @@ WRONG = {
         r"^it is for round 4, this is round 3$",
     ),
 }
+
+
+def test_the_largest_update_that_is_accepted(state: ServerState) -> None:
+    """`s ||A|| ||B||` up to the root of the largest float32, and each factor, head, loss and bound alike:
+    what is larger has no square."""
+    good, huge = reply(state, CLIENTS[2]), torch.finfo(torch.float32).max ** 0.5
+
+    def single(shape: torch.Size, value: float) -> Tensor:
+        found = torch.zeros(shape)
+        found[-1, -1] = value
+        return found
+
+    def spoilt(share: float) -> Iterator[Reply]:
+        x = good.adapter[NAME]
+        root = (share * huge / x.scale) ** 0.5  # both factors are far below the bound
+        A, B = x.A.shape, x.B.shape
+        yield with_layer(NAME, lambda x: LoRA(single(A, root), single(B, root), x.scale))(good)
+        yield with_layer(NAME, lambda x: LoRA(single(A, share * huge), 0 * x.B, x.scale))(good)
+        yield with_layer(NAME, lambda x: LoRA(0 * x.A, single(B, share * huge), x.scale))(good)
+        head = {**good.head, "classifier.weight": single(torch.Size((3, 7)), share * huge)}
+        yield replace(good, head=head)
+        yield replace(good, loss=share * huge)
+        yield replace(good, loss=-share * huge)
+        yield replace(good, bound=share * huge)
+
+    assert [refusals.refusal(Layers(FEDHL, state, SEED), r) for r in spoilt(0.99)] == [None] * 7
+    assert all(
+        "2e+19" in str(r)
+        for r in refusals.refusals(Layers(FEDHL, state, SEED), [*spoilt(1.01)][:4])
+    )
+    assert all(refusals.refusals(Layers(FEDHL, state, SEED), [*spoilt(1.01)][4:]))
+    assert refusals.refusal(Layers(FEDHL, state, SEED), replace(good, bound=0.0)) is None
+    assert refusals.refusal(Layers(FEDHL, state, SEED), replace(good, bound=-1e-300))
+
+
+def test_the_largest_magnitudes_that_are_accepted() -> None:
+    huge = torch.finfo(torch.float32).max ** 0.5
+    lora = LoRA(draw(0, 2, 5), draw(1, 7, 2), 1.0)
+    sent = Broadcast(lora, past=lora, magnitudes=torch.ones(2))
+    for share, fine in ((0.99, True), (1.01, False), (math.nan, False)):
+        reason = refusals.wrong_magnitudes(sent, torch.tensor([0.0, -share * huge]))
+        assert reason is None if fine else "non-finite or huge magnitude" in str(reason)
+
+
+def test_a_scale_may_differ_by_what_a_float32_of_it_does(state: ServerState) -> None:
+    good = reply(state, CLIENTS[2])
+
+    def refused(factor: float) -> str | None:
+        other = with_layer(NAME, lambda x: LoRA(x.A, x.B, x.scale * factor))(good)
+        return refusals.refusal(Layers(FEDHL, state, SEED), other)
+
+    for off in (1e-6, -1e-6):
+        assert refused(1 + 0.9 * off) is None
+        assert "got scale 2, expected 2" in str(refused(1 + 1.1 * off))
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -28,7 +28,7 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, as_now, initial_state
 from fedhl.federation.prepare import prepare
 from fedhl.lora import LoRA, add_products, dense, initial, own, prefix
-from fedhl.method import Broadcast, Traffic, Update, checked
+from fedhl.method import Broadcast, Method, Traffic, Update, checked
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics, evaluate
 from fedhl.model.training import batches, learning_rate
@@ -619,7 +619,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Restart:
+class Restart(Method[Kept]):
     """Every round a new adapter on top of the merged model: `base = W`, `B = 0`; `W ← W + Σ p ΔW`."""
 
     mixed_ranks: ClassVar[bool] = True
@@ -648,7 +648,7 @@ class Restart:
 
 
 @dataclass(frozen=True)
-class FrozenA:
+class FrozenA(Method[LoRA]):
     """Only B is trained and sent back; A is the initial one for ever."""
 
     mixed_ranks: ClassVar[bool] = True

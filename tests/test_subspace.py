@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fedhl import subspace
 from fedhl.seeds import generator
-from fedhl.subspace import FLOOR, TOLERANCE, Leading, energy, full, iterate, leading
+from fedhl.subspace import Leading, energy, full, iterate, leading
 
+TOLERANCE, FLOOR = 1e-3, 1e-12
+"""What `leading` promises, in its own words: not what the module has, which is under test."""
 RANK = 24
 J = torch.arange(1, 201, dtype=torch.float64)
 SPECTRA = {
@@ -122,6 +124,44 @@ def test_what_the_start_hides_is_found(rank: int, power: float) -> None:
         found = iterate(W, rank, start)
         assert found is not None
         check(found, W, rank)
+
+
+def test_several_that_the_start_hides_do_not_add_up() -> None:
+    """A converged start whose residuals are zero, orthogonal to the 8 leading directions. Each of these
+    is within what the tail may be too large by, or nearly; together they are not, and among 150 others
+    on a plateau the random columns have found none of them at first."""
+    n, rank = 160, 8
+    sigma = torch.where(J[:n] <= 150, 0.9, 1e-3)
+    sigma[rank : 2 * rank] = 0.96
+    sigma[:rank] = 1
+    W = with_spectrum(sigma, n, n).float()
+    found = iterate(W, rank, orthogonal(n, n, 2).T[rank : 2 * rank].float())
+    assert found is not None
+    check(found, W, rank)
+
+
+@pytest.mark.parametrize("level", [2e-6, 3e-6, 4e-6])
+def test_a_tail_that_is_just_above_the_floor_is_told_apart(level: float) -> None:
+    """One large singular value, and beside it others whose squares are some `1e-12 ||W||²` each: a floor
+    of ten times as much would leave them as the random columns found them."""
+    sigma = torch.cat([torch.ones(1), level * J[:199] ** -0.05])
+    W = with_spectrum(sigma, 230, 200).float()
+    found = iterate(W, 4, None)
+    assert found is not None, "a floor below the rounding of float32 would never be reached"
+    check(found, W, 4)
+
+
+@pytest.mark.parametrize("shape", [(500, 400), (560, 530)])
+def test_a_full_svd_is_good_to_its_own_rounding(shape: tuple[int, int]) -> None:
+    """A constant matrix is the worst: n rounding errors of one sign in every sum, each of `eps` at most.
+    Its products in float32 are so far off that the iteration does not settle, however large it is."""
+    W = torch.ones(shape)
+    B, A, tail = leading(W, 4)
+    assert torch.equal(B, full(W, 4).B)
+    whole = float(shape[0] * shape[1])  # all of it in the first component
+    bound = (max(shape) * torch.finfo(torch.float32).eps) ** 2 * whole
+    assert float((W.double() - B.double() @ A.double()).square().sum()) <= bound
+    assert tail <= bound
 
 
 def test_a_new_direction_is_found_from_an_old_subspace() -> None:

@@ -28,7 +28,7 @@ from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.config import load_config
 from fedhl.lora import LoRA, dense, initial
 from fedhl.method import Broadcast, Method
-from fedhl.network.message import Malformed, opened, sealed
+from fedhl.network.message import DIMENSIONS, WHOLE, Limit, Malformed, opened, sealed
 from fedhl.network.wire import (
     PROTOCOL,
     Run,
@@ -40,6 +40,7 @@ from fedhl.network.wire import (
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.server.carried import carried_reply, leaving
+from fedhl.server.layers import Layers
 from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora, number_bytes
 
 SEED = 3
@@ -170,7 +171,7 @@ def test_a_reply_arrives_to_the_bit(name: str, payload: str, tmp_path: Path) -> 
             got = read(source, state, client, name)
             assert equal(here, replace(got, adapter=dict(got.adapter)))
         assert encode_reply(RUN, here, sent) == message  # twice is once
-        assert refusals.refusal(method, state, got, SEED) is None
+        assert refusals.refusal(Layers(method, state, SEED), got) is None
         with pytest.raises(KeyError):
             got.adapter["other"]
         if payload == "float32":
@@ -202,8 +203,8 @@ def test_layers_that_a_straggler_did_not_reach_may_be_missing() -> None:
     late = replace(reply, adapter={"block.0.query": reply.adapter["block.0.query"]})
     got = read(encode_reply(RUN, late, sent), state, client, "fedhl")
     assert list(got.adapter) == ["block.0.query"]
-    assert refusals.refusal(method, state, got, SEED, stragglers=True) is None
-    assert "'block.1/välue' is missing" in str(refusals.refusal(method, state, got, SEED))
+    assert refusals.refusal(Layers(method, state, SEED), got, stragglers=True) is None
+    assert "'block.1/välue' is missing" in str(refusals.refusal(Layers(method, state, SEED), got))
 
 
 @payloads
@@ -217,9 +218,11 @@ def test_a_client_that_diverged_is_refused_as_in_one_process(payload: str) -> No
         adapter["block.0.query"].B[1, 1] = bad
         for reply in (replace(fine, loss=bad), replace(fine, adapter=adapter)):
             got = read(encode_reply(RUN, reply, sent), state, client, "fedhl")
-            reason = refusals.refusal(method, state, got, SEED)
+            reason = refusals.refusal(Layers(method, state, SEED), got)
             assert reason and "did training diverge?" in reason
-            assert reason == refusals.refusal(method, state, carried_reply(reply, sent), SEED)
+            assert reason == refusals.refusal(
+                Layers(method, state, SEED), carried_reply(reply, sent)
+            )
 
 
 # --- rounding -----------------------------------------------------------------------------------
@@ -416,6 +419,13 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a list for text": (lambda: forged(put(client=[[]])), "'client' is a list, expected text"),
     "negative": (lambda: forged(put(steps=-1)), "'steps' is -1, expected 0 to 2"),
     "endless": (lambda: forged(put(steps=10**400)), r"'steps' is 1000+\.\.\., expected 0 to 2"),
+    "2^53": (lambda: forged(put(steps=2**53)), "'steps' is 9007199254740992, expected 0 to 2"),
+    "a number beyond JSON's": (
+        lambda: with_text(
+            json.dumps(dict(opened(valid()[0]).header, loss=0.5)).replace("0.5", "1e400")
+        ),
+        "'loss' is inf, expected a finite number",
+    ),
     "null": (lambda: forged(put(scale=None)), "'scale' is None, expected a number"),
     "another payload": (lambda: forged(put(payload="float16")), "payload type is 'float16', not"),
     "another run": (lambda: forged(put(run="other")), "its run is 'other', not 'a-run'"),
@@ -466,6 +476,25 @@ def test_a_hostile_reply_is_refused_with_its_reason(kind: str, tmp_path: Path) -
         assert len(str(caught.value)) < 300
 
 
+def test_a_scale_may_differ_by_what_a_float32_of_it_does() -> None:
+    """By a millionth, in the header and when it is written."""
+    _, client, state = valid()
+    sent = server.broadcast(get_method("fedhl"), state, client, SEED)
+    reply = trained(sent, client, state)
+    for off in (1e-6, -1e-6):
+        near, far = (client.scale * (1 + k * off) for k in (0.9, 1.1))
+        assert read(forged(put(scale=near)), state, client, "fedhl").client == client
+        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, not 0\.7$"):
+            read(forged(put(scale=far)), state, client, "fedhl")
+        one, other = (
+            replace(reply, adapter={n: replace(x, scale=scale) for n, x in reply.adapter.items()})
+            for scale in (near, far)
+        )
+        encode_reply(RUN, one, sent)
+        with pytest.raises(ValueError, match=rf"has scale {far}, its client 0\.7"):
+            encode_reply(RUN, other, sent)
+
+
 def tensor(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
@@ -498,11 +527,58 @@ def test_a_key_given_twice_in_the_table_is_refused() -> None:
         opened(raw(f'{{"x": {one}, "x": {one}}}'.encode(), bytes(8)))
 
 
+def test_what_is_just_within_the_limits_is_read() -> None:
+    """A message may be as large as its limit, and no larger; numbers may be 0 and just below 2^53, and
+    tensors have as many dimensions as any parameter of a model."""
+    message, client, state = valid()
+    header = int.from_bytes(message[:8], "little")
+    tensors = len(message) - 8 - header
+    opened(message, Limit(header, tensors))
+    for tight, reason in (
+        (Limit(header, tensors - 1), "it has .* bytes"),
+        (Limit(header - 1, tensors + 1), "its header has"),
+    ):
+        with pytest.raises(Malformed, match=reason):
+            opened(message, tight)
+    for steps in (0, WHOLE - 1):
+        assert read(forged(put(steps=steps)), state, client, "fedhl").steps == steps
+    deep = opened(sealed({}, {"x": torch.ones([1] * DIMENSIONS)}))
+    assert deep["x"].shape == (1,) * DIMENSIONS
+
+
+@pytest.mark.parametrize("character", ["\x01", "\U0001f600", '"'], ids=ascii)
+def test_texts_that_are_long_as_JSON_are_within_the_limit(character: str) -> None:
+    """A character takes up to 14 bytes where it is written as JSON twice: a pair of `\\ud83d`, and their
+    backslashes again. Run and client are named so; layers are short, whose own limit would hide it."""
+    method, shape = get_method("fedhl"), (4, 3)
+    text = 500 * character
+    layers = {f"{k}{character}": initial(*shape, 2, 1.0, seed=0) for k in range(2)}
+    head = {f"head{character}": torch.zeros(1)}
+    state = server.init(method, layers, head, SEED)
+    client, run = Client(text, 1, 1.0, 5, payload="int8"), Run(text, text, text)
+    sent = server.broadcast(method, state, client, SEED)
+    reply = trained(sent, client, state)
+    got = read(encode_reply(run, reply, sent), state, client, "fedhl", run)
+    assert equal(replace(got, adapter=dict(got.adapter)), carried_reply(reply, sent))
+
+
+def test_tensors_are_aligned_as_any_others(tmp_path: Path) -> None:
+    """Wherever they lie in the file: the last bits of a product may depend on the alignment."""
+    held = {f"{k}": draw(k, k + 1, 3) for k in range(9)}
+    message = sealed({}, held)
+    (tmp_path / "message").write_bytes(message)
+    for source in (message, tmp_path / "message"):
+        got = [opened(source)[name] for name in held]
+        assert all(x.data_ptr() % 64 == 0 for x in got)
+
+
 def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     message, client, state = valid()
     method = get_method("fedhl")
     stale = read(forged(put(round=1)), state, client, "fedhl")
-    assert refusals.refusal(method, state, stale, SEED) == "it is for round 1, this is round 3"
+    assert (
+        refusals.refusal(Layers(method, state, SEED), stale) == "it is for round 1, this is round 3"
+    )
     twice = [read(message, state, client, "fedhl") for _ in range(2)]
     _, outcome = server.aggregate(method, get_weighting("examples"), state, twice, SEED)
     assert [x["id"] for x in outcome.clients] == ["ada"]
@@ -510,7 +586,7 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     absurd = forged(
         tensors=put(**{STEPS: torch.full((2, 2), 1e30, dtype=torch.bfloat16)}), payload="int8"
     )
-    reason = refusals.refusal(method, state, read(absurd, state, client, "fedhl"), SEED)
+    reason = refusals.refusal(Layers(method, state, SEED), read(absurd, state, client, "fedhl"))
     assert reason and "its update may be as large as" in reason
 
 
@@ -550,7 +626,7 @@ def judged(message: bytes) -> None:
         # Of JSON an empty list takes 2 bytes and 64 as an object, with its place in a list; what is read at
         # once is the header, of at most its limit, some copies of its text, and 1 MiB to be hashed.
         assert peak <= 2**21 + 50 * min(len(message), 2 * len(whole))
-    if refusals.refusal(get_method("fedhl"), state, got, SEED) is None:
+    if refusals.refusal(Layers(get_method("fedhl"), state, SEED), got) is None:
         honest = read(whole, state, client, "fedhl")
         assert equal(
             replace(honest, adapter=dict(honest.adapter)), replace(got, adapter=dict(got.adapter))
@@ -623,7 +699,7 @@ def test_forged_tensors_are_refused_or_mean_the_same(data: Any) -> None:
         return
     # only layers that are absent as a whole are left to the server; numbers in the right shape are numbers
     honest = read(valid()[0], valid()[2], valid()[1], "fedhl")
-    reason = refusals.refusal(get_method("fedhl"), valid()[2], got, SEED)
+    reason = refusals.refusal(Layers(get_method("fedhl"), valid()[2], SEED), got)
     assert reason is not None or kind == "shape" or equal(dict(got.adapter), dict(honest.adapter))
 
 

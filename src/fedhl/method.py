@@ -3,17 +3,19 @@
 The aggregation-broadcast view (arXiv 2508.01348) with a server memory: a method turns a state and
 a cohort's updates into the next state, and a state into what each client starts from. Methods are
 frozen dataclasses whose fields are the hyperparameters; states are frozen dataclasses of tensors,
-numbers and LoRAs, so that a checkpoint can hold them. A complete method, averaging dense updates:
+numbers and LoRAs, so that a checkpoint can hold them. A method is abstract (`Method`, or a family in
+`fedhl.methods`) or final. A complete one, averaging dense updates:
 
 >>> from dataclasses import dataclass
 >>> from typing import ClassVar
 >>> import torch
 >>> from fedhl.lora import LoRA, add_products, dense, initial, prefix, truncate
 >>> @dataclass(frozen=True)
-... class Mean:
+... class Mean(Method[LoRA]):
 ...     mixed_ranks: ClassVar[bool] = True
 ...     laws: ClassVar[frozenset[str]] = frozenset({"gauge", "one client"})
-...     weighting: ClassVar[str] = "examples"
+...     per_client: ClassVar[bool] = False
+...     starts: ClassVar[str] = "prefix"
 ...     def init(self, lora, seed=0):
 ...         return lora
 ...     def broadcast(self, state, rank, scale, key=0):
@@ -23,8 +25,6 @@ numbers and LoRAs, so that a checkpoint can hold them. A complete method, averag
 ...         return truncate(add_products(torch.zeros(state.shape), terms), state.rank)
 ...     def delta(self, state):
 ...         return state
-...     def traffic(self, m, n, rank, cohort):
-...         return Traffic(down=rank * (m + n), up=rank * (m + n))
 >>> method = Mean()
 >>> state = method.init(initial(m=6, n=4, rank=2, scale=1.0, seed=0))
 >>> sent = method.broadcast(state, rank=2, scale=1.0)
@@ -37,6 +37,7 @@ True
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -55,6 +56,15 @@ LAWS = {
     "one client": "with one client of full rank, delta is its update",
 }
 """The laws that not every method satisfies; each method claims its own, and both ways are tested."""
+
+STARTS = {
+    "truncation": "T_r(delta), its best approximation of the client's rank r",
+    "whole": "delta, whatever the client's rank",
+    "prefix": "the first r components of delta, which is an adapter",
+    "mean": "delta on average over the keys, whatever the client's rank",
+    "other": "what a reference of the method's own says",
+}
+"""What a client starts from, `base + ΔW(lora)`; each method names one, and a dense reference tests it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,44 +138,72 @@ class Traffic(NamedTuple):
     up: float
 
 
+class Formula(NamedTuple):
+    """`Traffic` in letters: r is the client's rank, R_c the largest and Σr the sum of the cohort's."""
+
+    down: str
+    up: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a method was published, and where to read it."""
+
+    name: str
+    url: str
+
+    @classmethod
+    def arxiv(cls, number: str) -> Reference:
+        return cls(f"arXiv {number}", f"https://arxiv.org/abs/{number}")
+
+
 class Method(Protocol[State]):
-    """The contract of every aggregation method, on one layer; see the toy in the module's docstring."""
+    """The contract of every aggregation method, on one layer; see the toy in the module's docstring.
+
+    What has a value here may be left out. It is inherited from here or from a family of
+    `fedhl.methods`; `fedhl.get_method` completes a class that inherits from neither.
+    """
 
     mixed_ranks: ClassVar[bool]
     """False: refuses clients of different ranks or scales."""
     laws: ClassVar[frozenset[str]]
     """The names of `LAWS` that it claims."""
-    weighting: ClassVar[str]
-    """The weighting of its paper, taken when a run names none; `examples` for a method that does not say."""
-    drawn: ClassVar[bool]
-    """False: all clients of one rank and scale are sent the same, whatever their key, and the server
-    may build it once for all of them. A method that does not say is asked for each."""
+    weighting: ClassVar[str] = "examples"
+    """The weighting of its paper, taken when a run names none."""
+    per_client: ClassVar[bool] = True
+    """Whether what a client is sent depends on its key, so that each broadcast is built for one client.
+    False: clients of one rank and scale are sent the same, which the server builds once for all."""
+    starts: ClassVar[str] = "other"
+    """The name in `STARTS` of what a client starts from."""
+    formula: ClassVar[Formula] = Formula(down="r (m + n)", up="r (m + n)")
+    """What `traffic` computes at the default hyperparameters, for the tables."""
+    reference: ClassVar[Reference] = Reference("unpublished", "")
 
+    @abstractmethod
     def init(self, lora: LoRA, seed: int = 0) -> State:
         """The state before round 1, from the initial adapter at the server's top rank."""
-        ...
 
+    @abstractmethod
     def broadcast(self, state: State, rank: int, scale: float, key: int = 0) -> Broadcast:
         """What a client of this rank and scale is sent; the same for the same state and key.
 
         Raises ValueError for a rank or scale it cannot serve.
         """
-        ...
 
+    @abstractmethod
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """The next state. `updates` may be lazy, and may be iterated more than once.
 
         Raises ValueError for an empty cohort, wrong shapes and non-finite values.
         """
-        ...
 
+    @abstractmethod
     def delta(self, state: State) -> LoRA | Tensor | None:
         """The global change of this layer in effective units; None: there is no global model."""
-        ...
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         """Numbers down and up for one client of `rank` in a cohort of these ranks."""
-        ...
+        return Traffic(down=rank * (m + n), up=rank * (m + n))
 
 
 @runtime_checkable

@@ -41,7 +41,9 @@ def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = Fal
     W is (m, n). `start` (k, n), k <= rank: rows whose span is near that of A, say the A of the last
     round; it saves iterations and changes the result within the tolerance only. The tail energy
     `||W - T_r(W)||_F²` is within 1e-3 of the optimum, or within `1e-12 ||W||_F²`, for every r <= rank.
-    `exact`, and small or hardly wider matrices: a full SVD. Raises ValueError unless rank is in
+    `exact`, small or hardly wider matrices, and those on which the iteration does not settle: a full SVD
+    in W's own precision. Its own rounding, up to `(max(m, n) eps)² ||W||_F²`, stands in place of the
+    floor there: of a constant float32 matrix it is the larger one. Raises ValueError unless rank is in
     1..min(m, n).
 
     Source: arXiv 0909.4061, Algorithm 4.4; the estimate is Kato's and Temple's, from residuals.

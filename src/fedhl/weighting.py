@@ -94,10 +94,11 @@ def reported(weighting: str, cohort: Cohort, field: str) -> Tensor:
 class Weighting(Protocol):
     """A frozen dataclass whose call gives the weights, shape (K,), non-negative, summing to 1.
 
-    One that does not ask for the norms of the updates, which cost the server a pass over all of them,
-    says so with `norms: ClassVar[bool] = False`.
     Raises ValueError if the cohort lacks a field that it needs.
     """
+
+    norms: ClassVar[bool] = True
+    """Whether it asks for the norms of the updates, which cost the server a pass over all of them."""
 
     def __call__(self, cohort: Cohort) -> Tensor: ...
 

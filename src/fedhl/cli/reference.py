@@ -102,6 +102,22 @@ def bench_server(
     device: Annotated[
         str, typer.Option(help="cpu or cuda, for the parts layer, growth and ceilings.")
     ] = "cpu",
+    clients: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="The number of clients of `ceilings`, 100 by default. Repeatable.",
+        ),
+    ] = None,
+    side: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            metavar="N",
+            help="For `ceilings`: a model with square matrices of N x N instead of 4096 x 4096.",
+        ),
+    ] = None,
     run: Annotated[
         list[Path] | None,
         typer.Option(
@@ -124,8 +140,8 @@ def bench_server(
                 raise UserError(f"--run: {each} has no finished round")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--folder: {folder} is not a folder")
-        from fedhl.bench.bench import PARTS
-        from fedhl.bench.bench import bench_server as measure
+        from fedhl.bench.server import PARTS
+        from fedhl.bench.server import bench_server as measure
         from fedhl.model.loading import device_named
 
         device_named(device)
@@ -134,4 +150,5 @@ def bench_server(
         chosen = [part.strip() for part in parts.split(",")]
         if unknown := [part for part in chosen if part not in PARTS]:
             raise UserError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}")
-        measure(chosen, repeats, device, run or [], folder, json, partial(print, flush=True))
+        say, cohorts = partial(print, flush=True), clients or [100]
+        measure(chosen, repeats, device, run or [], folder, json, say, cohorts, side)

@@ -181,5 +181,5 @@ class Config(Strict):
         """The weighting that the config names, or else the method's own; with privacy, uniform."""
         if self.privacy is not None:
             return WeightingConfig(name="uniform")
-        theirs = getattr(self.method.build(), "weighting", "examples")
+        theirs = self.method.build().weighting
         return self.weighting or WeightingConfig(name=theirs).completed()

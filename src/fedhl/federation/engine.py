@@ -18,11 +18,9 @@ from fedhl.data.label_groups import begins
 from fedhl.federation.federation import Federation, as_now
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.traffic import bytes_per_client
-from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
 from fedhl.model.training import training_mode
-from fedhl.server import Client, Reply, Round, ServerState
-from fedhl.server.participation import silence
+from fedhl.server import Client, Outcome, Reply, ServerState
 
 
 class Returned(NamedTuple):
@@ -111,7 +109,7 @@ def run_round(
     state: ServerState,
     on_step: Callable[[], None] = lambda: None,
     engine: Engine = IN_PROCESS,
-) -> tuple[ServerState, Round]:
+) -> tuple[ServerState, Outcome]:
     """One round: sample a cohort, send, let each client train, aggregate.
 
     Returns the next state and what happened, with bytes per client and seconds per phase.
@@ -123,24 +121,14 @@ def run_round(
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)
     cohort = [as_now(client, state) for client in federation.cohort(round)]
-    chance = config.participation.stragglers
     returned = engine.train(federation, state, cohort, on_step)
+    replies = returned.replies
     if federation.privacy is not None:
-        following, outcome = server.release(
-            federation.privacy, method, state, returned.replies, seed
-        )
+        following, outcome = server.release(federation.privacy, method, state, replies, seed)
     else:
-        following, outcome = server.aggregate(
-            method,
-            federation.weighting,
-            state,
-            returned.replies,
-            seed,
-            silence=silence([federation.layers_of(c) for c in cohort], chance) if chance else None,
-            channel=federation.channel,
-            head_rows=None if labels is None else peft.label_rows(federation.slots, labels),
-            guard=federation.guard,
-        )
+        rules = federation.rules(cohort, labels)
+        weighting = federation.weighting
+        following, outcome = server.aggregate(method, weighting, state, replies, seed, rules)
     refused = [*outcome.refused, *returned.missing]
     for record in (*outcome.clients, *refused):
         record["bytes_down"], record["bytes_up"] = returned.traffic[record["id"]]

@@ -18,8 +18,9 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import peft
 from fedhl.seeds import derive
-from fedhl.server import Client, ServerState
+from fedhl.server import Client, Rules, ServerState
 from fedhl.server.channel import AirComp
+from fedhl.server.participation import silence
 from fedhl.server.privacy import Mechanism
 from fedhl.server.robust import Guard
 from fedhl.weighting import Weighting
@@ -87,6 +88,17 @@ class Federation:
             return [client for client in by_id if self.privacy.takes_part(client.id, round)]
         size = self.config.participation.size(len(self.clients))
         return server.sample(self.clients, size, self.config.seed, round)
+
+    def rules(self, cohort: Sequence[Client], labels: Sequence[int] | None) -> Rules:
+        """What the server does with the replies of this cohort besides summing them; `labels`: those of the
+        round, None: all."""
+        chance = self.config.participation.stragglers
+        return Rules(
+            guard=self.guard,
+            silence=silence([self.layers_of(c) for c in cohort], chance) if chance else None,
+            channel=self.channel,
+            head_rows={} if labels is None else peft.label_rows(self.slots, labels),
+        )
 
     def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:
         """Inside the block the model knows only these labels; None: all."""

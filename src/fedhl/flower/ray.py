@@ -11,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedhl.config import Config
 from fedhl.flower.client import app
-from fedhl.flower.server import Rounds
+from fedhl.flower.engine import serve
+from fedhl.flower.roster import clients_needed
 from fedhl.network.node import partition
 from fedhl.watch import Watcher
 
@@ -19,18 +20,18 @@ from fedhl.watch import Watcher
 def simulate(
     config: Config, folder: Path, watcher: Watcher, processes: int, client: ClientApp = app
 ) -> None:
-    """The run in `folder`, from the start or from where it stopped, in so many processes for clients;
-    `client`: another ClientApp than fedhl's."""
+    """The run in `folder`, from the start or from where it stopped. `processes`: the number of processes that
+    the clients share; `client`: another ClientApp than fedhl's."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.simulation import run_simulation
 
-    server_app = ServerApp()
     nodes = len(partition(config)[1])
-    rounds = Rounds(config, folder, watcher, nodes)
+    needed = clients_needed(config, nodes)
+    server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        rounds.start(grid)
+        serve(config, folder, grid, needed, watcher)
 
     run_simulation(
         server_app,

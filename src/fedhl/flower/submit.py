@@ -12,7 +12,7 @@ from typing import Any
 
 from fedhl.config import Config
 from fedhl.errors import UserError
-from fedhl.flower.server import wanted
+from fedhl.flower.roster import clients_needed
 
 APP = """\
 [project]
@@ -55,7 +55,7 @@ def toml(text: str) -> str:
 def submit(config: Config, folder: Path, superlink: str) -> None:
     """Start the run on the SuperLink that Flower's config names so, and show its log to its end. Raises
     UserError for a config that cannot be served, and if the run does not end well."""
-    wanted(config)
+    clients_needed(config)
     with tempfile.TemporaryDirectory() as place:
         app = Path(place) / "app"
         write_app(app, config, folder.absolute())

@@ -48,10 +48,13 @@ CONTRACT = (
     "traffic",
 )
 """What a method must have."""
+OPTIONAL = ("weighting", "per_client", "starts", "reference")
+"""What a method may leave out: then it has that of `fedhl.method.Method`."""
 
 
 def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
-    """A method by name, or by `"package.module:Class"` for one that lives elsewhere.
+    """A method by name, or by `"package.module:Class"` for one that lives elsewhere; a class that does
+    not inherit what it leaves out is given the defaults of `Method`.
 
     Raises ValueError for an unknown name (suggesting the nearest), a class that cannot be imported
     or is not a dataclass, and a hyperparameter that the method does not have.
@@ -69,4 +72,7 @@ def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
             f"method {name!r} lacks {', '.join(missing)}; see fedhl.method.Method and "
             "docs/adding-a-method.md"
         )
+    for part in OPTIONAL:
+        if not hasattr(cls, part):
+            setattr(cls, part, getattr(Method, part))
     return construct("method", name, cls, hyperparameters)

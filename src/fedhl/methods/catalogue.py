@@ -1,4 +1,4 @@
-"""What each method is and costs, as tables: from its laws, its traffic and its docstring.
+"""What each method is and costs, as tables: from its class attributes, its traffic and its docstring.
 
 `fedhl methods` prints them and docs/methods.md holds them. A method's docstring has paragraphs that
 begin with the words in `SECTIONS`, each on a line of its own; what they say here is their first
@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from fractions import Fraction
-from itertools import chain, combinations
 from typing import Any
-
-import torch
 
 from fedhl.lora import initial
 from fedhl.method import LAWS, Method, Traffic, flatten
@@ -23,7 +19,7 @@ from fedhl.methods import METHODS
 from fedhl.names import unknown
 from fedhl.weighting import WEIGHTINGS
 
-SECTIONS = ("Source", "Cost", "Client", "Nearest neighbour", "Limitation")
+SECTIONS = ("Cost", "Client", "Nearest neighbour", "Limitation")
 
 MODELS: dict[str, list[tuple[int, int]]] = {
     "MiniLM-L6": 6 * 2 * [(384, 384)],
@@ -98,8 +94,8 @@ def row(name: str) -> Row:
         "mixed ranks": yes(cls.mixed_ranks),
         **{law: yes(law in cls.laws) for law in LAWS},
         "weighting": cls.weighting,
-        "numbers down": formula(lambda *at: method.traffic(*at).down, cls.mixed_ranks),
-        "numbers up": formula(lambda *at: method.traffic(*at).up, cls.mixed_ranks),
+        "numbers down": cls.formula.down,
+        "numbers up": cls.formula.up,
         **sizes,
         "state": state_of(method),
         "server work": sentence(section(cls, "Cost")),
@@ -135,7 +131,9 @@ def describe(name: str) -> str:
     Raises ValueError for an unknown name, suggesting the nearest.
     """
     if name in METHODS:
-        facts = row(name).facts
+        cls = METHODS[name]
+        source = {"reference": f"{cls.reference.name}, {cls.reference.url}"}
+        facts = source | row(name).facts
         facts |= {law: f"{facts[law]:<4} {meaning}" for law, meaning in LAWS.items()}
         kind, doc, note = "method", inspect.getdoc(METHODS[name]), [NOTES["Traffic"]]
     elif name in WEIGHTINGS:
@@ -215,55 +213,3 @@ def state_of(method: Method[Any]) -> str:
         for name, tensor in held.items()
         if tensor.numel() > 1
     )
-
-
-def terms(m: int, n: int, r: int, cohort: Sequence[int]) -> dict[str, int]:
-    """What a formula may be made of; of two as short, the one with earlier terms is taken."""
-    ranks = {"r": r, "Σr": sum(cohort), "R_c": max(cohort)}
-    made = {"m n": m * n}
-    for name, rank in ranks.items():
-        made |= {f"{name} m": rank * m, f"{name} n": rank * n, f"{name} (m + n)": rank * (m + n)}
-    return made | ranks | {"r²": r * r, "m": m, "n": n, "1": 1}
-
-
-def probes(mixed_ranks: bool) -> Iterator[tuple[int, int, int, list[int]]]:
-    """(m, n, r, cohort), with layers so large that no rank is cut off at min(m, n)."""
-    for m, n in ((59, 41), (43, 71), (97, 53), (64, 64)):
-        for cohort in ([2, 5], [3, 3, 3], [1, 4, 5, 2], [5], [2, 2]):
-            if mixed_ranks or len(set(cohort)) == 1:
-                for r in sorted(set(cohort)):
-                    yield m, n, r, cohort
-
-
-def formula(
-    numbers: Callable[[int, int, int, Sequence[int]], float], mixed_ranks: bool = True
-) -> str:
-    """`numbers(m, n, r, cohort)` as text: the sum of the fewest `terms` that agrees at all probes.
-
-    The fewest: at equal ranks Σr is a multiple of r and R_c is r, so more would be ambiguous.
-    Raises ValueError if four terms with simple fractions do not do.
-    """
-    at = list(probes(mixed_ranks))
-    names = list(terms(*at[0]))
-    x = torch.tensor([list(terms(*probe).values()) for probe in at], dtype=torch.float64)
-    y = torch.tensor([numbers(*probe) for probe in at], dtype=torch.float64)
-    for columns in chain.from_iterable(combinations(range(len(names)), k) for k in range(5)):
-        part = x[:, columns]
-        fit = torch.linalg.lstsq(part, y[:, None], driver="gelsd").solution.flatten()
-        simple = [Fraction(c).limit_denominator(12) for c in fit.tolist()]
-        again = part @ torch.tensor([float(c) for c in simple], dtype=torch.float64)
-        # Four terms of up to a hundred thousand, in float64.
-        if torch.allclose(again, y, rtol=1e-12, atol=1e-9):
-            return text({names[c]: v for c, v in zip(columns, simple, strict=True)})
-    raise ValueError(f"traffic is no sum of four of: {', '.join(names)}; extend `terms`")
-
-
-def text(parts: dict[str, Fraction]) -> str:
-    """`{"m n": 1, "r m": -1/2}` as "m n - r m / 2"."""
-    whole = ""
-    for name, c in parts.items():
-        top, bottom = abs(c.numerator), c.denominator
-        body = str(top) if name == "1" else name if top == 1 else f"{top} {name}"
-        sign = "-" if c < 0 else "+"
-        whole += f" {sign} {body}" + (f" / {bottom}" if bottom > 1 else "")
-    return whole.removeprefix(" + ").lstrip() or "0"

@@ -6,24 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Traffic, Update
-from fedhl.methods.full_rank import FullRank, move, send, start, unbiased
+from fedhl.method import Broadcast, Formula, Reference, Traffic, Update
+from fedhl.methods.full_rank import FullRank, FullRankMethod, move, send, unbiased
 
 
 @dataclass(frozen=True)
-class FedPLoRA:
+class FedPLoRA(FullRankMethod):
     """Select and fold: every client starts at the whole global model, and trains r components of it.
 
     `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ` to train and
     `W - T_r(W)` in the base: the start is W, whatever the rank.
 
-    Source: arXiv 2602.16936, of which the folding is kept. There the model is R rank-one modules, each
-    client trains r of them drawn at random, and the server averages each factor of each module over
-    those who trained it. Inferred, or put in their place: the leading components are trained, and the
-    server rule is FedHL's, so that products are averaged and nothing is lost beyond R.
+    Inferred: of the paper the folding is kept. There the model is R rank-one modules, each client
+    trains r of them drawn at random, and the server averages each factor of each module over those
+    who trained it. In their place the leading components are trained, and the server rule is
+    FedHL's, so that products are averaged and nothing is lost beyond R.
     Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once, as FedHL.
     Client: downloads the dense base beside its adapter and holds it for the round; stores nothing
     between rounds.
@@ -35,24 +32,18 @@ class FedPLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "uniform"
-    drawn: ClassVar[bool] = False
-
-    def init(self, lora: LoRA, seed: int = 0) -> FullRank:
-        return start(lora, seed)
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="m n + r (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference.arxiv("2602.16936")
 
     def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # nothing is drawn
         sent = send(state, rank, scale)
         return replace(sent, base=state.W - sent.lora.delta())
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
         return move(state, unbiased(state, updates))
 
-    def delta(self, state: FullRank) -> Tensor:
-        return state.W
-
     def lost(self, state: FullRank, rank: int) -> float:
-        del state, rank
         return 0.0
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, concat, own, truncate
-from fedhl.method import Broadcast, Traffic, Update, changes, check_alike, checked
+from fedhl.method import (
+    Broadcast,
+    Formula,
+    Method,
+    Reference,
+    Traffic,
+    Update,
+    changes,
+    check_alike,
+    checked,
+)
 from fedhl.methods.one_adapter import whole
 
 
@@ -24,15 +34,15 @@ class Corrected:
 
 
 @dataclass(frozen=True)
-class FedExLoRA:
+class FedExLoRA(Method[Corrected]):
     """FedIT made exact: the difference to the mean of products goes into the frozen base.
 
     `A = Σ p_i A_i`, `B = Σ p_i B_i`, `base ← base + R`, `R = Σ p_i s B_i A_i - s B A`. With
     `residual_rank = k` the best rank-k approximation of R is added instead.
 
-    Source: arXiv 2410.09432. Inferred: weights other than uniform ones, and that the rank is cut in
-    every round, with nothing carried over. The laws claimed and the traffic printed are those of the
-    default, the exact residual; with any k that cuts, only "no-op" and "one client" remain.
+    Inferred: weights other than uniform ones, and that the rank is cut in every round, with nothing
+    carried over. The laws claimed and the traffic printed are those of the default, the exact
+    residual; with any k that cuts, only "no-op" and "one client" remain.
     Cost: one product of inner size `(K + 3) r` per layer; with k the SVD of the residual's factors.
     Client: the base (m n numbers per layer, in place in its model). It downloads R in every round, m n
     numbers, or k (m + n); one that sat out a round downloads what it missed, which `traffic` does not
@@ -47,7 +57,10 @@ class FedExLoRA:
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "uniform"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="m n + r (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference.arxiv("2410.09432")
 
     def __post_init__(self) -> None:
         k = self.residual_rank
@@ -55,12 +68,10 @@ class FedExLoRA:
             raise ValueError(f"residual_rank must be None or a whole number >= 1, got {k}")
 
     def init(self, lora: LoRA, seed: int = 0) -> Corrected:
-        del seed  # nothing is drawn
         lora = own(lora)
         return Corrected(lora, lora.B.new_zeros(lora.shape))
 
     def broadcast(self, state: Corrected, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         return Broadcast(whole("fedex_lora", state.lora, rank, scale), base=state.base)
 
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedhl.lora import LoRA, pad
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast
+from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update, check_broadcast
 from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
 
 
@@ -23,16 +23,16 @@ class Tailed:
 
 
 @dataclass(frozen=True)
-class FedHera:
+class FedHera(Method[Tailed]):
     """FedHL whose clients start nearer to W: each downloads more components than it trains.
 
     `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ` to train and
     `T_t(W) - T_r(W)` in the base, `t = min(download · r, m, n)`.
 
-    Source: FedHera (ICML 2026), read in its code (shock-xiaoke/FedHera), with its `unbiased` server
-    rule; that code's default is a plain mean that includes the tails. Inferred: one factor `download`
-    between the ranks. Left out: the allocation of ranks to layers by water-filling, which is rank
-    assignment and no aggregation, the tail's warm-up gate, and the balanced split of S.
+    Inferred: read in its code, of which this is the `unbiased` server rule; that code's default is a
+    plain mean that includes the tails. One factor `download` between the ranks is ours. Left out: the
+    allocation of ranks to layers by water-filling, which is rank assignment and no aggregation, the
+    tail's warm-up gate, and the balanced split of S.
     Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once, as FedHL.
     Client: downloads `min(download · r, m, n)` components and holds the tail in its base for the round;
     stores nothing between rounds.
@@ -45,8 +45,12 @@ class FedHera:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "other"
+    formula: ClassVar[Formula] = Formula(down="2 r (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference(
+        "ICML 2026", "https://github.com/shock-xiaoke/FedHera"
+    )
 
     def __post_init__(self) -> None:
         if not (isinstance(self.download, int) and self.download >= 1):
@@ -57,7 +61,6 @@ class FedHera:
         return Tailed(start(pad(lora, widest), seed), lora.rank)
 
     def broadcast(self, state: Tailed, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # nothing is drawn
         check_broadcast(rank, scale, state.top)
         sent, t = state.full.sent, self.download * rank
         tail = LoRA(sent.A[rank:t], sent.B[:, rank:t], 1.0)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Traffic, Update
-from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
+from fedhl.method import Reference, Update
+from fedhl.methods.full_rank import FullRank, FullRankMethod, move, start, unbiased
 
 
 @dataclass(frozen=True)
-class FedHL:
+class FedHL(FullRankMethod):
     """Unbiased aggregation of adapters of any ranks.
 
     `W ← W + Σ p_i (s_i B_i A_i - T_{r_i}(W))`, broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`.
@@ -26,7 +24,7 @@ class FedHL:
 
     `exact` takes a full SVD each round; otherwise larger layers go by `fedhl.subspace.leading`.
 
-    Source: arXiv 2505.18494. Inferred: the split `U S, Vᵀ`, the first round, and scales that differ.
+    Inferred: the split `U S, Vᵀ`, the first round, and scales that differ.
     Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once.
     Client: nothing between rounds.
     Nearest neighbour: FlexLoRA, which forgets `W - T_{r_i}(W)` every round.
@@ -38,23 +36,10 @@ class FedHL:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
     weighting: ClassVar[str] = "truncation"
-    drawn: ClassVar[bool] = False
+    reference: ClassVar[Reference] = Reference.arxiv("2505.18494")
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
         return start(lora, seed, self.exact)
 
-    def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # nothing is drawn
-        return send(state, rank, scale)
-
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
         return move(state, unbiased(state, updates), self.exact)
-
-    def delta(self, state: FullRank) -> Tensor:
-        return state.W
-
-    def lost(self, state: FullRank, rank: int) -> float:
-        return lost(state, rank)
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update
-from fedhl.methods.one_adapter import mean_factors, whole
+from fedhl.lora import LoRA
+from fedhl.method import Broadcast, Formula, Reference, Traffic, Update
+from fedhl.methods.one_adapter import OneAdapterMethod, mean_factors, whole
 
 
 @dataclass(frozen=True)
-class FedSALoRA:
+class FedSALoRA(OneAdapterMethod):
     """A common A and a B of each client's own: personal models, no global one.
 
     `A ← Σ p_i A_i`; client i runs `W0 + s B_i A`. The state is (A, B0), where B0 is what a client
     that has no B yet starts from.
 
-    Source: arXiv 2410.01463. What a client that joins late starts from is inferred.
+    Inferred: what a client that joins late starts from.
     Cost: none to speak of.
     Client: its own B, of every layer, between rounds; losing it means to start from B0 again.
     Nearest neighbour: FedIT, which averages B too.
@@ -28,15 +28,11 @@ class FedSALoRA:
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset()  # all of them speak of a global change
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
-
-    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
-        del seed  # nothing is drawn
-        return own(lora)
+    starts: ClassVar[str] = "other"
+    formula: ClassVar[Formula] = Formula(down="r n", up="r n")
+    reference: ClassVar[Reference] = Reference.arxiv("2410.01463")
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         return Broadcast(whole("fedsa_lora", state, rank, scale), keep=frozenset({"B"}))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedhl.lora import LoRA, own, svd
-from fedhl.method import Broadcast, Traffic, Update
+from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update
 from fedhl.methods.one_adapter import Counted, mean_factors, whole
 
 
 @dataclass(frozen=True)
-class FedSVD:
+class FedSVD(Method[Counted]):
     """Rounds of FFA-LoRA, the product rewritten every `period` rounds with orthonormal rows of A.
 
     `B ← Σ p_i B_i`; then, after rounds period, 2 period, ..., with `s B A = U Σ Vᵀ`: `A ← Vᵀ`,
     `B ← U Σ / s`. The product does not change.
 
-    Source: arXiv 2505.12805, and its published code for the period. Inferred: the first A is the
-    initial adapter's, as drawn, and not orthonormal before the first SVD.
+    Inferred: the period is that of the published code; the first A is the initial adapter's, as
+    drawn, and not orthonormal before the first SVD.
     Cost: two QR of r columns and an SVD of r x r per layer (the published code decomposes the m x n
     product).
     Client: A between two SVDs; one that sat out the last of them downloads A again, which `traffic`
@@ -34,8 +34,10 @@ class FedSVD:
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="r (m + n)", up="r m")
+    reference: ClassVar[Reference] = Reference.arxiv("2505.12805")
 
     def __post_init__(self) -> None:
         if not (isinstance(self.period, int) and self.period >= 1):
@@ -43,13 +45,11 @@ class FedSVD:
 
     def init(self, lora: LoRA, seed: int = 0) -> Counted:
         """Raises ValueError if the adapter has more components than an SVD of it has."""
-        del seed  # nothing is drawn
         if lora.rank > min(lora.shape):
             raise ValueError(f"the rank must be <= {min(lora.shape)} here, got {lora.rank}")
         return Counted(own(lora), 0)
 
     def broadcast(self, state: Counted, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         return Broadcast(whole("fedsvd", state.lora, rank, scale), train=frozenset({"B"}))
 
     def aggregate(self, state: Counted, updates: Iterable[Update]) -> Counted:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, initial
-from fedhl.method import Broadcast, Traffic, Update, checked
+from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update, checked
 from fedhl.methods.full_rank import FullRank, begin, send
 from fedhl.seeds import derive
 from fedhl.subspace import energy
@@ -25,14 +25,14 @@ def restart(state: FullRank, W: Tensor) -> FullRank:
 
 
 @dataclass(frozen=True)
-class FLoRA:
+class FLoRA(Method[FullRank]):
     """Stack, merge, restart: the exact mean goes into the base, and everybody gets a fresh adapter.
 
     `W ← W + Σ p_i s_i B_i A_i`, the product of the stacked factors `[p_i s_i B_i]` and `[A_i]`.
     Broadcast: W in the base, `B = 0` and a random A whose first r rows serve rank r.
 
-    Source: arXiv 2409.05976, with the scale of every client folded in. Inferred: one draw of A for all
-    clients, from the seed and the round; the first round takes the given A.
+    Inferred: the scale of every client is folded in; one draw of A for all clients, from the seed and
+    the round; the first round takes the given A.
     Cost: one product of inner size `Σ r_i` per layer, no SVD.
     Client: keeps its base, merges into it the stacked adapters of all others, each round
     (`Σ r_i (m + n)` numbers, also those of the rounds it sat out), and draws its own fresh A.
@@ -43,14 +43,15 @@ class FLoRA:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="Σr (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference.arxiv("2409.05976")
 
     def init(self, lora: LoRA, seed: int = 0) -> FullRank:
         return begin(lora, seed)
 
     def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # what is drawn is drawn for all, in `restart`
         return replace(send(state, rank, scale), base=state.W)
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_alike, checked
-from fedhl.methods.one_adapter import whole
+from fedhl.lora import LoRA
+from fedhl.method import Broadcast, Reference, Update, check_alike, checked
+from fedhl.methods.one_adapter import OneAdapterMethod, whole
 
 
 @dataclass(frozen=True)
-class FLoRANA:
+class FLoRANA(OneAdapterMethod):
     """Of all combinations of the clients' factors, those whose product is nearest to the mean product.
 
     `Â = Σ a_i A_i`, `B̂ = Σ b_i B_i`, with `(a, b) = argmin ||B̂ Â - Σ p_i B_i A_i||_F²`, by alternating
@@ -23,9 +23,9 @@ class FLoRANA:
     up from the r x r blocks `B_iᵀ B_k` and `A_i A_kᵀ`. A step is the shortest that solves its problem,
     so no sweep increases the residual, and where it is zero nothing moves.
 
-    Source: arXiv 2509.26399, of which we had the abstract and others' accounts: server-side
-    coefficients that combine the clients' factors. Inferred: one coefficient per client and factor,
-    the weights p_i, the solver and its start.
+    Inferred: we had the abstract and others' accounts, of server-side coefficients that combine the
+    clients' factors. One coefficient per client and factor, the weights p_i, the solver and its
+    start are ours.
     Cost: products of inner size m and n between all K r components, then K² r² per sweep; the factors
     of all clients are held at once, and K² r² numbers.
     Client: nothing between rounds.
@@ -38,19 +38,13 @@ class FLoRANA:
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    reference: ClassVar[Reference] = Reference.arxiv("2509.26399")
 
     def __post_init__(self) -> None:
         if not (isinstance(self.sweeps, int) and self.sweeps >= 0):
             raise ValueError(f"sweeps must be a whole number >= 0, got {self.sweeps}")
 
-    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
-        del seed  # nothing is drawn
-        return own(lora)
-
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         return Broadcast(whole("flora_na", state, rank, scale))
 
     def aggregate(self, state: LoRA, updates: Iterable[Update]) -> LoRA:
@@ -69,12 +63,6 @@ class FLoRANA:
         a, b = nearest(A, B, p, self.sweeps)
         A, B = torch.einsum("k,krn->rn", a, A), torch.einsum("k,kmr->mr", b, B)
         return LoRA(A.to(state.A), B.to(state.B), state.scale)
-
-    def delta(self, state: LoRA) -> LoRA:
-        return state
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))
 
 
 def nearest(A: Tensor, B: Tensor, p: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:

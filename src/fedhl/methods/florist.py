@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, concat, svd
-from fedhl.method import Broadcast, Traffic, Update, checked
+from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update, checked
 from fedhl.methods.flora import restart
 from fedhl.methods.full_rank import FullRank, begin, send
 
@@ -27,15 +27,15 @@ def leading(mean: LoRA, threshold: float) -> LoRA:
 
 
 @dataclass(frozen=True)
-class FLoRIST:
+class FLoRIST(Method[FullRank]):
     """FLoRA with a thin download: the round's mean is cut at a share of its energy, then merged.
 
     `W ← W + T_k(G)`, `G = Σ p_i s_i B_i A_i`, `k = min{k: Σ_{j<=k} σ_j² >= threshold · Σ σ_j²}`.
     Broadcast: W in the base, `B = 0` and a random A whose first r rows serve rank r.
 
-    Source: arXiv 2506.09199, v1, Algorithm 1: clients merge the k components and start from fresh
-    adapters of their own rank. 0.9 is the default of the released code; the paper tunes it between 0.8
-    and 0.99 per model. With the scale of every client folded in. Inferred: one draw of A for all.
+    Inferred: the scale of every client is folded in; one draw of A for all. In v1 of the paper,
+    Algorithm 1, clients merge the k components and start from fresh adapters of their own rank. 0.9
+    is the default of the released code; the paper tunes it between 0.8 and 0.99 per model.
     Cost: QR of the stacked factors and an SVD of inner size `Σ r_i` per layer, never m x n; the factors
     of the whole cohort are in memory at once.
     Client: keeps its base and merges k components into it each round, also those of the rounds it
@@ -49,8 +49,10 @@ class FLoRIST:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "gauge"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="Σr (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference.arxiv("2506.09199")
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -60,7 +62,6 @@ class FLoRIST:
         return begin(lora, seed)
 
     def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # what is drawn is drawn for all, in `restart`
         return replace(send(state, rank, scale), base=state.W)
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.lora import LoRA
+from fedhl.method import Broadcast, Reference, Update, check_broadcast, checked
+from fedhl.methods.one_adapter import OneAdapterMethod
 from fedhl.seeds import generator
 
 
 @dataclass(frozen=True)
-class FSLoRA:
+class FSLoRA(OneAdapterMethod):
     """Random sketches: a client of rank r gets r of the server's R components, scaled by R/r.
 
     Broadcast: `A[S_i]`, `(R/r_i) (s/s_i) B[:, S_i]`, S_i drawn for this client and round, so that the
@@ -22,8 +23,8 @@ class FSLoRA:
     clients, and so for B, scaled back: the mean of the changes, where a client that was not sent a
     component changes it by nothing.
 
-    Source: arXiv 2501.19389 and what its published code means to do, with plain averaging as the server's
-    optimiser. Ours: the client trains the scaled B itself, where theirs trains B under the scale; with
+    Inferred: what the published code means to do, with plain averaging as the server's optimiser. The
+    client trains the scaled B itself, where theirs trains B under the scale; with
     SGD its step in B is (r/R)² of theirs.
     Cost: none to speak of.
     Client: nothing between rounds.
@@ -36,11 +37,9 @@ class FSLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
     weighting: ClassVar[str] = "uniform"
-    drawn: ClassVar[bool] = True
-
-    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
-        del seed  # what is drawn is drawn per client, from `key`
-        return own(lora)
+    per_client: ClassVar[bool] = True
+    starts: ClassVar[str] = "mean"
+    reference: ClassVar[Reference] = Reference.arxiv("2501.19389")
 
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
         check_broadcast(rank, scale, state.rank)
@@ -59,9 +58,3 @@ class FSLoRA:
             A[index] += update.weight * (lora.A.to(A) - sent.A.to(A))
             B[:, index] += down * (lora.scale * lora.B.to(B) - sent.scale * sent.B.to(B))
         return LoRA(A.to(state.A), B.to(state.B), state.scale)
-
-    def delta(self, state: LoRA) -> LoRA:
-        return state
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))

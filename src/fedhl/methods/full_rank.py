@@ -1,15 +1,16 @@
-"""The state shared by methods that keep a dense W per layer and send prefixes of its SVD."""
+"""The family of methods that keep a dense W per layer and send prefixes of its SVD."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, own, prefix, refill
-from fedhl.method import Broadcast, Update, changes, check_broadcast, checked
+from fedhl.method import Broadcast, Method, Update, changes, check_broadcast, checked
 from fedhl.seeds import derive
 from fedhl.subspace import energy, leading
 
@@ -90,3 +91,23 @@ def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
     were sent the same. The server builds that once for all clients of a rank and scale, so there are few.
     """
     return add_products(state.W, changes(checked(updates, state.shape)))
+
+
+class FullRankMethod(Method[FullRank]):
+    """A method of the family: with W as its state, and `T_r(W)` for a client of rank r, as a prefix."""
+
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "truncation"
+
+    def init(self, lora: LoRA, seed: int = 0) -> FullRank:
+        return start(lora, seed)
+
+    def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
+        return send(state, rank, scale)
+
+    def delta(self, state: FullRank) -> Tensor:
+        return state.W
+
+    def lost(self, state: FullRank, rank: int) -> float:
+        """`||W - T_rank(W)||_F²`: see `fedhl.method.Truncating`."""
+        return lost(state, rank)

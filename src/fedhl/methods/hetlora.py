@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, own, prefix
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.lora import LoRA, prefix
+from fedhl.method import Broadcast, Reference, Update, check_broadcast, checked
+from fedhl.methods.one_adapter import OneAdapterMethod
 
 
 @dataclass(frozen=True)
-class HetLoRA:
+class HetLoRA(OneAdapterMethod):
     """Factors zero-padded to the top rank and averaged; clients may prune their own rank.
 
     `A = Σ p_i pad(A_i)`, `B = Σ p_i (s_i/s) pad(B_i)`, s the scale of the first adapter; broadcast: the
@@ -23,7 +24,7 @@ class HetLoRA:
     layer to its loss, `k = ⌈gamma r_i⌉` but at most `r_i - 1`; if the sum of these products has fallen by
     the end of training, it goes on with rank k. `gamma = 1` is without pruning.
 
-    Source: arXiv 2401.06432. Inferred: folding the scales into B, the default of `decay`, `k < r_i` (or a
+    Inferred: folding the scales into B, the default of `decay`, `k < r_i` (or a
     gamma near 1 would never prune), and that a tail that was zero before training is not judged. A
     component that no client of the round has gets `B = 0`, as printed, but keeps the server's row
     of A, since with both zero it could never learn again.
@@ -40,7 +41,8 @@ class HetLoRA:
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"one client"})
     weighting: ClassVar[str] = "norm"
-    drawn: ClassVar[bool] = False
+    starts: ClassVar[str] = "prefix"
+    reference: ClassVar[Reference] = Reference.arxiv("2401.06432")
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
@@ -48,12 +50,7 @@ class HetLoRA:
         if not 0 <= self.decay < math.inf:
             raise ValueError(f"decay must be >= 0 and finite, got {self.decay}")
 
-    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
-        del seed  # nothing is drawn
-        return own(lora)
-
     def broadcast(self, state: LoRA, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         check_broadcast(rank, scale, state.rank)
         return Broadcast(prefix(state, rank, scale))
 
@@ -61,12 +58,6 @@ class HetLoRA:
         A, B, held = padded_sums(state, updates)
         A = torch.where(held[:, None] > 0, A, state.A)
         return LoRA(A.to(state.A), B.to(state.B), state.scale)
-
-    def delta(self, state: LoRA) -> LoRA:
-        return state
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))
 
     def penalty(self, lora: LoRA) -> Tensor:
         return self.decay * tail(lora, self.pruned(lora.rank))

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedhl.lora import LoRA, concat, own, prefix, trainable_truncation
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.method import (
+    Broadcast,
+    Formula,
+    Method,
+    Reference,
+    Traffic,
+    Update,
+    check_broadcast,
+    checked,
+)
 from fedhl.methods.full_rank import check_top
 from fedhl.seeds import derive
 
@@ -28,15 +37,15 @@ def bank(mean: LoRA, rank: int, seed: int, round: int) -> Bank:
 
 
 @dataclass(frozen=True)
-class HLoRA:
+class HLoRA(Method[Bank]):
     """Sum of products, cut to the top rank R at the server: one bank that all clients slice.
 
     `W ← T_R(Σ p_i s_i B_i A_i)`, found by QR of the stacked `√p_i`-scaled factors and the SVD of a
     small matrix; broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`.
 
-    Source: arXiv 2503.00813, whose server forms the dense mean; the bank and its factored SVD are
-    NVFlare's implementation of it, here with the scale of every client folded in. `√p_i` on both
-    factors and `p_i` on one are the same product.
+    Inferred: the paper's server forms the dense mean; the bank and its factored SVD are NVFlare's
+    implementation of it, here with the scale of every client folded in. `√p_i` on both factors and
+    `p_i` on one are the same product.
     Cost: two QR of the stacked factors and an SVD of inner size `Σ r_i` per layer, never m x n; the
     factors of the whole cohort are in memory at once.
     Client: downloads the whole bank, of the highest rank in the cohort, and keeps its own slice of
@@ -48,8 +57,10 @@ class HLoRA:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"gauge", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "truncation"
+    formula: ClassVar[Formula] = Formula(down="R_c (m + n)", up="r (m + n)")
+    reference: ClassVar[Reference] = Reference.arxiv("2503.00813")
 
     def init(self, lora: LoRA, seed: int = 0) -> Bank:
         check_top(lora)
@@ -59,7 +70,6 @@ class HLoRA:
         return bank(lora, lora.rank, seed, 0)
 
     def broadcast(self, state: Bank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # nothing is drawn
         check_broadcast(rank, scale, state.lora.rank)
         return Broadcast(prefix(state.lora, rank, scale))
 

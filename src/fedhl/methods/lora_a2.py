@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, own, prefix
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.method import (
+    Broadcast,
+    Formula,
+    Method,
+    Reference,
+    Traffic,
+    Update,
+    check_broadcast,
+    checked,
+)
 from fedhl.methods.one_adapter import Counted
 from fedhl.methods.rolora import trained
 from fedhl.seeds import generator
 
 
 @dataclass(frozen=True)
-class LoRAA2:
+class LoRAA2(Method[Counted]):
     """Alternating factors; a client trains r_i of the R components, chosen by their importance.
 
     With S_i the components of client i: `B_j ← B_j + Σ_{i: j in S_i} p_i (s_i B_ij / s - B_j)` in
@@ -28,8 +37,8 @@ class LoRAA2:
     to `(1 - floor) ||B_j|| ||A_j|| / Σ_k ||B_k|| ||A_k|| + floor / R`; those that could not learn,
     because the factor that is fixed in this round is zero, only if there are no others.
 
-    Source: ACL 2025 long 19 (arXiv 2410.22815): factors in turn, B in even rounds, and components by
-    budget. Inferred: the choice itself. The paper's client ranks components by how much its own
+    Inferred: the choice itself. The paper has factors in turn, B in even rounds, and components by
+    budget. Its client ranks components by how much its own
     data changes their part of ΔW, over all layers at once, which only the client can do; here the
     server draws them, layer by layer, by their size.
     Cost: one product of inner size R - r per client and layer, for its base.
@@ -45,15 +54,18 @@ class LoRAA2:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = True
+    per_client: ClassVar[bool] = True
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="R_c (m + n) / 2", up="r (m + n) / 2")
+    reference: ClassVar[Reference] = Reference(
+        "ACL 2025 long 19", "https://arxiv.org/abs/2410.22815"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= 1:
             raise ValueError(f"floor must be in (0, 1], got {self.floor}")
 
     def init(self, lora: LoRA, seed: int = 0) -> Counted:
-        del seed  # every draw is one client's, from its key
         return Counted(own(lora), 0)
 
     def broadcast(self, state: Counted, rank: int, scale: float, key: int = 0) -> Broadcast:

@@ -1,14 +1,15 @@
-"""What methods share that keep one adapter per layer and average its factors."""
+"""The family of methods that keep one adapter per layer and average its factors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Update, check_alike, check_broadcast, checked
+from fedhl.method import Method, Update, check_alike, check_broadcast, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +42,16 @@ def mean_factors(method: str, state: LoRA, updates: Iterable[Update], factors: s
         for factor, mean in means.items():
             mean += update.weight * getattr(update.lora, factor).to(mean)
     return replace(state, **means)
+
+
+class OneAdapterMethod(Method[LoRA]):
+    """A method of the family: with an adapter as its state, which is the global change."""
+
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+
+    def init(self, lora: LoRA, seed: int = 0) -> LoRA:
+        return own(lora)
+
+    def delta(self, state: LoRA) -> LoRA | None:
+        return state

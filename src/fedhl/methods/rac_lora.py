@@ -9,7 +9,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedhl.lora import LoRA, add_products, initial, own
-from fedhl.method import Broadcast, Traffic, Update, check_broadcast, checked
+from fedhl.method import (
+    Broadcast,
+    Formula,
+    Method,
+    Reference,
+    Traffic,
+    Update,
+    check_broadcast,
+    checked,
+)
 from fedhl.seeds import derive
 
 
@@ -25,7 +34,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class RACLoRA:
+class RACLoRA(Method[Chain]):
     """One factor is random and frozen, the other is trained from zero; then both are merged into W.
 
     With `frozen="A"`: `W ← W + (Σ p_i s_i B_i) A`, where B_i is padded with zeros to the top rank and
@@ -36,7 +45,7 @@ class RACLoRA:
     A is drawn as PEFT draws it, U(-1/√n, 1/√n), and B as the transpose of that, U(-1/√m, 1/√m): its
     columns have length about 1/√3 whatever m is, and a gradient step moves W about as far either way.
 
-    Source: arXiv 2410.08305. Inferred: these two distributions (the theory asks only for random
+    Inferred: these two distributions (the theory asks only for random
     projections of full expected rank), mixed ranks, and that W starts at the update of a trained
     adapter.
     Cost: one product of inner size R per client and layer.
@@ -53,8 +62,10 @@ class RACLoRA:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="R_c m", up="r m")
+    reference: ClassVar[Reference] = Reference.arxiv("2410.08305")
 
     def __post_init__(self) -> None:
         if self.frozen not in ("A", "B"):
@@ -68,7 +79,6 @@ class RACLoRA:
         return Chain(own(lora).delta(), lora.rank, seed, 0)
 
     def broadcast(self, state: Chain, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # the draw is the same for all
         check_broadcast(rank, scale, state.rank)
         pair = self.fresh(state)
         lora = LoRA(pair.A[:rank].clone(), pair.B[:, :rank].clone(), scale)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedhl.lora import LoRA, add_products
-from fedhl.method import Broadcast, Traffic, Update, checked
-from fedhl.methods.full_rank import FullRank, lost, move, send, start
+from fedhl.method import Reference, Update, checked
+from fedhl.methods.full_rank import FullRank, FullRankMethod, move
 
 
 @dataclass(frozen=True)
-class RaFLoRA:
+class RaFLoRA(FullRankMethod):
     """Sum of products, component h averaged only over clients of rank >= h, redistributed by SVD.
 
     `W ← Σ_h Σ_{i: r_i >= h} (p_i / P_h) s_i B_i[:, h] A_i[h, :]`, `P_h = Σ_{k: r_k >= h} p_k`;
     broadcast `B = U_r S_r / s_i`, `A = V_rᵀ`. Between two successive ranks of the cohort the set of
     contributors is one, so this is the paper's sum over rank partitions.
 
-    Source: arXiv 2602.13486, the sum as a public reimplementation of its Algorithm 1 has it, with the
-    scale of every client folded in. Inferred: the split of S, and what becomes of components above the
-    highest rank of a round. Nobody could see those, so they stay as the server would have sent them:
-    else a round of small clients would cut the rank for good.
+    Inferred: the scale of every client is folded in; the sum is that of a public reimplementation of
+    Algorithm 1; the split of S; what becomes of components above the highest rank of a round. Nobody
+    could see those, so they stay as the server would have sent them: else a round of small clients
+    would cut the rank for good.
     Cost: one SVD and one product of inner size `Σ r_i` per layer; the updates are read twice.
     Client: stores nothing between rounds.
     Nearest neighbour: FlexLoRA, which divides every component by the whole cohort, and so shrinks
@@ -36,15 +35,7 @@ class RaFLoRA:
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
-
-    def init(self, lora: LoRA, seed: int = 0) -> FullRank:
-        return start(lora, seed)
-
-    def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key  # nothing is drawn
-        return send(state, rank, scale)
+    reference: ClassVar[Reference] = Reference.arxiv("2602.13486")
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
         held = [(u.lora.rank, u.weight) for u in checked(updates, state.shape)]
@@ -62,12 +53,3 @@ class RaFLoRA:
             yield 1.0, LoRA(state.sent.A[seen:], state.sent.B[:, seen:], 1.0)
 
         return move(state, add_products(torch.zeros_like(state.W), terms()))
-
-    def delta(self, state: FullRank) -> Tensor:
-        return state.W
-
-    def lost(self, state: FullRank, rank: int) -> float:
-        return lost(state, rank)
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedhl.lora import LoRA, own
-from fedhl.method import Broadcast, Traffic, Update
+from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update
 from fedhl.methods.one_adapter import Counted, mean_factors, whole
 
 
@@ -17,14 +17,13 @@ def trained(round: int) -> Literal["A", "B"]:
 
 
 @dataclass(frozen=True)
-class RoLoRA:
+class RoLoRA(Method[Counted]):
     """Alternating means: one round trains B with A fixed, the next one A with B fixed.
 
     `B ← Σ p_i B_i` in rounds 0, 2, ..., `A ← Σ p_i A_i` in rounds 1, 3, ...: linear in what is
     averaged, hence exact in every round.
 
-    Source: arXiv 2502.01755. That B comes first is inferred: where it starts at zero, A could not
-    learn before it.
+    Inferred: that B comes first. Where it starts at zero, A could not learn before it.
     Cost: none to speak of.
     Client: the factor that it trained last, which no one else has changed since it was averaged; a
     client that sat out a round downloads both, which `traffic` does not count.
@@ -34,15 +33,15 @@ class RoLoRA:
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    formula: ClassVar[Formula] = Formula(down="r (m + n) / 2", up="r (m + n) / 2")
+    reference: ClassVar[Reference] = Reference.arxiv("2502.01755")
 
     def init(self, lora: LoRA, seed: int = 0) -> Counted:
-        del seed  # nothing is drawn
         return Counted(own(lora), 0)
 
     def broadcast(self, state: Counted, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         lora = whole("rolora", state.lora, rank, scale)
         return Broadcast(lora, train=frozenset({trained(state.round)}))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, initial, own
-from fedhl.method import Broadcast, Traffic, Update, with_past
+from fedhl.method import Broadcast, Method, Reference, Update, with_past
 from fedhl.methods.one_adapter import mean_factors, whole
 from fedhl.seeds import derive
 
@@ -27,17 +27,16 @@ class Directions:
 
 
 @dataclass(frozen=True)
-class SDLoRA:
+class SDLoRA(Method[Directions]):
     """When new labels arrive the adapter is frozen as a direction whose magnitude goes on learning.
 
     `ΔW = s (Σ_k α_k D_k + B A)`, `D_k = B_k A_k / (||B_k||_F ||A_k||_F)`. Clients train A, B and the α_k;
     `A = Σ p_i A_i`, `B = Σ p_i B_i`, `α_k = Σ p_i α_{k,i}`. As a task ends, `D_{t+1}` is made of the
     trained pair, `α_{t+1} = ||B||_F ||A||_F`, and the next pair begins with a fresh A and `B = 0`.
 
-    Source: arXiv 2501.13198 (centralised) and its published code. Inferred: the federation, that is the
-    means; a magnitude for each layer (the published code has one for all layers, a factor on the
-    pair in training, and starts every magnitude again at 0.8 with each task; here a task begins with the
-    model that the last one left).
+    Inferred: the federation of a centralised method, that is the means; a magnitude for each layer
+    (the published code has one for all layers, a factor on the pair in training, and starts every
+    magnitude again at 0.8 with each task; here a task begins with the model that the last one left).
     Cost: none to speak of.
     Client: the frozen directions, `r (m + n)` numbers per layer and task; it downloads each once, which
     costs what the fresh pair would, since that follows from the seed. One that sat out a task
@@ -50,8 +49,9 @@ class SDLoRA:
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "one client"})
-    weighting: ClassVar[str] = "examples"
-    drawn: ClassVar[bool] = False
+    per_client: ClassVar[bool] = False
+    starts: ClassVar[str] = "whole"
+    reference: ClassVar[Reference] = Reference.arxiv("2501.13198")
 
     def init(self, lora: LoRA, seed: int = 0) -> Directions:
         lora = own(lora)
@@ -61,7 +61,6 @@ class SDLoRA:
         return Directions(lora, none, lora.A.new_zeros(0), seed)
 
     def broadcast(self, state: Directions, rank: int, scale: float, key: int = 0) -> Broadcast:
-        del key
         lora = whole("sd_lora", state.lora, rank, scale)
         if not len(state.magnitudes):
             return Broadcast(lora)
@@ -82,9 +81,6 @@ class SDLoRA:
 
     def delta(self, state: Directions) -> LoRA:
         return with_past(state.lora, state.past, state.magnitudes)
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n), up=rank * (m + n))
 
     def next_task(self, state: Directions) -> Directions:
         """A pair that nobody has trained, with `B = 0`, goes on as it is: it has no direction yet."""

@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhl.files import write_text
-from fedhl.report.files import (
-    best,
-    dig,
-    final_evaluation,
-    headline_kinds,
-    num,
-    read_run,
-)
+from fedhl.names import size
+from fedhl.report.files import best, dig, final_evaluation, headline_kinds, num, read_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,9 +28,9 @@ def write_report(run: Path) -> Path:
     last line of metrics.jsonl, left by a killed process, is ignored.
     """
     read = read_run(run)
-    from fedhl.report.page import page
+    from fedhl.report.run_page import run_page
 
-    write_text(run / "report.html", page(read))
+    write_text(run / "report.html", run_page(read))
     return run / "report.html"
 
 
@@ -48,7 +42,8 @@ def final_table(run: Path) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from fedhl.report.html import metric_text, percent, seconds, size
+    from fedhl.report.format import metric_text, percent, seconds
+    from fedhl.report.statistics import mean_accuracy
     from fedhl.report.tasks import matrix
 
     result = Table(title=Text(read.name), title_justify="left")
@@ -78,11 +73,13 @@ def final_table(run: Path) -> Table:
             sum(num(r, group, key) or 0.0 for r in until)
             for group, key in (("bytes", "down"), ("bytes", "up"), ("seconds", "total"))
         ]
-        texts = ["–" if v is None else metric_text(read, v) for v in values]
+        texts = ["–" if v is None else metric_text(read.metric, v) for v in values]
         texts += [size(sums[0]), size(sums[1]), seconds(sums[2])]
         if k := ends.get(line["round"]):
             forgot = num(read.summary, "tasks", "forgetting") if k == len(ends) else None
-            mean = sum(accuracy[k - 1]) / k
-            texts += [percent(mean), "–" if forgot is None else percent(forgot)]
+            texts += [
+                percent(mean_accuracy(accuracy[k - 1])),
+                "–" if forgot is None else percent(forgot),
+            ]
         result.add_row(name, str(line["round"]), *texts)
     return result

@@ -1,6 +1,6 @@
-"""The page of a comparison: one function per section, from its runs to HTML.
+"""The values on the page of a comparison: one function for each section, from its runs to plain values.
 
-Text from files is escaped, as in `page.py`. A section without data becomes a sentence.
+The template of a section, in templates/comparison, has its words and its layout.
 """
 
 from __future__ import annotations
@@ -8,39 +8,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from html import escape
 from urllib.parse import quote
 
 from fedhl.report import plots
-from fedhl.report.compare import (
-    COSTS,
-    CURVES,
-    KINDS,
-    Comparison,
-    Trial,
-    Variant,
-    amount,
-    loss,
-    mean_interval,
-    span,
-    spread_text,
-)
+from fedhl.report.colours import CATEGORIES
 from fedhl.report.files import dig, series
-from fedhl.report.html import (
-    Cell,
-    card,
-    data,
-    document,
-    grid,
-    number,
-    plot,
-    section,
-    settings,
-    table,
-)
+from fedhl.report.format import metric_text, settings, span
 from fedhl.report.plots import Curve, Dots
-from fedhl.report.style import CATEGORIES
+from fedhl.report.render import View, figure, plot, render
+from fedhl.report.statistics import Range, mean_interval, ranges
+from fedhl.report.trials import COSTS, CURVES, KINDS, Comparison, Trial, Variant
 
 UNEQUAL = (
     "data",
@@ -51,159 +30,129 @@ UNEQUAL = (
     "evaluation.client",
 )
 """Settings of a variant that change what it trains on, or how much."""
+SHARED = {
+    "commit": ("commit",),
+    "model": ("hashes", "model"),
+    "data": ("hashes", "data"),
+    "PyTorch": ("versions", "torch"),
+    "device": ("device",),
+}
+"""What all runs should have in common, with the keys of a summary that lead there."""
 MOST_LINES = len(CATEGORIES)  # variants in one plot of curves; beyond, each has a plot of its own
 SMALL = (240, 150)
 
 
+def comparison_page(comparison: Comparison) -> str:
+    """The whole page."""
+    return render(
+        "comparison.html",
+        {
+            "title": f"{comparison.name}: comparison",
+            "metric": comparison.metric,
+            "score": partial(metric_text, comparison.metric),
+            "kinds": KINDS,
+            "common": comparison.common,
+            "header": header(comparison),
+            "overview": overview(comparison),
+            "final": final(comparison),
+            "curves": curves(comparison),
+            "rates": rates(comparison),
+            "runs": runs(comparison),
+            "provenance": provenance(comparison),
+        },
+    )
+
+
+def category(index: int) -> str:
+    """The name of a variant's colour, by its place."""
+    return f"q{index % len(CATEGORIES)}"
+
+
 def ink(index: int) -> str:
+    """The same for plots."""
     return plots.color("q", index % len(CATEGORIES))
 
 
-def chip(index: int) -> str:
-    return f'<i class="chip" style="background:var(--q{index % len(CATEGORIES)})"></i>'
+def label(index: int, variant: Variant) -> View:
+    """A variant's colour, its number in every table and plot, and its name."""
+    return {"ink": category(index), "number": index + 1, "text": variant.text}
 
 
-def name(kind: str) -> str:
-    return "T<sub>r max</sub>(W)" if kind == "truncated" else KINDS[kind]
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def header(comparison: Comparison) -> str:
+def header(comparison: Comparison) -> View:
     done, planned = comparison.finished
-    status = "finished" if done == planned else "running"
-    seeds = ", ".join(str(seed) for seed in comparison.plan["seeds"])
-    config = comparison.plan["config"]
-    lead = (
-        f"{len(comparison.variants)} ways of federated LoRA fine-tuning of {dig(config, 'model', 'source')} "
-        f"on {dig(config, 'data', 'source')}, {dig(config, 'rounds')} rounds, with seeds {seeds}. A seed "
-        "draws the clients, the cohorts, the batches and the initial adapter, alike for all variants."
-    )
-    notes = []
-    if done < planned:
-        notes.append(f"{done} of {planned} runs are finished: means are over those.")
-    for variant in comparison.variants:
-        for kind in comparison.kinds:
-            values = variant.values(kind, comparison.metric)
-            if None in values:
-                notes.append(
-                    f"{variant.text}: not every seed ended with a finite {comparison.metric} of "
-                    f"{KINDS[kind]}, so no mean is shown."
-                )
-    if comparison.plan["rates"] and "mean" in comparison.kinds:
-        notes.append(
-            "Where there is no full W, the learning rate was chosen on the rows that the clients hold "
-            "back, on which the mean client is measured, too."
-        )
-    runs = [run for variant in comparison.variants for run in variant.finished]
+    config, metric = comparison.plan["config"], comparison.metric
+    finished = [run for variant in comparison.variants for run in variant.finished]
     weightings = {json.dumps(v.weighting) for v in comparison.variants if v.weighting}
-    if len(weightings) > 1:
-        notes.append(
-            "The variants differ in how clients are weighted, too: a difference is that of both. With "
-            "--weighting all have one."
-        )
-    for variant in comparison.variants:
-        if own := [part for part in variant.text.split("@")[1:] if part.startswith(UNEQUAL)]:
-            notes.append(f"{variant.text} does not have the same conditions: {', '.join(own)}.")
-    for what, keys in {
-        "commit": ("commit",),
-        "model": ("hashes", "model"),
-        "data": ("hashes", "data"),
-        "PyTorch": ("versions", "torch"),
-        "device": ("device",),
-    }.items():
-        found = sorted({str(dig(run.summary, *keys) or "unknown") for run in runs})
-        if len(found) > 1:
-            notes.append(f"The runs do not share one {what}: {', '.join(found)}.")
-    return (
-        f'<header><h1>{escape(comparison.name)}: comparison</h1> <span class="status {status}">'
-        f'{done} of {planned} runs</span><p class="lead">{escape(lead)}</p>'
-        + "".join(f'<p class="notice">{escape(note)}</p>' for note in notes)
-        + "</header>"
-    )
+    own = [
+        (v.text, [part for part in v.text.split("@")[1:] if part.startswith(UNEQUAL)])
+        for v in comparison.variants
+    ]
+    found = {
+        what: sorted({str(dig(run.summary, *keys) or "unknown") for run in finished})
+        for what, keys in SHARED.items()
+    }
+    return {
+        "name": comparison.name,
+        "done": done,
+        "planned": planned,
+        "variants": len(comparison.variants),
+        "model": dig(config, "model", "source"),
+        "data": dig(config, "data", "source"),
+        "rounds": dig(config, "rounds"),
+        "seeds": comparison.plan["seeds"],
+        "not_finite": [
+            (variant.text, KINDS[kind])
+            for variant in comparison.variants
+            for kind in comparison.kinds
+            if None in variant.values(kind, metric)
+        ],
+        "chosen_on_clients": bool(comparison.plan["rates"]) and "mean" in comparison.kinds,
+        "weightings_differ": len(weightings) > 1,
+        "unequal": [(text, parts) for text, parts in own if parts],
+        "not_shared": [(what, values) for what, values in found.items() if len(values) > 1],
+    }
 
 
-def spread(metric: str, values: Sequence[float | None], difference: bool = False) -> Cell:
-    """The mean and the half-width of its interval; sorted by the mean."""
-    mean, half = mean_interval(values)
-    if mean is None:
-        return data(None), None
-    text = spread_text(metric, mean, half)
-    if difference:
-        text = ("" if mean < 0 else "+") + text.replace("%", " points")
-    return f'<data value="{mean!r}">{escape(text)}</data>', mean
-
-
-def label(index: int, variant: Variant) -> Cell:
-    """Its colour, its number in every table and plot, and its name."""
-    return f"{chip(index)}{data(index + 1)} {escape(variant.text)}", variant.text
-
-
-def overview(comparison: Comparison) -> str:
+def overview(comparison: Comparison) -> View:
     """What the final models of each variant are worth, and what they cost."""
-    metric, kinds = comparison.metric, [*comparison.kinds, "smallest"]
-    kinds = [kind for kind in kinds if any(v.values(kind, metric) for v in comparison.variants)]
-    quality: list[list[Cell]] = []
-    costs: list[list[Cell]] = []
+    metric = comparison.metric
+    kinds = [
+        kind
+        for kind in (*comparison.kinds, "smallest")
+        if any(variant.values(kind, metric) for variant in comparison.variants)
+    ]
+    rows = []
     for i, variant in enumerate(comparison.variants):
         differences = comparison.differences(variant) if i else []
-        costly = [(variant.cost(group, key), unit) for group, key, unit in COSTS.values()]
-        quality.append(
-            [
-                label(i, variant),
-                _weighting(variant),
-                number(len(variant.finished)),
-                *(spread(metric, variant.values(kind, metric)) for kind in kinds),
-                spread(metric, differences, difference=True),
-                *([] if metric == "loss" else [spread("loss", loss(variant, comparison))]),
-            ]
+        spent = [(variant.cost(group, key), unit) for group, key, unit in COSTS.values()]
+        rows.append(
+            {
+                "variant": label(i, variant),
+                "weighting": None
+                if variant.weighting is None
+                else {
+                    "name": str(variant.weighting.get("name")),
+                    "settings": settings(variant.weighting),
+                },
+                "finished": len(variant.finished),
+                "scores": [mean_interval(variant.values(kind, metric)) for kind in kinds],
+                "difference": mean_interval(differences),
+                "loss": mean_interval(comparison.losses(variant)),
+                "ranks": span(variant.ranks),
+                "costs": [None if cost is None else cost / unit for cost, unit in spent],
+                "rate": variant.rate,
+            }
         )
-        costs.append(
-            [
-                label(i, variant),
-                (escape(span(variant.ranks)), ""),
-                *(number(None if v is None else v / unit, amount) for v, unit in costly),
-                number(variant.rate, lambda rate: f"{rate:g}"),
-            ]
-        )
-    first = escape(comparison.variants[0].text)
-    headers = [
-        "Variant",
-        "Weighting",
-        "Seeds",
-        *(capital(name(kind)) for kind in kinds),
-        f"Against {first}",
-    ]
-    headers += [] if metric == "loss" else ["Loss"]
-    note = (
-        "Means over seeds with 95% intervals (Student's t). "
-        f"Against {first}: the difference in {escape(metric)} of {name(comparison.common)}, seed by seed, "
-        "which is often known better than either mean. Click a heading to sort."
-    )
-    title = f"Final {escape(metric)}"
-    return section(
-        "Results",
-        card(title, note, table(headers, quality, True), "table whole"),
-        card(
-            "Costs and settings",
-            "Bytes and seconds of a whole run, means over seeds.",
-            table(["Variant", "Ranks", *COSTS, "Learning rate"], costs, True),
-            "table whole",
-        ),
-    )
+    return {
+        "first": comparison.variants[0].text,
+        "shown": kinds,
+        "costs": list(COSTS),
+        "rows": rows,
+    }
 
 
-def _weighting(variant: Variant) -> Cell:
-    if variant.weighting is None:
-        return data(None), ""
-    named = str(variant.weighting.get("name"))
-    return f'<span title="{escape(settings(variant.weighting))}">{escape(named)}</span>', named
-
-
-def final(comparison: Comparison) -> str:
-    """Every seed's final model as a dot; and what it took to get there."""
+def final(comparison: Comparison) -> View | None:
+    """Every seed's final model as a dot, and what it took to get there; None before the first."""
     metric, kind = comparison.metric, comparison.common
     percent, rows, groups = metric == "accuracy", [], []
     for i, variant in enumerate(comparison.variants):
@@ -211,203 +160,148 @@ def final(comparison: Comparison) -> str:
         values = [value for value in variant.values(kind, metric) if value is not None]
         if values:
             rows.append(Dots(f"{i + 1}  {variant.text}", values, ink(i), mean, half))
-        moved = [(_moved(t), t.score(kind, metric)) for t in variant.trials if t.finished]
+        moved = [(bytes_moved(t), t.score(kind, metric)) for t in variant.trials if t.finished]
         points = [(bytes / 2**20, y) for bytes, y in moved if bytes is not None and y is not None]
         if points:
             groups.append(Curve(str(i + 1), points, ink(i)))
     if not rows:
-        return section("Final models", note="No run has been evaluated yet.")
-    title = f"Final {metric} by seed"
-    note = (
-        f"Of {name(kind)}: a dot is a seed, the tick their mean, the bar its 95% interval "
-        "(cut off where it is wider than the plot)."
-    )
-    lacking = [v.text for v in comparison.variants if v.finished and not v.values(kind, metric)]
-    if lacking:
-        note += f" Without one: {escape(', '.join(lacking))}."
-    draw = plots.strips(rows, percent=percent)
+        return None
     height = max(250, 50 + 36 * len(rows))
-    cards = [card(escape(title), note, plot("seeds", title, draw, height))]
+    draw = plots.strips(rows, percent=percent)
+    seeds = plot("seeds", f"Final {metric} by seed", draw, height)
+    traffic = None
     if groups:
-        title = f"Bytes against final {metric}"
-        note = (
-            "All bytes of a run, down and up. The large dot is the mean over seeds, with the number of "
-            f"its row above; the best is at the {'upper' if percent else 'lower'} left."
-        )
         draw = plots.scatter(groups, "MiB of a run", percent=percent)
-        cards.append(card(escape(title), note, plot("bytes", title, draw, height)))
-    return section("Final models", grid(*cards))
+        traffic = plot("bytes", f"Bytes against final {metric}", draw, height)
+    return {
+        "seeds": seeds,
+        "bytes": traffic,
+        "lacking": [
+            v.text for v in comparison.variants if v.finished and not v.values(kind, metric)
+        ],
+    }
 
 
-def _moved(trial: Trial) -> float | None:
+def bytes_moved(trial: Trial) -> float | None:
     both = [trial.total("bytes", way) for way in ("down", "up")]
     return None if None in both else math.fsum(value for value in both if value is not None)
 
 
-def curves(comparison: Comparison) -> str:
-    """The headline metric per round: the mean over seeds with their range, for W and its truncation."""
-    metric, cards = comparison.metric, []
+def curves(comparison: Comparison) -> list[View]:
+    """The headline metric per round, for every kind of model: the mean over seeds with their range."""
+    metric, variants = comparison.metric, comparison.variants
     percent = metric == "accuracy"
+    shown = []
     for kind in comparison.kinds:
-        found = [
-            _curve(f"{i + 1}", variant, kind, metric, ink(i))
-            for i, variant in enumerate(comparison.variants)
-        ]
-        drawn = [curve for curve in found if len(curve.points) > 2]
+        found = [curve(i, variant, kind, metric) for i, variant in enumerate(variants)]
+        drawn = [(i, one) for i, one in enumerate(found) if len(one.points) > 2]
         if not drawn:
             continue
-        title = f"{metric.capitalize()} per round, {KINDS[kind]}"
-        heading = f"{escape(metric.capitalize())} per round, {name(kind)}"
-        if len(comparison.variants) > MOST_LINES:
-            cards.append(_multiples(comparison, found, kind, heading, percent))
-            continue
-        texts = [
-            f"{curve.label} {comparison.variants[int(curve.label) - 1].text}" for curve in drawn
-        ]
-        chips = "".join(
-            f"<li>{chip(int(curve.label) - 1)}{escape(text)}</li>"
-            for curve, text in zip(drawn, texts, strict=True)
-        )
-        note = "Mean over the seeds, and their range. Numbers are those of the rows above."
-        body = f'<ul class="legend">{chips}</ul>' + plot(
-            f"curve-{kind}", title, plots.lines(drawn, percent=percent), 300
-        )
-        cards.append(card(heading, note, body))
-    if not cards:
-        return section(
-            "Learning curves",
-            note="Too few rounds were evaluated to draw a curve: lower evaluation.every.",
-        )
-    return section("Learning curves", grid(*cards))
+        lines, multiples = None, []
+        if len(variants) > MOST_LINES:
+            multiples = small_plots(comparison, found, kind, percent)
+        else:
+            title = f"{metric.capitalize()} per round, {KINDS[kind]}"
+            draw = plots.lines([one for _, one in drawn], percent=percent)
+            lines = plot(f"curve-{kind}", title, draw, 300)
+        labels = [label(i, variants[i]) for i, _ in drawn]
+        shown.append({"kind": kind, "labels": labels, "lines": lines, "multiples": multiples})
+    return shown
 
 
-def _curve(label: str, variant: Variant, kind: str, metric: str, color: str) -> Curve:
-    """The rounds in which every finished run has a value."""
+def curve(index: int, variant: Variant, kind: str, metric: str) -> Curve:
+    """Mean and range over seeds, in the rounds in which every finished run has a value."""
     runs = [dict(series(run, "evaluation", *CURVES[kind], metric)) for run in variant.finished]
-    rounds = sorted(set(runs[0]).intersection(*runs)) if runs else []
-    values = [(t, [run[t] for run in runs]) for t in rounds]
-    band = [(t, min(v), max(v)) for t, v in values] if len(runs) > 1 else []
-    return Curve(label, [(t, math.fsum(v) / len(v)) for t, v in values], color, band=band)
+    rounds = set(runs[0]).intersection(*runs) if runs else set()
+    found = ranges({t: [run[t] for run in runs] for t in rounds})
+    points = [(each.round, each.mean) for each in found]
+    return Curve(f"{index + 1}", points, ink(index), band=band(found) if len(runs) > 1 else [])
 
 
-def _multiples(
-    comparison: Comparison, found: Sequence[Curve], kind: str, heading: str, percent: bool
-) -> str:
+def band(found: Sequence[Range]) -> list[tuple[float, float, float]]:
+    return [(each.round, each.low, each.high) for each in found]
+
+
+def small_plots(
+    comparison: Comparison, found: Sequence[Curve], kind: str, percent: bool
+) -> list[View]:
     """Too many lines for one plot: a small plot for each, over the mean and the range of them all."""
     by_round: dict[float, list[float]] = {}
-    for t, value in (point for curve in found for point in curve.points):
+    for t, value in (point for one in found for point in one.points):
         by_round.setdefault(t, []).append(value)
-    means = [(t, math.fsum(v) / len(v)) for t, v in sorted(by_round.items())]
-    band = [(t, min(v), max(v)) for t, v in sorted(by_round.items())]
-    everyone = Curve("", means, plots.MUTED, True, band)
-    parts = []
-    for i, curve in enumerate(found):
-        if len(curve.points) < 2:
+    over_all = ranges(by_round)
+    means = [(each.round, each.mean) for each in over_all]
+    everyone = Curve("", means, plots.MUTED, True, band(over_all))
+    shown = []
+    for i, one in enumerate(found):
+        if len(one.points) < 2:
             continue
-        text = f"{i + 1} {comparison.variants[i].text}"
-        own = Curve("", curve.points, curve.color, band=curve.band)
-        draw = plots.lines([own, everyone], percent=percent)
-        drawn = plots.svg(draw, *SMALL, f"curve-{kind}-{i}", escape(text))
-        parts.append(f"<figure><figcaption>{chip(i)}{escape(text)}</figcaption>{drawn}</figure>")
-    note = "Mean over the seeds, and their range; grey: mean and range of all variants."
-    return card(heading, note, f'<div class="multiples">{"".join(parts)}</div>', "table")
+        variant = comparison.variants[i]
+        draw = plots.lines([replace(one, label=""), everyone], percent=percent)
+        drawn = figure(f"curve-{kind}-{i}", f"{i + 1} {variant.text}", draw, *SMALL)
+        shown.append({"variant": label(i, variant), "figure": drawn})
+    return shown
 
 
-def rates(comparison: Comparison) -> str:
-    """What chose the learning rates; nothing if they were not chosen."""
-    grid_rates: list[float] = comparison.plan["rates"]
-    if not grid_rates:
-        return ""
-    metric = comparison.metric
-    rows: list[list[Cell]] = []
+def rates(comparison: Comparison) -> View | None:
+    """What chose the learning rates; None if they were not chosen."""
+    grid: list[float] = comparison.plan["rates"]
+    if not grid:
+        return None
+    rows = []
     for i, variant in enumerate(comparison.variants):
-        row: list[Cell] = [label(i, variant)]
-        for trial in variant.grid:
-            value = comparison.validation(trial).get(metric)
-            shown = data(value, lambda v: spread_text(metric, v, None))
-            row.append((f"<b>{shown}</b>" if trial.rate == variant.rate else shown, value))
-        edge = variant.rate in (min(grid_rates), max(grid_rates)) and len(grid_rates) > 1
-        text = (
-            "–" if variant.rate is None else f"{variant.rate:g}" + (", at the edge" if edge else "")
-        )
-        rows.append([*row, (escape(text), "")])
-    where = {
-        "validation": "the server's validation rows, of the full W",
-        "clients": "rows that the clients hold back (mean over clients)",
-    }[comparison.plan["chosen_on"]]
-    note = (
-        f"Final {escape(metric)} on {where}, with seed {comparison.plan['seeds'][0]}; the best was chosen, "
-        "equals by their loss. The server's held-out rows had no part in it. A choice at the edge of the "
-        "grid may not be the best there is."
-    )
-    headers = ["Variant", *(f"{rate:g}" for rate in grid_rates), "Chosen"]
-    body = card("Grid and choice", note, table(headers, rows), "table whole")
-    return section("Learning rates", body)
+        cells = [
+            {
+                "score": comparison.validation(trial).get(comparison.metric),
+                "chosen": trial.rate == variant.rate,
+            }
+            for trial in variant.grid
+        ]
+        edge = variant.rate in (min(grid), max(grid)) and len(grid) > 1
+        row = {"variant": label(i, variant), "cells": cells, "rate": variant.rate, "at_edge": edge}
+        rows.append(row)
+    return {
+        "chosen_on": comparison.plan["chosen_on"],
+        "seed": comparison.plan["seeds"][0],
+        "grid": grid,
+        "rows": rows,
+    }
 
 
-def runs(comparison: Comparison) -> str:
+def runs(comparison: Comparison) -> View:
     """One row per run, with a link to its own report."""
-    metric, kinds = comparison.metric, comparison.kinds
-    show = partial(spread_text, metric, half=None)
-    rows: list[list[Cell]] = []
+    rows = []
     for i, variant in enumerate(comparison.variants):
         for trial in variant.trials:
-            summary = trial.run.summary if trial.run else None
-            status = escape(trial.status)
-            if trial.folder and trial.finished:
-                status = f'<a href="{escape(quote(trial.folder))}/report.html">{status}</a>'
-            hash = str(dig(summary, "hashes", "config") or "")[:12]
-            rounds = trial.run.rounds[-1]["round"] if trial.run and trial.run.rounds else None
+            run = trial.run
+            summary = run.summary if run else None
+            folder = trial.folder if trial.finished else None
+            scores = [trial.score(kind, comparison.metric) for kind in comparison.kinds]
             rows.append(
-                [
-                    label(i, variant),
-                    number(trial.seed),
-                    (status, trial.status),
-                    number(rounds),
-                    *(
-                        number(trial.score(kind, metric) if trial.finished else None, show)
-                        for kind in kinds
-                    ),
-                    number(trial.total("seconds", "total"), amount),
-                    (escape(str(dig(summary, "commit") or "–")), ""),
-                    (f"<code>{escape(hash) or '–'}</code>", ""),
-                ]
+                {
+                    "variant": label(i, variant),
+                    "seed": trial.seed,
+                    "status": trial.status,
+                    "report": f"{quote(folder)}/report.html" if folder else None,
+                    "rounds": run.rounds[-1]["round"] if run and run.rounds else None,
+                    "scores": scores if trial.finished else [None] * len(scores),
+                    "seconds": trial.total("seconds", "total"),
+                    "commit": str(dig(summary, "commit") or "–"),
+                    "config": str(dig(summary, "hashes", "config") or "")[:12] or "–",
+                }
             )
-    title = escape(metric.capitalize())
-    headers = ["Variant", "Seed", "Status", "Rounds", *(f"{title}, {name(kind)}" for kind in kinds)]
-    headers += ["Seconds", "Commit", "Config"]
-    return section(
-        "Runs",
-        card(
-            "By seed",
-            "The status leads to the run's own report.",
-            table(headers, rows, True),
-            "table",
-        ),
-    )
+    return {"shown": comparison.kinds, "rows": rows}
 
 
-def provenance(comparison: Comparison) -> str:
-    config = json.dumps(comparison.plan["config"], indent=1, ensure_ascii=False)
+def provenance(comparison: Comparison) -> View:
     run = next((run for variant in comparison.variants for run in variant.finished), None)
-    facts = {f"{k} version": v for k, v in (dig(run and run.summary, "versions") or {}).items()}
-    facts |= {
-        f"{k} hash": v
-        for k, v in (dig(run and run.summary, "hashes") or {}).items()
-        if k != "config"
+    summary = run and run.summary
+    facts = {f"{key} version": value for key, value in (dig(summary, "versions") or {}).items()}
+    hashes = (dig(summary, "hashes") or {}).items()
+    facts |= {f"{key} hash": value for key, value in hashes if key != "config"}
+    facts |= {key: dig(summary, key) for key in ("fedhl", "device", "precision")}
+    return {
+        "of_first": run is not None,
+        "facts": list(facts.items()),
+        "config": json.dumps(comparison.plan["config"], indent=1, ensure_ascii=False),
     }
-    facts |= {key: dig(run and run.summary, key) for key in ("fedhl", "device", "precision")}
-    shown = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape('unknown' if value is None else str(value))}</dd></div>"
-        for key, value in facts.items()
-    )
-    text = f"<details><summary>The config that variants change</summary><pre>{escape(config)}</pre></details>"
-    facts_of = "<p class='note'>Of the first finished run.</p>" if run else ""
-    return section("Provenance", f'<div class="card table">{facts_of}<dl>{shown}</dl>{text}</div>')
-
-
-def page(comparison: Comparison) -> str:
-    """The whole page."""
-    parts = (header, overview, final, curves, rates, runs, provenance)
-    body = "\n".join(part(comparison) for part in parts)
-    return document(f"{comparison.name}: comparison", body)

@@ -178,14 +178,3 @@ def best(run: Run) -> tuple[float | None, float | None]:
             if isinstance(evaluation := line.get("evaluation"), dict):
                 found = better(found, evaluation, line["round"])
     return num(found, "round"), num(found, "value")
-
-
-def compute_share(run: Run) -> float | None:
-    """Σ compute / Σ (total - evaluate) over the training rounds that have these times."""
-    spent = whole = 0.0
-    for line in run.rounds:
-        compute, all_of_it = num(line, "seconds", "compute"), num(line, "seconds", "total")
-        if line["round"] > 0 and compute is not None and all_of_it is not None:
-            spent += compute
-            whole += all_of_it - (num(line, "seconds", "evaluate") or 0.0)
-    return spent / whole if whole > 0 else None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -19,8 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-
-from fedhl.report.style import STEPS
 
 Draw = Callable[[Figure], None]
 Points = Sequence[tuple[float, float]]
@@ -49,11 +48,6 @@ def color(family: str, index: int = 0) -> str:
 INK, MUTED, GRID, FULL, TRUNCATED = (color("c", i) for i in range(5))
 
 
-def step(index: int, count: int) -> int:
-    """The position of item `index` of `count` on a ramp of STEPS colours, ends included."""
-    return STEPS - 1 if count <= 1 else round(index * (STEPS - 1) / (count - 1))
-
-
 @dataclass(frozen=True)
 class Curve:
     """A line with its direct label; `band` is (x, low, high) per point, NaN breaks the line."""
@@ -78,7 +72,7 @@ def svg(draw: Draw, width: int, height: int, prefix: str, label: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :].rstrip()
     text = re.sub(r"<[^>]*>", lambda tag: _inline(tag.group(), prefix), text)
-    head = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
+    head = f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
 
 
@@ -344,19 +338,6 @@ def stacked(
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
 
     return draw
-
-
-def rank_curves(
-    values: Mapping[int, Mapping[int, Sequence[float]]], colors: Mapping[int, str]
-) -> list[Curve]:
-    """One curve per rank from {rank: {round: values of its clients}}: their mean, banded by min and max."""
-    curves = []
-    for rank, by_round in sorted(values.items()):
-        points = [(float(t), math.fsum(v) / len(v)) for t, v in sorted(by_round.items())]
-        band = [(float(t), min(v), max(v)) for t, v in sorted(by_round.items())]
-        wide = any(high > low for _, low, high in band)
-        curves.append(Curve(f"rank {rank}", points, colors[rank], band=band if wide else ()))
-    return curves
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from fedhl.run.folder import (
 )
 from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
 from fedhl.run.telling import COLLAPSE, describe, steps
-from fedhl.server import Round, ServerState
+from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
 
 
@@ -108,7 +108,7 @@ def carry_on(
     try:
         if state is None:
             state = prepared.initial_state()
-            nothing = Round([], [], {}, {})
+            nothing = Outcome([], [], {}, {})
             best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
         while state.round < rounds:
             here = engine.present(prepared.federation, state.round + 1)
@@ -140,7 +140,7 @@ def finish_round(
     prepared: Prepared,
     state: ServerState,
     folder: Path,
-    outcome: Round,
+    outcome: Outcome,
     best: dict[str, Any] | None,
     watcher: Watcher,
     engine: Engine = IN_PROCESS,

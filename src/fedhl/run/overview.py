@@ -18,7 +18,7 @@ from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_per_client
 from fedhl.method import flatten
 from fedhl.model import peft
-from fedhl.report.html import size
+from fedhl.names import size
 from fedhl.run.summary import parameters
 from fedhl.server import accounting
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from fedhl.server.broadcasts import broadcast, broadcast_layer, init, next_task, sample
-from fedhl.server.measures import deltas, spectra
-from fedhl.server.rounds import aggregate, release
-from fedhl.server.state import Client, Reply, Round, ServerState
+from fedhl.server.layers import broadcast, broadcast_layer, deltas
+from fedhl.server.measures import spectra
+from fedhl.server.rounds import Rules, aggregate, release
+from fedhl.server.state import Client, Outcome, Reply, ServerState, init, next_task, sample
 
 __all__ = [
     "Client",
+    "Outcome",
     "Reply",
-    "Round",
+    "Rules",
     "ServerState",
     "aggregate",
     "broadcast",

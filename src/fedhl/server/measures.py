@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedhl.lora import LoRA, dense, squared_norm
+from fedhl.lora import dense, squared_norm
 from fedhl.method import Method, Truncating, with_past
 from fedhl.server import diagnostics, robust
-from fedhl.server.arrivals import arrivals
-from fedhl.server.broadcasts import sender
+from fedhl.server.layers import Layers, deltas
 from fedhl.server.side_by_side import side_by_side
 from fedhl.server.state import Reply, ServerState
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort
 
 
-def change_norms(
-    method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
-) -> list[float]:
+def change_norms(layers: Layers, replies: Sequence[Reply]) -> list[float]:
     """`sqrt(Σ_layers ||ΔW_i - ΔW(sent_i)||_F² + ||h_i - h||²)` of each client, over what it returned."""
-    squares = [robust.squared_head_change(state.head, reply.head) for reply in replies]
+    squares = [robust.squared_head_change(layers.state.head, reply.head) for reply in replies]
     alike = torch.ones(len(replies), dtype=torch.float64)
-    for name, layer in state.layers.items():
-        alone = replace(state, layers={name: layer})
-        updates = arrivals(method, alone, name, replies, alike, seed, 0.0)
+    for layer in layers:
+        updates = layer.updates(replies, alike)
         for k, update in zip(updates.members, updates, strict=True):
             squares[k] += robust.squared_change(update)
     return [square**0.5 for square in squares]
 
 
 def measure(
-    method: Method[Any],
-    state: ServerState,
-    replies: Sequence[Reply],
-    seed: int,
-    norms: bool = True,
-    factors: Sequence[float] = (),
+    layers: Layers, replies: Sequence[Reply], norms: bool = True, factors: Sequence[float] = ()
 ) -> Cohort:
     """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the
     clients report; and the norms of the updates, if asked for, clipped by `factors` if given."""
-    squares = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
-    error = torch.zeros(len(replies), len(state.layers), dtype=torch.float64)
-    whole = torch.zeros(len(state.layers), dtype=torch.float64)
-    for column, (name, layer) in enumerate(state.layers.items()):
-        delta = method.delta(layer)
+    method, count = layers.method, len(layers)
+    squares = torch.zeros(len(replies), count, dtype=torch.float64)
+    error = torch.zeros(len(replies), count, dtype=torch.float64)
+    whole = torch.zeros(count, dtype=torch.float64)
+    for column, layer in enumerate(layers):
+        delta = method.delta(layer.state)
         W = None if delta is None else dense(delta)
         whole[column] = 0.0 if W is None else energy(W)
-        send = sender(method, replace(state, layers={name: layer}), name, seed)
+        send, name = layer.sender(), layer.name
         known: dict[Any, float] = {}
         for row, reply in enumerate(replies):
             sent = send(reply.client)
@@ -64,7 +54,7 @@ def measure(
                 key = id(sent)  # `send` holds on to it
                 if key not in known:
                     known[key] = (
-                        method.lost(layer, reply.client.rank)
+                        method.lost(layer.state, reply.client.rank)
                         if isinstance(method, Truncating)
                         else diagnostics.truncation_error(W, sent)
                     )
@@ -75,16 +65,10 @@ def measure(
         examples=[reply.client.examples for reply in replies],
         error=error,
         energy=whole,
-        norms=(squares.sum(dim=1) * len(state.layers) / returned).sqrt() if norms else None,
+        norms=(squares.sum(dim=1) * count / returned).sqrt() if norms else None,
         losses=[reply.loss for reply in replies],
         bounds=[reply.bound for reply in replies],
     )
-
-
-def deltas(method: Method[Any], state: ServerState) -> dict[str, LoRA | Tensor]:
-    """The global change of every layer; {} if there is no global model."""
-    found = {name: method.delta(layer) for name, layer in state.layers.items()}
-    return {name: delta for name, delta in found.items() if delta is not None}
 
 
 def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Method, finite
-from fedhl.server.broadcasts import sender
+from fedhl.method import Broadcast, finite
+from fedhl.server.layers import Layers
 from fedhl.server.state import Reply, ServerState
 
 HUGE = torch.finfo(torch.float32).max ** 0.5
@@ -18,20 +18,17 @@ HUGE = torch.finfo(torch.float32).max ** 0.5
 
 
 def refusals(
-    method: Method[Any],
-    state: ServerState,
-    replies: Sequence[Reply],
-    seed: int,
-    stragglers: bool = False,
+    layers: Layers, replies: Sequence[Reply], stragglers: bool = False
 ) -> list[str | None]:
     """For each reply why it cannot be accepted, or None. Each is read and checked whole, one layer of
     all of them at a time.
 
     `stragglers`: whether a client may return fewer layers than it was asked for.
     """
+    state = layers.state
     reasons = [wrong_names(state, reply, asked_of(state, reply, stragglers)) for reply in replies]
     for name in sorted(state.layers):
-        send = sender(method, state, name, seed)
+        send = layers.layer(name).sender()
         for k, reply in enumerate(replies):
             if reasons[k] is None and name in reply.adapter:
                 reason = wrong_layer(reply, name, send(reply.client))
@@ -42,11 +39,9 @@ def refusals(
     ]
 
 
-def refusal(
-    method: Method[Any], state: ServerState, reply: Reply, seed: int, stragglers: bool = False
-) -> str | None:
+def refusal(layers: Layers, reply: Reply, stragglers: bool = False) -> str | None:
     """Why this reply cannot be accepted, or None."""
-    return refusals(method, state, [reply], seed, stragglers)[0]
+    return refusals(layers, [reply], stragglers)[0]
 
 
 def asked_of(state: ServerState, reply: Reply, stragglers: bool) -> set[str]:
@@ -126,17 +121,12 @@ def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
 
 
 def accept(
-    method: Method[Any],
-    state: ServerState,
-    replies: Sequence[Reply],
-    seed: int,
-    stragglers: bool = False,
+    layers: Layers, replies: Sequence[Reply], stragglers: bool = False
 ) -> tuple[list[Reply], list[dict[str, Any]]]:
     """The replies that can be accepted, by client id, one of each; and the others with the reason."""
     accepted, refused = [], []
     replies = sorted(replies, key=lambda reply: reply.client.id)
-    reasons = refusals(method, state, replies, seed, stragglers)
-    for reply, reason in zip(replies, reasons, strict=True):
+    for reply, reason in zip(replies, refusals(layers, replies, stragglers), strict=True):
         if accepted and accepted[-1].client.id == reply.client.id:
             reason = "another reply of this client was accepted already"
         if reason is None:

@@ -1,4 +1,4 @@
-"""One round of the server over all layers: who takes part, what is sent, what becomes of the replies.
+"""One round of the server over all layers: from the replies of a cohort to the next state.
 
 The server's state is a value: each layer's method state, the trained head, the round. Functions
 take it and return the next one; nothing here knows about models, files or networks.
@@ -14,18 +14,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.method import Method
+from fedhl.method import Method, Update
 from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
-from fedhl.server.arrivals import LayerUpdates, arrivals
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
+from fedhl.server.layers import Layer, Layers, LayerUpdates
 from fedhl.server.measures import change_norms, measure
 from fedhl.server.privacy import Mechanism
 from fedhl.server.refusals import accept
 from fedhl.server.robust import Guard
 from fedhl.server.side_by_side import side_by_side
-from fedhl.server.state import Reply, Round, ServerState
+from fedhl.server.state import Outcome, Reply, ServerState
 from fedhl.weighting import Weighting, data_share, relative_error
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a round does with replies besides weighting and summing them; nothing by default.
+
+    `guard`: an update that moved too far is refused as if it had not arrived, or clipped, before anything
+    is weighted. `silence`: clients may return fewer layers than they were asked for, and this is the
+    chance, by layer, that none returns it (see `fedhl.server.participation`). `channel`: the updates are
+    summed over the air. `head_rows`: the only rows of these head parameters that this round trains; the
+    others stay as they are, to the bit, whatever was returned.
+    """
+
+    guard: Guard | None = None
+    silence: Mapping[str, float] | None = None
+    channel: AirComp | None = None
+    head_rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+PLAIN = Rules()
+"""Every accepted update counts as it is."""
 
 
 def aggregate(
@@ -34,14 +55,11 @@ def aggregate(
     state: ServerState,
     replies: Sequence[Reply],
     seed: int,
+    rules: Rules = PLAIN,
     *,
-    silence: Mapping[str, float] | None = None,
-    channel: AirComp | None = None,
-    head_rows: Mapping[str, Sequence[int]] | None = None,
-    guard: Guard | None = None,
     into: MutableMapping[str, Any] | None = None,
     watch: bool = True,
-) -> tuple[ServerState, Round]:
+) -> tuple[ServerState, Outcome]:
     """The next state from the replies that arrived, and what happened on the way.
 
     Every reply is checked whole before the first layer is touched; a refused one changes nothing
@@ -49,92 +67,64 @@ def aggregate(
     A layer is aggregated over the clients that returned it, with weights renormalised over them;
     one that nobody returned stays as it is.
 
-    `silence`: clients may return fewer layers than asked for, and this is the chance, by layer, that
-    none returns it (see `fedhl.server.participation`). `channel`: the updates are summed over the air.
-    `head_rows`: the only rows of these head parameters that this round trains; the others stay as they
-    are, to the bit, whatever was returned. `guard`: who moved too far is refused as if it had not
-    arrived, or clipped, before anything is weighted. `into`: where the next layer states are put, each
-    as soon as it is known (see `fedhl.shelf`); a dict unless given. `watch`: whether to compute the
-    diagnostics of each layer, which cost about as much as the round.
+    `into`: where the next layer states are put, each as soon as it is known (see `fedhl.shelf`); a new dict
+    by default. `watch`: whether to compute the diagnostics of each layer, which cost about as much as
+    the round.
     """
     start = perf_counter()
-    accepted, refused = accept(method, state, replies, seed, stragglers=silence is not None)
+    layers = Layers(method, state, seed)
+    accepted, refused = accept(layers, replies, stragglers=rules.silence is not None)
     checks: list[Check] = []
-    if guard is not None:
-        accepted, left_out, checks = guarded(guard, method, state, accepted, seed)
+    if rules.guard is not None:
+        accepted, left_out, checks = guarded(rules.guard, layers, accepted)
         refused += left_out
-        accepted = [
-            replace(reply, head=robust.clipped_head(state.head, reply.head, check.factor))
-            for reply, check in zip(accepted, checks, strict=True)
-        ]
-    factors = [check.factor for check in checks]
+        accepted = with_clipped_heads(state.head, accepted, checks)
     if not accepted:
         seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
-        return replace(state, round=state.round + 1), Round([], refused, {}, seconds)
+        return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
 
-    cohort = measure(method, state, accepted, seed, getattr(weighting, "norms", True), factors)
-    p = weighting(cohort)
+    factors, silence = [check.factor for check in checks], rules.silence or {}
+    cohort = measure(layers, accepted, weighting.norms, factors)
+    p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
-    def arrived(name: str, layer: Any) -> LayerUpdates:
-        alone = replace(state, layers={name: layer})  # which may have come from disk, once
-        unheard = (silence or {}).get(name, 0.0)
-        return arrivals(method, alone, name, accepted, p, seed, unheard, factors)
+    def arrived(layer: Layer) -> LayerUpdates:
+        return layer.updates(accepted, p, silence.get(layer.name, 0.0), factors)
 
     noise = None
-    if channel is not None:
-        everything = (arrived(*item) for item in state.layers.items())
-        noise = loudness(channel, method, accepted, p.tolist(), everything)
+    if rules.channel is not None:
+        noise = loudness(rules.channel, accepted, p, map(arrived, layers))
 
-    def step(name: str, layer: Any) -> LayerStep:
-        began = perf_counter()
-        updates = arrived(name, layer)
+    def step(name: str, before: Any) -> LayerStep:
+        began, updates = perf_counter(), arrived(layers.of(name, before))
         if not sum(updates.weights):  # nobody who counts returned it
-            return LayerStep(layer)
-        if noise is None:
-            following = method.aggregate(layer, updates)
-        else:
-            g = generator(seed, "channel", state.round, name)
-            products = sends_products(method)
-            # its weights were divided by the share of those who returned it, and so is the noise
-            share = sum(float(p[k]) for k in updates.members)
-            following = method.aggregate(layer, received(updates, products, noise / share, g))
-        done = LayerStep(following, perf_counter() - began)
-        return observed(done, method, layer, updates) if watch else done
+            return LayerStep(before)
+        heard = updates if noise is None else over_the_air(updates, noise, p)
+        done = LayerStep(method.aggregate(before, heard), perf_counter() - began)
+        return observed(done, updates) if watch else done
 
-    layers: MutableMapping[str, Any] = {} if into is None else into
-    gap_square = spent = watched = 0.0
-    error_square = None
-    drift = torch.zeros(len(accepted), dtype=torch.float64)
+    following: MutableMapping[str, Any] = {} if into is None else into
+    steps: list[LayerStep] = []
     began = perf_counter()
     for name, done in side_by_side(step, state.layers):
-        layers[name] = done.following
-        if done.aggregation_error is not None:
-            error_square = (error_square or 0.0) + done.aggregation_error
-        gap_square += done.product_gap
-        for k, square in done.moved.items():
-            drift[k] += square
-        spent, watched = spent + done.seconds, watched + done.watched
-    # layers may have been done side by side: the wall time, divided as their own seconds are
-    watching = (perf_counter() - began) * watched / (spent + watched) if watched else 0.0
-    q = data_share(cohort)
-    head = mean_head(accepted, q)
-    for name, rows in (head_rows or {}).items():
-        trained = head[name]
-        head[name] = state.head[name].clone()
-        head[name][rows] = trained[rows]
-    result = ServerState(state.round + 1, layers, head, state.clients)
-    seconds = {"aggregate": perf_counter() - start - watching, "diagnostics": watching}
+        following[name] = done.following
+        steps.append(
+            replace(done, following=None)
+        )  # it may be on disk, and need not stay in memory
+    wall = perf_counter() - began
 
-    error = relative_error(cohort)
-    drifts = drift.sqrt().tolist() if watch else [None] * len(accepted)
-    clients = records(accepted, p.tolist(), error.tolist(), drifts, checks)
-    numbers = {"product_gap": gap_square**0.5} if watch else {}
-    if error_square is not None:
-        numbers["aggregation_error"] = error_square**0.5
+    head = only_rows(mean_head(accepted, q), state.head, rules.head_rows)
+    result = ServerState(state.round + 1, following, head, state.clients)
+    # layers may have been done side by side: the wall time, divided as their own seconds are
+    spent, watched = sum(done.seconds for done in steps), sum(done.watched for done in steps)
+    watching = wall * watched / (spent + watched) if watched else 0.0
+    seconds = {"aggregate": perf_counter() - start - watching, "diagnostics": watching}
+    moved = drifts(steps, len(accepted)) if watch else [None] * len(accepted)
+    numbers = over_layers(steps) if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
     if noise is not None:
         numbers["channel_noise"] = noise
-    return result, Round(clients, refused, numbers, seconds)
+    clients = records(accepted, p.tolist(), error.tolist(), moved, checks)
+    return result, Outcome(clients, refused, numbers, seconds)
 
 
 def release(
@@ -145,7 +135,7 @@ def release(
     seed: int,
     *,
     into: MutableMapping[str, Any] | None = None,
-) -> tuple[ServerState, Round]:
+) -> tuple[ServerState, Outcome]:
     """`aggregate` with client-level differential privacy: the method is given the noisy sum of the
     clipped updates in place of the updates, and the head moves by such a sum, too (`fedhl.server.privacy`).
 
@@ -153,33 +143,33 @@ def release(
     the clients' own numbers, and for the server alone.
     """
     start = perf_counter()
-    accepted, refused = accept(method, state, replies, seed)
-    accepted, _, checks = guarded(Guard(clip=mechanism.clip), method, state, accepted, seed)
+    layers = Layers(method, state, seed)
+    accepted, refused = accept(layers, replies)
+    accepted, _, checks = guarded(Guard(clip=mechanism.clip), layers, accepted)
     factors = [check.factor for check in checks]
     alike = torch.full((len(accepted),), 1 / max(len(accepted), 1), dtype=torch.float64)
 
-    def step(name: str, layer: Any) -> LayerStep:
-        alone = replace(state, layers={name: layer})
-        updates = arrivals(method, alone, name, accepted, alike, seed, 0.0)
+    def step(name: str, before: Any) -> Any:
+        updates = layers.of(name, before).updates(accepted, alike)
         terms = ((factors[k], u) for k, u in zip(updates.members, updates, strict=True))
-        released = mechanism.released(method, layer, terms, state.round + 1, name)
-        return LayerStep(method.aggregate(layer, [released]))
+        released = mechanism.released(method, before, terms, state.round + 1, name)
+        return method.aggregate(before, [released])
 
-    layers: MutableMapping[str, Any] = {} if into is None else into
-    for name, done in side_by_side(step, state.layers):
-        layers[name] = done.following
+    following: MutableMapping[str, Any] = {} if into is None else into
+    for name, after in side_by_side(step, state.layers):
+        following[name] = after
     heads = ((c, reply.head) for c, reply in zip(factors, accepted, strict=True))
     head = mechanism.released_head(state.head, heads, state.round + 1)
-    result = ServerState(state.round + 1, layers, head, state.clients)
+    result = ServerState(state.round + 1, following, head, state.clients)
     clients, numbers = [], {}
     if accepted:
-        cohort = measure(method, state, accepted, seed, norms=False)
+        cohort = measure(layers, accepted, norms=False)
         error = relative_error(cohort)
-        weights, drifts = [1 / mechanism.denominator] * len(accepted), [None] * len(accepted)
-        clients = records(accepted, weights, error.tolist(), drifts, checks)
+        weights, moved = [1 / mechanism.denominator] * len(accepted), [None] * len(accepted)
+        clients = records(accepted, weights, error.tolist(), moved, checks)
         numbers = diagnostics.summarise_weights(alike, data_share(cohort), error)
     seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
-    return result, Round(clients, refused, numbers, seconds)
+    return result, Outcome(clients, refused, numbers, seconds)
 
 
 class Check(NamedTuple):
@@ -190,11 +180,11 @@ class Check(NamedTuple):
 
 
 def guarded(
-    guard: Guard, method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
+    guard: Guard, layers: Layers, replies: Sequence[Reply]
 ) -> tuple[list[Reply], list[dict[str, Any]], list[Check]]:
-    """Those who stay; the others, with the reason; and how far those who stay moved, with the factors
-    by which they are yet to be clipped."""
-    norms = change_norms(method, state, replies, seed)
+    """The replies that stay; the others, with the reason; and how far the clients of those that stay moved,
+    with the factors by which their changes are yet to be clipped."""
+    norms = change_norms(layers, replies)
     reasons = guard.reject(norms) if guard.reject is not None else [None] * len(norms)
     factors = robust.clip_factors(norms, guard.clip)
     kept, refused, checks = [], [], []
@@ -205,6 +195,16 @@ def guarded(
         kept.append(reply)
         checks.append(Check(norm, c))
     return kept, refused, checks
+
+
+def with_clipped_heads(
+    head: Mapping[str, Tensor], replies: Sequence[Reply], checks: Sequence[Check]
+) -> list[Reply]:
+    """The replies, each with its head moved from `head` by no more than its adapters may."""
+    return [
+        replace(reply, head=robust.clipped_head(head, reply.head, check.factor))
+        for reply, check in zip(replies, checks, strict=True)
+    ]
 
 
 def records(
@@ -249,10 +249,10 @@ class LayerStep:
     watched: float = 0.0
 
 
-def observed(done: LayerStep, method: Method[Any], layer: Any, updates: LayerUpdates) -> LayerStep:
-    """The step from state `layer` with its diagnostics."""
-    began = perf_counter()
-    before, after = method.delta(layer), method.delta(done.following)
+def observed(done: LayerStep, updates: LayerUpdates) -> LayerStep:
+    """The step with its diagnostics."""
+    began, layer = perf_counter(), updates.layer
+    before, after = layer.method.delta(layer.state), layer.method.delta(done.following)
     products = diagnostics.of_products(updates)
     return replace(
         done,
@@ -267,20 +267,41 @@ def observed(done: LayerStep, method: Method[Any], layer: Any, updates: LayerUpd
     )
 
 
+def over_layers(steps: Sequence[LayerStep]) -> dict[str, float]:
+    """The diagnostics of all layers together: roots of sums of squares."""
+    numbers = {"product_gap": sum(step.product_gap for step in steps) ** 0.5}
+    errors = [step.aggregation_error for step in steps if step.aggregation_error is not None]
+    return numbers | ({"aggregation_error": sum(errors) ** 0.5} if errors else {})
+
+
+def drifts(steps: Sequence[LayerStep], count: int) -> list[float]:
+    """How far each of `count` clients moved, over all layers."""
+    squares = torch.zeros(count, dtype=torch.float64)
+    for step in steps:
+        for k, square in step.moved.items():
+            squares[k] += square
+    return squares.sqrt().tolist()
+
+
 def loudness(
-    channel: AirComp,
-    method: Method[Any],
-    replies: Sequence[Reply],
-    p: Sequence[float],
-    arrived: Iterable[LayerUpdates],
+    channel: AirComp, replies: Sequence[Reply], p: Tensor, arrived: Iterable[LayerUpdates]
 ) -> float:
     """The standard deviation of the noise that this round's updates get over `channel`."""
-    products = sends_products(method)
     signals: list[list[Signal]] = [[] for _ in replies]
     for updates in arrived:
+        products = sends_products(updates.layer.method)
         for k, update in zip(updates.members, updates, strict=True):
             signals[k].append(signal(update, products))
-    return channel.deviation(p, signals)
+    return channel.deviation(p.tolist(), signals)
+
+
+def over_the_air(updates: LayerUpdates, noise: float, p: Tensor) -> list[Update]:
+    """The updates of one layer as the antenna receives them. Their weights were divided by the share of
+    the clients that returned the layer, and so is the noise."""
+    layer = updates.layer
+    share = sum(float(p[k]) for k in updates.members)
+    g = generator(layer.seed, "channel", layer.round, layer.name)
+    return received(updates, sends_products(layer.method), noise / share, g)
 
 
 def mean_head(replies: Sequence[Reply], q: Tensor) -> dict[str, Tensor]:
@@ -294,3 +315,14 @@ def mean_head(replies: Sequence[Reply], q: Tensor) -> dict[str, Tensor]:
         ).sum(0)
         for name in sorted(replies[0].head)
     }
+
+
+def only_rows(
+    head: Mapping[str, Tensor], before: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """`head`, but of the parameters of `rows` only these rows, and the others as they were `before`."""
+    kept = dict(head)
+    for name, those in rows.items():
+        kept[name] = before[name].clone()
+        kept[name][those] = head[name][those]
+    return kept

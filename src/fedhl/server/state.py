@@ -1,14 +1,17 @@
-"""The values that a round of the server works on: clients, its state, replies, what became of them."""
+"""The values that a round of the server works on: clients, its state, their replies, what became of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
+from fedhl.method import Method, TaskSequence
+from fedhl.seeds import derive, generator
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,38 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Round:
-    """What `aggregate` did: for the metrics, as plain data."""
+class Outcome:
+    """What became of a round, as plain data for the metrics: a record of each client that counted and of each
+    that was refused, diagnostics, and seconds by phase."""
 
     clients: list[dict[str, Any]]
     refused: list[dict[str, Any]]
     diagnostics: dict[str, Any]
     seconds: dict[str, float]
+
+
+def init(
+    method: Method[Any], adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], seed: int
+) -> ServerState:
+    """The state before round 1, from the initial adapter at the top rank and the initial head."""
+    layers = {
+        name: method.init(adapter[name], derive(seed, "layer", name)) for name in sorted(adapter)
+    }
+    return ServerState(0, layers, {name: head[name] for name in sorted(head)})
+
+
+def sample(clients: Sequence[Client], size: int, seed: int, round: int) -> list[Client]:
+    """`size` of the clients, drawn without replacement for this round, sorted by id.
+
+    The draw goes by id: it does not depend on the order of the list.
+    """
+    by_id = sorted(clients, key=lambda client: client.id)
+    order = torch.randperm(len(by_id), generator=generator(seed, "cohort", round)).tolist()
+    return [by_id[k] for k in sorted(order[:size])]
+
+
+def next_task(method: Method[Any], state: ServerState) -> ServerState:
+    """The state in which a new task begins: as it is, unless the method does something about it."""
+    if not isinstance(method, TaskSequence):
+        return state
+    return replace(state, layers={n: method.next_task(x) for n, x in state.layers.items()})

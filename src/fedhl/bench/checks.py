@@ -1,0 +1,43 @@
+"""What a timed step must come to: the same as dense arithmetic in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedhl import server
+from fedhl.method import Update
+from fedhl.methods import get_method
+from fedhl.methods.full_rank import FullRank
+from fedhl.server import Outcome, Reply, ServerState
+
+
+def dense_step(state: FullRank, updates: Sequence[Update]) -> Tensor:
+    """The same in float64, with what was sent."""
+    total = state.W.double()
+    for u in updates:
+        for sign, x in ((1, u.lora), (-1, u.sent.lora)):
+            total += sign * u.weight * x.scale * (x.B.double() @ x.A.double())
+    return total
+
+
+def difference(W: Tensor, state: FullRank, updates: Sequence[Update]) -> float:
+    """How far the next W is from that of float64, relative. Raises AssertionError beyond what float32
+    sums of inner size `Σ r_i` lose, their rounding errors being of either sign."""
+    want = dense_step(state, updates)
+    off = float((W.double() - want).norm() / want.norm())
+    assert off < 1e-7 * sum(u.lora.rank for u in updates) ** 0.5, off
+    return off
+
+
+def check_layer(
+    name: str, before: ServerState, after: ServerState, replies: Sequence[Reply], outcome: Outcome
+) -> None:
+    """`difference` of one layer of a whole round, of which every reply was accepted."""
+    method, weights = get_method("fedhl"), [record["weight"] for record in outcome.clients]
+    updates = [
+        Update(server.broadcast_layer(method, before, name, r.client, 0), r.adapter[name], p)
+        for r, p in zip(replies, weights, strict=True)
+    ]
+    difference(after.layers[name].W, before.layers[name], updates)

@@ -1,0 +1,329 @@
+"""A run with its clients at the other end of Flower's grid: the engine of its rounds, and the whole of it.
+
+Flower's own strategies neither checkpoint nor resume. So the loop of the rounds is the one of
+`fedhl.run.loop`, and Flower only carries the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedhl import server
+from fedhl.config import Config
+from fedhl.data.prompts import sorted_labels
+from fedhl.errors import UserError
+from fedhl.federation.engine import Returned
+from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.prepare import (
+    Prepared,
+    clients_keep,
+    prepare,
+    prepare_server,
+    prepare_server_again,
+)
+from fedhl.files import write_text
+from fedhl.flower.incoming import Incoming, clients_interrupted, remove_incoming, rounds_done
+from fedhl.flower.mailbox import Mailbox, pause
+from fedhl.flower.records import EVALUATE, TRAIN, pack
+from fedhl.flower.roster import Roster
+from fedhl.method import Broadcast, SelfPruning
+from fedhl.model.evaluation import Metrics
+from fedhl.model.loading import tokenizer_hash
+from fedhl.network import wire
+from fedhl.network.message import WHOLE, Malformed, shown
+from fedhl.record import read_summary
+from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
+from fedhl.run.loop import begin, go_on
+from fedhl.server import Client, Reply, ServerState
+from fedhl.watch import Watcher
+
+GRACE = 60.0
+"""Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
+
+
+def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watcher) -> None:
+    """Wait for the clients, then do all rounds that are left of the run in `folder`, which begins if it has
+    not. `needed`: the number of clients that its first round waits for."""
+    resumed = (folder / "config.yaml").exists()
+    if resumed:
+        check_same_run(config, folder)
+    else:
+        refuse_taken(folder)
+    mailbox = Mailbox(grid)
+    roster = Roster(config, mailbox, watcher)
+    there = clients_interrupted(folder)
+    if rounds_done(folder) or there:
+        roster.wait(there or needed, "it goes on", config.federation.deadline)
+        roster.wait(config.federation.minimum, "it goes on")
+    else:
+        roster.wait(needed, "the first round")
+    prepared = prepare_for(config, roster, folder, watcher)
+    roster.begin(prepared)
+    engine = OverNetwork(prepared, folder, mailbox, roster, watcher)
+    if resumed:
+        with alone(folder):
+            go_on(prepared, folder, watcher, engine)
+    else:
+        begin(prepared, folder, watcher, engine)
+    remove_incoming(folder)
+
+
+def check_same_run(config: Config, folder: Path) -> None:
+    """Raises UserError unless the run in `folder` is one of this config that can go on over the network."""
+    if load_run_config(folder) != config.model_copy(update={"weighting": config.weighting_used}):
+        raise UserError(f"{folder} holds a run of another config; choose another folder")
+    if rounds_done(folder) and not networked(folder) and clients_keep(config):
+        raise UserError(
+            f"{folder} was begun in one process, which has kept the clients' factors: go on with "
+            "fedhl resume"
+        )
+
+
+def prepare_for(config: Config, roster: Roster, folder: Path, watcher: Watcher) -> Prepared:
+    """The server's model and rows, for the clients that are there, or were when the run began."""
+    if not roster.own_data:
+        return prepare(config, watcher)
+    if (folder / "summary.json").exists():
+        return prepare_server_again(config, read_summary(folder), watcher)
+    members = roster.members.values()
+    ranks = {member.client: member.rank for member in members}
+    labels = {name for member in members for name in member.labels or ()}
+    return prepare_server(config, ranks, sorted_labels(labels) if labels else None, watcher)
+
+
+def run_id(folder: Path) -> str:
+    """What tells the run in this folder from all others, for as long as the folder is there."""
+    file = folder / "run-id"
+    if not file.exists():
+        write_text(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
+    return json.loads(file.read_text())["run"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What clients are asked to do once: `kind` of task, for this federation and state.
+
+    `missing`: the clients that have sent no reply that counts, by id, and why; `payloads`: the broadcasts
+    encoded so far.
+    """
+
+    kind: str
+    federation: Federation
+    state: ServerState
+    missing: dict[str, str] = field(default_factory=dict)
+    payloads: dict[Any, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OverNetwork:
+    """The engine whose clients are on other machines, as Flower's nodes."""
+
+    prepared: Prepared
+    folder: Path
+    mailbox: Mailbox
+    roster: Roster
+    watcher: Watcher
+
+    @property
+    def config(self) -> Config:
+        return self.prepared.config
+
+    @cached_property
+    def run(self) -> wire.Run:
+        """What both ends of a message must agree on."""
+        loaded = self.prepared.loaded
+        return wire.Run(run_id(self.folder), loaded.hash, tokenizer_hash(loaded.tokenizer))
+
+    def present(self, federation: Federation, round: int) -> Federation:
+        """With the clients that are there now, or were when this round began, before a restart: a reply that
+        had arrived then is not asked for again."""
+        incoming = Incoming(self.folder, round)
+        found = incoming.clients()
+        if found is None:
+            if round > 1:  # for the first, `serve` has waited
+                self.roster.wait(self.config.federation.minimum, f"round {round}")
+            there = sorted(self.roster.members.values(), key=lambda member: member.client)
+            found = [(member.client, member.rank, member.examples) for member in there]
+            incoming.begin(found)
+        known = {client.id: client for client in federation.clients}
+        clients = []
+        for id, rank, examples in found:
+            scale, payload = self.config.lora.scale_of(rank), self.config.wire.payload
+            client = known.get(id, Client(id, rank, scale, 0, payload=payload))
+            clients.append(replace(client, examples=examples))
+        self.roster.enter(clients)
+        return replace(federation, clients=clients)
+
+    def train(
+        self,
+        federation: Federation,
+        state: ServerState,
+        cohort: Sequence[Client],
+        on_step: Callable[[], None],
+    ) -> Returned:
+        """Send the cohort its broadcasts, put the replies on disk as they come, and read them once the round
+        is closed."""
+        start = perf_counter()
+        incoming = Incoming(self.folder, state.round + 1)
+        incoming.remove_others()
+        turn = Turn(TRAIN, federation, state, incoming.closed())
+        traffic: dict[str, tuple[int, int]] = {}
+
+        def unanswered() -> Iterator[tuple[Client, bytes]]:
+            for client in cohort:
+                payload = self.encode(turn, client)
+                traffic[client.id] = (len(payload), incoming.size(client))
+                # a reply, or the lack of one, may be known from before a restart
+                if not incoming.file(client).exists() and client.id not in turn.missing:
+                    yield client, payload
+
+        def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+            down, _ = traffic[client.id]
+            traffic[client.id] = (down, len(payload or b""))
+            # a reply has nothing that its client was not sent, but for a header of its own
+            limit = down + sum(wire.limit([], (*self.run, client.id)))
+            least_rank = 1 if isinstance(federation.method, SelfPruning) else client.rank
+            incoming.keep(client, header, payload, limit, least_rank)
+
+        self.exchange(turn, unanswered(), accept)
+        incoming.close(turn.missing)
+        replies, kept = [], {}
+        for client in cohort:
+            if client.id not in turn.missing:
+                try:
+                    replies.append(self.read(turn, incoming, client))
+                except Malformed as error:
+                    turn.missing[client.id] = str(error)
+                else:
+                    kept[client.id] = state.clients.get(client.id, {}) | rank_left(incoming, client)
+        missing = [{"id": id, "reason": reason} for id, reason in sorted(turn.missing.items())]
+        seconds = {"broadcast": 0.0, "train": perf_counter() - start}
+        return Returned(replies, kept, missing, traffic, seconds)
+
+    def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        """The metrics of each client that is there, with the broadcast of the next round, on its own rows."""
+        if not self.config.evaluation.client_fraction:
+            return {}
+        here = self.roster.look()
+        cohort = [as_now(c, state) for c in federation.clients if c.id in here]
+        turn = Turn(EVALUATE, federation, state)
+        metrics: dict[str, Metrics] = {}
+
+        def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+            metrics[client.id] = metrics_of(header, self.config)
+
+        self.exchange(turn, ((client, self.encode(turn, client)) for client in cohort), accept)
+        for id, reason in sorted(turn.missing.items()):
+            self.watcher.say(f"warning: client {id!r} has not evaluated: {reason}")
+        return {id: metrics[id] for id in sorted(metrics)}
+
+    def exchange(
+        self,
+        turn: Turn,
+        payloads: Iterable[tuple[Client, bytes]],
+        accept: Callable[[Client, Mapping[str, Any], bytes | None], None],
+    ) -> None:
+        """Send each client its payload, and give the replies to `accept` as they come, until all are there,
+        their nodes have left, or the deadline has passed. `turn.missing` gets each client that has sent none
+        that can be accepted, and why."""
+        deadline = self.config.federation.deadline
+        end = monotonic() + deadline
+        nodes = self.roster.look()
+        sent: dict[str, Client] = {}
+        for client, payload in payloads:
+            if client.id not in nodes:
+                turn.missing[client.id] = "its node has left"
+                continue
+            id = self.mailbox.push(self.message(turn, client, nodes[client.id], payload))
+            if id is None:
+                turn.missing[client.id] = "Flower has not taken the message to it"
+            else:
+                sent[id] = client
+
+        def refuse(client: Client, reason: str) -> None:
+            turn.missing[client.id] = reason
+
+        while sent:
+            began = monotonic()
+            self.mailbox.collect(sent, accept, refuse)
+            nodes = self.roster.look()
+            late = monotonic() > end
+            silent = f"no reply within {deadline:g} seconds (federation.deadline)"
+            for id, client in list(sent.items()):
+                if late or client.id not in nodes:
+                    refuse(client, silent if late else "its node has left")
+                    del sent[id]
+                    self.mailbox.forget(id)
+            if sent:
+                pause(monotonic() - began)
+
+    def encode(self, turn: Turn, client: Client) -> bytes:
+        """The broadcast to a client as a payload, encoded once for all clients that are sent the same."""
+        method, seed = turn.federation.method, self.config.seed
+        key = client.id if method.per_client else (client.rank, client.scale)
+        if key not in turn.payloads:
+            sent = server.broadcast(method, turn.state, client, seed)
+            payload = wire.encode_broadcast({}, sent, turn.state.head, client.payload)
+            if method.per_client:
+                return payload
+            turn.payloads[key] = payload
+        return turn.payloads[key]
+
+    def message(self, turn: Turn, client: Client, node: int, payload: bytes) -> Message:
+        """The message to a client's node."""
+        header = {
+            "protocol": wire.PROTOCOL,
+            "config": self.config.model_dump_json(),
+            "labels": self.prepared.data.labels,
+            "run": self.run.run,
+            "round": turn.state.round + (turn.kind == TRAIN),
+            "client": client.id,
+            "rank": client.rank,
+        }
+        content = pack(header, payload)
+        ttl, round = self.config.federation.deadline + GRACE, turn.state.round + 1
+        return Message(content, node, turn.kind, ttl=ttl, group_id=str(round))
+
+    def read(self, turn: Turn, incoming: Incoming, client: Client) -> Reply:
+        """The reply of a client, from the disk. Raises Malformed, with the reason."""
+        method, state, seed = turn.federation.method, turn.state, self.config.seed
+
+        def sent(layer: str) -> Broadcast:
+            return server.broadcast_layer(method, state, layer, client, seed)
+
+        file = incoming.file(client)
+        return wire.read_reply(file, self.run, client, list(state.layers), sent, state.head)
+
+
+def rank_left(incoming: Incoming, client: Client) -> dict[str, Tensor]:
+    """The rank that a client goes on with, if it has given some up, as the state keeps it."""
+    rank = incoming.rank(client)
+    return {"rank": torch.tensor(rank)} if rank < client.rank else {}
+
+
+def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
+    """A client's metrics. Raises Malformed unless they are those of the task, and finite numbers."""
+    metrics = header.get("metrics")
+    names = ["loss", "examples"]
+    names += ["accuracy"] if config.task.kind == "sequence-classification" else []
+    if not isinstance(metrics, dict) or set(metrics) != set(names):
+        raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
+    for name, value in metrics.items():
+        # so large a number is of no use, and may not even fit a float
+        if type(value) not in (int, float) or not abs(value) < WHOLE:
+            raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
+    if not 0 <= metrics.get("accuracy", 0) <= 1:
+        raise Malformed(f"its accuracy is {shown(metrics['accuracy'])}, expected 0 to 1")
+    return metrics

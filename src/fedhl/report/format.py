@@ -1,0 +1,97 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MINUS = "\u2212"
+
+
+def general(value: float) -> str:
+    """Three significant digits; whole numbers in full."""
+    text = (
+        f"{value:,.0f}"
+        if float(value).is_integer() and abs(value) < 1e9
+        else f"{value:#.3g}".rstrip(".")
+    )
+    mantissa, _, exponent = text.partition("e")
+    if exponent:
+        power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        text = f"{mantissa}×10{power}"
+    return text.replace("-", MINUS)
+
+
+def shortest(value: float) -> str:
+    """A setting as its owner would type it: 0.001, 1e-05."""
+    return f"{value:g}"
+
+
+def three_decimals(value: float) -> str:
+    return f"{value:.3f}".replace("-", MINUS)
+
+
+def amount(value: float) -> str:
+    """One decimal below a hundred, none above."""
+    return f"{value:.1f}" if abs(value) < 99.95 else f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%".replace("-", MINUS)
+
+
+def seconds(value: float) -> str:
+    if value < 99.5:
+        return f"{value:.3g} s"
+    minutes, hours = round(value / 60, 1), value / 3600
+    return f"{hours:.1f} h" if minutes >= 99.5 else f"{minutes:.1f} min"
+
+
+# A metric: accuracy in percent, everything else with three decimals
+
+
+def metric_text(metric: str, value: float) -> str:
+    return percent(value) if metric == "accuracy" else three_decimals(value)
+
+
+def change_text(metric: str, change: float) -> str:
+    sign = "+" if change >= 0 else MINUS
+    points = metric == "accuracy"
+    return f"{sign}{100 * abs(change):.1f} points" if points else f"{sign}{abs(change):.3f}"
+
+
+def spread_text(metric: str, mean: float | None, half: float | None) -> str:
+    """77.7 ± 0.8% or 0.459 ± 0.065; a dash for what was not measured."""
+    if mean is None:
+        return "–"
+    factor, digits, unit = (100, 1, "%") if metric == "accuracy" else (1, 3, "")
+    spread = "" if half is None else f" ± {factor * half:.{digits}f}"
+    return f"{factor * mean:.{digits}f}{spread}{unit}".replace("-", MINUS)
+
+
+def difference_text(metric: str, mean: float, half: float | None) -> str:
+    """The spread of a difference: +1.2 ± 0.8 points."""
+    sign = "" if mean < 0 else "+"
+    return sign + spread_text(metric, mean, half).replace("%", " points")
+
+
+# Settings
+
+
+def settings(choice: Mapping[str, Any]) -> str:
+    """{"name": "truncation", "power": 2, "share": None} as "power 2": what is off or not set goes unsaid."""
+    said = {k: x for k, x in choice.items() if k != "name" and x is not None and x is not False}
+    return ", ".join(f"{key} {value}" for key, value in said.items())
+
+
+def call(choice: Any) -> str:
+    """{"name": "truncation", "power": 2} as "truncation (power 2)"."""
+    if not isinstance(choice, dict):
+        return str(choice)
+    said = settings(choice)
+    return f"{choice.get('name')} ({said})" if said else str(choice.get("name"))
+
+
+def span(ranks: Sequence[int]) -> str:
+    """4 to 64, or 8."""
+    return " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "–"

@@ -1,0 +1,209 @@
+"""The runs of a comparison, by variant and seed, and the questions that its page and its tables ask of them.
+
+A pure function of files: `comparison.json` says which run folders belong to which variant (`fedhl
+compare` wrote that), everything else comes from the run folders.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedhl.errors import UserError
+from fedhl.report.files import Json, Run, dig, final_evaluation, items, num, read_run, total
+from fedhl.report.statistics import mean_interval
+
+KINDS = {
+    "full": "full W",
+    "truncated": "T_rmax(W)",
+    "smallest": "smallest rank",
+    "mean": "mean client",
+    "worst": "worst client",
+}
+"""What a final model is judged by: with the full-rank W, as clients of the largest and of the smallest
+rank deploy it, and by the clients on rows of their own."""
+
+CURVES = {
+    "full": ("full",),
+    "truncated": ("truncated",),
+    "mean": ("clients", "mean"),
+    "worst": ("clients", "worst"),
+}
+"""Those that are measured in every round, with the keys of an evaluation that lead there."""
+
+COSTS = {
+    "MiB down": ("bytes", "down", 2**20),
+    "MiB up": ("bytes", "up", 2**20),
+    "Seconds training": ("seconds", "train", 1),
+    "Seconds in all": ("seconds", "total", 1),
+}
+"""Totals of a run: group and key of its files, and the unit."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run folder of a comparison; `run` is None until its first round is on disk."""
+
+    seed: int
+    rate: float | None
+    folder: str | None
+    run: Run | None
+
+    @property
+    def status(self) -> str:
+        if self.run is None:
+            return "missing" if self.folder else "waits for its learning rate"
+        return str(dig(self.run.summary, "status") or "running")
+
+    @property
+    def finished(self) -> Run | None:
+        return self.run if self.status == "finished" else None
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """Loss and accuracy at the end, by the kinds that were measured."""
+        final = final_evaluation(self.run)[1] if self.run else {}
+        ranks = dig(final, "ranks") or {}
+        found = {name: dig(final, *keys) for name, keys in CURVES.items()}
+        found["smallest"] = ranks[min(ranks, key=int)] if ranks else None
+        return {
+            kind: {name: num(found[kind], name) for name in ("loss", "accuracy") if name in value}
+            for kind in KINDS
+            if isinstance(value := found[kind], dict)
+        }
+
+    def score(self, kind: str, metric: str) -> float | None:
+        return self.scores.get(kind, {}).get(metric)
+
+    def total(self, group: str, key: str) -> float | None:
+        """A total of the run so far, e.g. of bytes down."""
+        return total(self.run, group, key) if self.run else None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its own settings: its runs by seed, and those that chose its learning rate."""
+
+    text: str
+    trials: list[Trial]
+    grid: list[Trial]
+    rate: float | None
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for trial in self.trials if (run := trial.finished)]
+
+    @property
+    def weighting(self) -> Json | None:
+        return next((dig(run.summary, "weighting") for run in self.finished), None)
+
+    @property
+    def ranks(self) -> list[int]:
+        clients = [client for run in self.finished for client in items(run.summary, "clients")]
+        return sorted({int(rank) for client in clients if (rank := num(client, "rank"))})
+
+    def values(self, kind: str, metric: str) -> list[float | None]:
+        """Of the finished runs, by seed; empty if none of them was judged that way."""
+        done = [trial for trial in self.trials if trial.finished]
+        judged = any(metric in trial.scores.get(kind, {}) for trial in done)
+        return [trial.score(kind, metric) for trial in done] if judged else []
+
+    def cost(self, group: str, key: str) -> float | None:
+        """The mean over the finished runs of a total, e.g. of bytes down."""
+        return mean_interval([total(run, group, key) for run in self.finished])[0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `comparison.json` names, read from the run folders."""
+
+    plan: Json
+    variants: list[Variant]
+
+    @property
+    def name(self) -> str:
+        return str(self.plan["name"])
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [trial for variant in self.variants for trial in variant.trials]
+
+    @property
+    def finished(self) -> tuple[int, int]:
+        """How many of its run folders are finished, and how many there are to be."""
+        there = {t.folder for v in self.variants for t in (*v.grid, *v.trials) if t.finished}
+        return len(there), int(self.plan["planned"])
+
+    @property
+    def metric(self) -> str:
+        return next((run.metric for v in self.variants for run in v.finished), "loss")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those to show: of the global model, and of the clients if some variant has nothing else."""
+        done = [variant for variant in self.variants if variant.finished]
+        of_server = [v for v in done if any(v.values(k, "loss") for k in ("full", "truncated"))]
+        if done and not of_server:
+            return ["mean", "worst"]
+        return ["full", "truncated", *(["mean"] if len(of_server) < len(done) else [])]
+
+    @property
+    def common(self) -> str:
+        """The kind to compare by: the first that any variant has."""
+        measured = (k for k in self.kinds if any(v.values(k, self.metric) for v in self.variants))
+        return next(measured, self.kinds[0])
+
+    def losses(self, variant: Variant) -> list[float | None]:
+        """Those of the first kind shown that the variant has."""
+        found = (variant.values(kind, "loss") for kind in self.kinds)
+        return next((values for values in found if values), [])
+
+    def validation(self, trial: Trial) -> dict[str, float | None]:
+        """Loss and accuracy that a learning rate is chosen by: of the full W on the server's validation
+        rows, or the mean over clients on rows that these hold back."""
+        final = final_evaluation(trial.run)[1] if trial.run else {}
+        found = dig(final, "validation") or dig(final, "clients", "mean") or {}
+        return {name: num(found, name) for name in ("loss", "accuracy") if name in found}
+
+    def differences(self, variant: Variant) -> list[float | None]:
+        """Its metric minus the first variant's, seed by seed where both have finished."""
+        first = {t.seed: t for t in self.variants[0].trials if t.finished}
+        pairs = [
+            (
+                trial.score(self.common, self.metric),
+                first[trial.seed].score(self.common, self.metric),
+            )
+            for trial in variant.trials
+            if trial.finished and trial.seed in first
+        ]
+        return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Raises UserError if `comparison.json` is missing or a run folder is damaged."""
+    path = folder / "comparison.json"
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is not the folder of a comparison: {path.name} cannot be read ({error})"
+        ) from None
+
+    def trial(seed: int, rate: float | None, below: str | None) -> Trial:
+        run = None
+        if below is not None and (folder / below / "metrics.jsonl").is_file():
+            run = read_run(folder / below)
+        return Trial(seed, rate, below, run)
+
+    variants = [
+        Variant(
+            text=entry["variant"],
+            trials=[trial(r["seed"], entry["learning_rate"], r["folder"]) for r in entry["runs"]],
+            grid=[trial(plan["seeds"][0], g["rate"], g["folder"]) for g in entry["grid"]],
+            rate=entry["learning_rate"],
+        )
+        for entry in plan["variants"]
+    ]
+    return Comparison(plan, variants)
