@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from fedhl.config import load_config
 from fedhl.config.conduct import TrainingConfig
-from fedhl.data.prompts import IGNORED, Example, collate
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA, initial, pad, prefix
 from fedhl.model import peft
 from fedhl.model.training import batches, train, training_mode
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
+from fedhl.task.examples import IGNORED, Example, collate
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 SETTINGS = {  # rows per client and step, steps, and the most clients that fit the memory

@@ -31,19 +31,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedhl import server
 from fedhl.config import dump_config, load_config
-from fedhl.data.prompts import collate
 from fedhl.federation import engine
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import Local
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA
-from fedhl.model import adapters, training
+from fedhl.model import training
 from fedhl.model.training import batches, learning_rate
 from fedhl.run.loop import finish_round
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState, refusals
+from fedhl.task import KINDS
+from fedhl.task.examples import collate
 from fedhl.watch import SILENT
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
@@ -182,7 +183,7 @@ def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
         model = get_peft_model(
             model,
             LoraConfig(
-                task_type=adapters.TASK_TYPES[loaded.task],
+                task_type=KINDS[loaded.task].peft_type,
                 r=client.rank,
                 lora_alpha=config.lora.alpha_of(client.rank),  # pyright: ignore[reportArgumentType]
                 use_rslora=config.lora.rslora,

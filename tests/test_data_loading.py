@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhl.data.loading import column, fingerprint, hold_out, load_rows
+from fedhl.data.loading import fingerprint, hold_out, load_rows
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.task.rows import column
 
 ROWS = [{"text": "good film", "label": "1"}, {"text": 'a "bad",\nlong one', "label": "0"}]
 Write = Callable[[str, str], str]
@@ -208,6 +209,7 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 from fedhl.data.loading import fingerprint, load_rows
 from fedhl.errors import UserError
+from fedhl.task.rows import column
 
 rows = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}])
 revision = "0123456789" * 4

@@ -16,7 +16,6 @@ import torch
 from support import tiny
 from torch import Tensor
 
-from fedhl.data.prompts import collate
 from fedhl.federation.engine import server
 from fedhl.federation.local import deployed
 from fedhl.federation.prepare import Prepared, prepare
@@ -26,6 +25,7 @@ from fedhl.model import adapters, peft
 from fedhl.model.evaluation import evaluate
 from fedhl.run.folder import load_checkpoint, load_run_config
 from fedhl.server import ServerState
+from fedhl.task.examples import collate
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -300,6 +300,7 @@ def test_an_exported_adapter_computes_what_the_run_measured(
     metrics = evaluate(
         model,
         federation.held_out,
+        score=prepared.config.task.score,
         batch_size=16,
         pad_id=federation.pad_id,
         device=federation.device,

@@ -10,17 +10,20 @@ import torch
 from support.small_models import CLASSES, LONGEST, VOCABULARY, both, build, rows
 from transformers import PreTrainedModel
 
-from fedhl.data.prompts import IGNORED, Example
 from fedhl.model import evaluation
-from fedhl.model.evaluation import Metrics, evaluate, score
+from fedhl.model.evaluation import Metrics, evaluate
+from fedhl.task import CausalTask, ClassificationTask
+from fedhl.task.examples import IGNORED, Example
 
 EPS32 = torch.finfo(torch.float32).eps
 
 
 def measure(model: PreTrainedModel, examples: list[Example], batch_size: int = 4) -> Metrics:
+    kind = ClassificationTask if isinstance(examples[0].labels, int) else CausalTask
     return evaluate(
         model,
         examples,
+        score=kind.score,
         batch_size=batch_size,
         pad_id=0,
         device=torch.device("cpu"),
@@ -34,8 +37,8 @@ def naive(model: PreTrainedModel, examples: list[Example]) -> tuple[list[float],
     losses, hits = [], []
     for ids, labels in examples:
         logits = model(input_ids=torch.tensor([ids])).logits[0].double()
-        if isinstance(labels, int):
-            losses.append(-float(logits.log_softmax(-1)[labels]))
+        if not isinstance(labels, list):
+            losses.append(-float(logits.log_softmax(-1)[int(labels)]))
             hits.append(int(logits.argmax()) == labels)
             continue
         for position in range(1, len(ids)):  # position t is predicted from the tokens before it
@@ -44,7 +47,7 @@ def naive(model: PreTrainedModel, examples: list[Example]) -> tuple[list[float],
     return losses, hits
 
 
-def close(value: float) -> Any:
+def close(value: float | list[float]) -> Any:
     """Logits of about 10 in float32, which padding reaches through sums in another order."""
     return pytest.approx(value, abs=50 * EPS32)
 
@@ -106,14 +109,14 @@ def test_few_logits_at_once(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) 
 def test_the_score_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0]])
     log_p = logits.double().log_softmax(-1)
-    loss, terms, right = score(logits, torch.tensor([0, 1]))
-    assert loss == close(-float(log_p[0, 0] + log_p[1, 1]))
-    assert (terms, right) == (2, 1)
+    got = ClassificationTask.score(logits, torch.tensor([0, 1]))
+    assert got["loss"].tolist() == close([-float(log_p[0, 0]), -float(log_p[1, 1])])
+    assert got["accuracy"].tolist() == [True, False]
     # one row of three tokens: the first two positions predict tokens 1 and 2, and 1 is not asked for
     logits = torch.tensor([[[9.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
-    loss, terms, right = score(logits, torch.tensor([[0, IGNORED, 1]]))
-    assert loss == close(-float(logits[0, 1].double().log_softmax(-1)[1]))
-    assert (terms, right) == (1, 1)
+    got = CausalTask.score(logits, torch.tensor([[0, IGNORED, 1]]))
+    assert got.keys() == {"loss"}
+    assert got["loss"].tolist() == close([-float(logits[0, 1].double().log_softmax(-1)[1])])
 
 
 def test_nothing_is_trained_or_drawn() -> None:

@@ -22,9 +22,9 @@ import fedhl
 SOURCE = Path(fedhl.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "lazy", "seeds", "names", "files", "watch", "record"}),
+    frozenset({"errors", "lazy", "seeds", "names", "files", "watch", "record", "strict"}),
     frozenset({"lora", "subspace", "weighting", "weightings", "method"}),
-    frozenset({"methods", "server", "shelf"}),
+    frozenset({"methods", "server", "shelf", "task"}),
     frozenset({"config"}),
     frozenset({"data", "model"}),
     frozenset({"federation", "export"}),

@@ -163,7 +163,7 @@ def test_weights_of_another_architecture(bert: str, llama: str) -> None:
             (Path(bert) / "model.safetensors").read_bytes()
         )
         with pytest.raises(UserError, match=r"do not fit a Llama.* and [0-9]+ more missing"):
-            load_model(llama, task)  # pyright: ignore[reportArgumentType]
+            load_model(llama, task)
 
 
 def test_a_tokenizer_that_cannot_pad(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.config import Config, load_config
-from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import as_now
@@ -30,6 +29,7 @@ from fedhl.network import node, wire
 from fedhl.network.message import Malformed
 from fedhl.network.node import SHARED, Memory, Node, introduce, node_of, rank_of
 from fedhl.server import Client, Reply, ServerState
+from fedhl.task.labels import sorted_labels
 from fedhl.watch import SILENT
 
 

@@ -13,17 +13,11 @@ from support.characters import characters
 from transformers import AutoTokenizer
 
 from fedhl.data.locate import locate
-from fedhl.data.prompts import (
-    IGNORED,
-    Encoded,
-    Example,
-    collate,
-    encode_chat,
-    encode_classification,
-    encode_completion,
-    label_ids,
-)
 from fedhl.errors import UserError
+from fedhl.task.causal import encode_chat, encode_completion
+from fedhl.task.classification import encode_classification
+from fedhl.task.examples import IGNORED, Encoded, Example, collate
+from fedhl.task.labels import label_ids
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{{ eos_token }}"

@@ -18,7 +18,6 @@ from support.task_federation import federate, play
 from torch import Tensor
 
 from fedhl import LoRA, Update, dense, server
-from fedhl.data.prompts import collate
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.federation.local import train_client
@@ -31,6 +30,7 @@ from fedhl.seeds import generator
 from fedhl.server import Reply, ServerState, diagnostics, refusals
 from fedhl.server.layers import Layers
 from fedhl.server.participation import corrected
+from fedhl.task.examples import collate
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps

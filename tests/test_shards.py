@@ -13,9 +13,9 @@ from support.characters import characters
 
 from fedhl.config import Config
 from fedhl.data import shards
-from fedhl.data.prompts import IGNORED
 from fedhl.data.shards import Shards
 from fedhl.errors import UserError
+from fedhl.task.examples import IGNORED
 
 TOKENIZER = characters()
 

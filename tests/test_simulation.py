@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from fedhl import METHODS, server
 from fedhl.config import Config
-from fedhl.data.prompts import Example, collate
 from fedhl.federation import local, scores
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, as_now, initial_state
@@ -35,6 +34,7 @@ from fedhl.model.evaluation import Metrics, evaluate
 from fedhl.model.training import batches, learning_rate
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
+from fedhl.task.examples import Example, collate
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -128,6 +128,7 @@ def measure(federation: Federation, model: PreTrainedModel, examples: Sequence[E
     return evaluate(
         model.eval(),
         examples,
+        score=federation.config.task.score,
         batch_size=5,
         pad_id=0,
         device=torch.device("cpu"),

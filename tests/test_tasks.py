@@ -35,7 +35,6 @@ from fedhl import METHODS
 from fedhl.config import Config, load_config
 from fedhl.data import shards
 from fedhl.data.label_groups import begins, forgetting, mean_accuracy, split_labels, task_of
-from fedhl.data.prompts import collate
 from fedhl.errors import UserError
 from fedhl.federation import engine, local, scores
 from fedhl.federation.engine import run_round
@@ -47,6 +46,7 @@ from fedhl.report import final_table, write_report
 from fedhl.run.telling import steps
 from fedhl.seeds import derive
 from fedhl.server import ServerState
+from fedhl.task.examples import collate
 from fedhl.watch import Watcher
 
 EPS32 = torch.finfo(torch.float32).eps

@@ -13,10 +13,10 @@ from support.small_models import HEADS, TARGETS, both, build, rows
 from torch import Tensor, nn
 
 from fedhl.config.conduct import TrainingConfig
-from fedhl.data.prompts import IGNORED, Example
 from fedhl.model import peft
 from fedhl.model.training import Trained, batches, learning_rate, targets, train
 from fedhl.seeds import generator
+from fedhl.task.examples import IGNORED, Example
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedhl.data.prompts import IGNORED, Example
 from fedhl.seeds import generator
+from fedhl.task.examples import IGNORED, Example
 
 VOCABULARY, LONGEST, CLASSES = 48, 12, 3
 SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": LONGEST}

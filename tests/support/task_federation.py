@@ -15,12 +15,12 @@ from transformers import (
 
 from fedhl import get_method, get_weighting
 from fedhl.config import Config
-from fedhl.data.prompts import Example
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.model import peft
 from fedhl.seeds import generator
 from fedhl.server import Client, ServerState
+from fedhl.task.examples import Example
 from support.small_models import LONGEST, SIZE, TARGETS, VOCABULARY
 
 TASKS = [[1, 4], [0, 2, 3]]

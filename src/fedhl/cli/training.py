@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +24,24 @@ from fedhl.cli.app import (
 )
 from fedhl.errors import UserError
 
+if TYPE_CHECKING:
+    from fedhl.config import Config
+    from fedhl.federation.examine import Examined
+
 commands = typer.Typer()
 PANEL = "Train"
+
+
+def first_look(draft: Config) -> Examined:
+    """The rows and the ranks of the clients, before torch is imported. Raises UserError for a mistake in
+    them, and first of all for a model or data file that is not there."""
+    from fedhl.data.locate import locate
+
+    for source in (draft.model.source, draft.data.source):
+        locate(source)
+    from fedhl.federation.examine import examine
+
+    return examine(draft)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -40,11 +56,7 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
         from fedhl.config import load_config
 
         draft = load_config(config, set or (), draft=True)
-        from fedhl.data.locate import locate
-        from fedhl.federation.examine import examine
-
-        locate(draft.model.source)
-        examined = examine(draft)
+        examined = first_look(draft)
         from fedhl.federation.prepare import prepare
         from fedhl.run import overview
 
@@ -82,11 +94,7 @@ def run(
         refuse_taken(folder)
     with friendly(folder, ray), watching(quiet) as watcher:
         if ray is None:
-            from fedhl.data.locate import locate
-            from fedhl.federation.examine import examine
-
-            locate(draft.model.source)
-            examined = examine(draft)
+            examined = first_look(draft)
             from fedhl.run import start_run
 
             start_run(load_config(config, set or ()), folder, watcher, examined)

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedhl.config.named import Strict
+from fedhl.strict import Strict
 
 if TYPE_CHECKING:
     from fedhl.server.robust import Guard, Median, Trimmed

@@ -1,4 +1,4 @@
-"""What is trained, on what: the model, the task, the rows, the clients, the adapters."""
+"""What is trained, on what: the model, the rows, the clients, the adapters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from fedhl.config.named import Strict
 from fedhl.config.ranks import OneRank, RankByClient, RankList, RankRule, RankShares
+from fedhl.strict import Strict
 
 
 class ModelConfig(Strict):
@@ -27,32 +27,6 @@ class ModelConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The dropout probability inside the base model during training; null: what the checkpoint says. 0 is the
     fastest."""
-
-
-class ClassificationTask(Strict):
-    """One label per text. The classification head is trained whole, beside the adapters."""
-
-    kind: Literal["sequence-classification"]
-    text: str = "text"
-    """The field that holds the text."""
-    label: str = "label"
-    """The field that holds the label."""
-    max_length: PositiveInt = 128
-    """Longer texts are cut to this number of tokens."""
-
-
-class CausalTask(Strict):
-    """A language model that learns completions of prompts, or the assistant's turns in chats."""
-
-    kind: Literal["causal-lm"]
-    prompt: str = "prompt"
-    """The field that holds the prompt. The loss does not count the prompt's tokens."""
-    completion: str = "completion"
-    """The field that holds the completion. The loss counts the completion's tokens only."""
-    messages: str | None = None
-    """A field of chat messages [{role, content}, ...], to use instead of prompt and completion."""
-    max_length: PositiveInt = 512
-    """Longer rows are cut to this number of tokens."""
 
 
 class HeldOut(Strict):

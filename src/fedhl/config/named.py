@@ -1,4 +1,4 @@
-"""Groups of settings that are strict, and names with their hyperparameters."""
+"""Names with their hyperparameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ from fedhl.weightings import WEIGHTINGS
 if TYPE_CHECKING:
     from fedhl.method import Method
     from fedhl.weighting import Weighting
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, values do not change, and the text under a field is its help."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def named(value: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel
 
-from fedhl.config.named import Strict
 from fedhl.errors import UserError
 from fedhl.names import unknown
 from fedhl.seeds import generator
+from fedhl.strict import Strict
 
 # Every rule has `assign`, the rank of each of these clients; `named`, the ranks that occur in the rule; and
 # `rank_of`, the rank of one client, or None if that depends on who the others are.

@@ -20,8 +20,6 @@ from fedhl.config.conduct import (
     WireConfig,
 )
 from fedhl.config.inputs import (
-    CausalTask,
-    ClassificationTask,
     ColumnPartition,
     DataConfig,
     DirichletPartition,
@@ -29,7 +27,9 @@ from fedhl.config.inputs import (
     LoRAConfig,
     ModelConfig,
 )
-from fedhl.config.named import MethodConfig, Strict, WeightingConfig, named
+from fedhl.config.named import MethodConfig, WeightingConfig, named
+from fedhl.strict import Strict
+from fedhl.task import KINDS, Task
 
 DRAFT = {"draft": True}
 """The validation context of a config whose method and weighting are known by name only: their classes, and
@@ -48,7 +48,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The seed from which every random draw of the run follows."""
     model: ModelConfig
-    task: Annotated[ClassificationTask | CausalTask, Field(discriminator="kind")]
+    task: Annotated[Task, Field(discriminator="kind")]
     """What the model learns: the labels of texts, or completions of prompts."""
     data: DataConfig
     partition: Annotated[
@@ -107,8 +107,9 @@ class Config(Strict):
     def task_rounds(self) -> Config:
         if self.tasks is None:
             return self
-        if not isinstance(self.task, ClassificationTask):
-            raise ValueError("tasks: only sequence-classification has labels that arrive over time")
+        if self.task.class_field is None:
+            able = ", ".join(name for name, kind in KINDS.items() if kind.class_setting)
+            raise ValueError(f"tasks: only {able} has labels that arrive over time")
         number = self.tasks.number
         if self.rounds % number:
             more = self.rounds + -self.rounds % number

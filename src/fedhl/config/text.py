@@ -11,17 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedhl.config.conduct import MedianRule, TrimmedRule
-from fedhl.config.inputs import (
-    CausalTask,
-    ClassificationTask,
-    ColumnPartition,
-    DirichletPartition,
-    IIDPartition,
-)
-from fedhl.config.named import Strict, named
+from fedhl.config.inputs import ColumnPartition, DirichletPartition, IIDPartition
+from fedhl.config.named import named
 from fedhl.config.schema import DRAFT, Config
 from fedhl.errors import UserError
 from fedhl.names import unknown
+from fedhl.strict import Strict
+from fedhl.task import Task
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, draft: bool = False) -> Config:
@@ -121,7 +117,7 @@ def set_value(raw: dict[str, Any], override: str) -> None:
 
 
 KINDS: dict[str, tuple[type[Strict], ...]] = {
-    "task": (ClassificationTask, CausalTask),
+    "task": get_args(Task),
     "partition": (IIDPartition, DirichletPartition, ColumnPartition),
     "reject": (MedianRule, TrimmedRule),
 }

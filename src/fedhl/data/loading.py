@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
 from fedhl.files import sha256
-from fedhl.names import meant
+from fedhl.task.rows import Rows
 
-Rows = list[dict[str, Any]]
 T = TypeVar("T")
 Indices = NDArray[np.int64]
 
@@ -56,25 +55,6 @@ def load_rows(source: str, *, split: str | None = None, limit: int | None = None
     if not rows:
         raise UserError(f"{source}: no rows in this file.")
     return rows
-
-
-def column(rows: Rows, field: str, source: str) -> list[Any]:
-    """The values of one field, a value for every row.
-
-    Raises UserError naming the first row without the field, or with null in it.
-    """
-    for index, row in enumerate(rows):
-        if field not in row:
-            raise UserError(
-                f"{source}: row {index} (counted from 0) has no field {field!r}"
-                f"{meant(field, row)}. Its fields: {', '.join(map(str, row)) or 'none'}."
-            )
-        if row[field] is None:
-            raise UserError(
-                f"{source}: field {field!r} is empty in row {index} (counted from 0); "
-                "fill it in or remove the row."
-            )
-    return [row[field] for row in rows]
 
 
 def fingerprint(source: str) -> str:

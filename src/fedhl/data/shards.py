@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedhl.config import Config
-from fedhl.config.inputs import CausalTask, ClassificationTask, ColumnPartition, DirichletPartition
+from fedhl.config.inputs import ColumnPartition, DirichletPartition
 from fedhl.data.label_groups import split_labels
-from fedhl.data.loading import Indices, Rows, column, fingerprint, hold_out, load_rows
+from fedhl.data.loading import Indices, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid
-from fedhl.data.prompts import (
-    Encoded,
-    Example,
-    encode_chat,
-    encode_classification,
-    encode_completion,
-    label_ids,
-    label_names,
-    sorted_labels,
-)
 from fedhl.errors import UserError
 from fedhl.names import unknown
 from fedhl.seeds import derive
+from fedhl.task.examples import Encoded, Example
+from fedhl.task.labels import label_names, named_labels, sorted_labels
+from fedhl.task.rows import Rows, column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,15 +60,13 @@ class Tokenised:
 
 def read(config: Config) -> Shards:
     """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
-    data, task = config.data, config.task
+    data = config.data
     rows = chosen(config, load_rows(data.source, split=data.split))
     check_fields(config, rows)  # before rows are drawn, while their numbers are those of the file
     if data.limit is not None and data.limit < len(rows):
         rng = np.random.default_rng(derive(config.seed, "limit"))
         rows = [rows[k] for k in np.sort(rng.permutation(len(rows))[: data.limit])]
-    classes = (
-        column(rows, task.label, data.source) if isinstance(task, ClassificationTask) else None
-    )
+    classes = config.task.classes(rows, data.source)
     training, held_out, hash = np.arange(len(rows)), [], fingerprint(data.source)
     rule = data.held_out
     if rule is not None and rule.source is not None:
@@ -126,9 +117,9 @@ def brought(
     if config.evaluation.client_fraction:
         part, held[client] = keep_back(config, client, part)
     labels = None
-    if isinstance(config.task, ClassificationTask):
-        names = label_names([rows[k][config.task.label] for k in part])
-        labels = sorted_labels(set(names))
+    classes = config.task.classes(rows, source)
+    if classes is not None:
+        labels = sorted_labels(set(label_names([classes[k] for k in part])))
     return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
 
 
@@ -151,8 +142,8 @@ def of_server(config: Config, labels: Sequence[str] | None) -> Shards:
 def with_tasks(config: Config, shards: Shards) -> Shards:
     """The shards with the labels of each task. Raises UserError if the labels do not fit the config,
     or if nobody has rows of a task to train on, or the server none to evaluate it on."""
-    rule, labels, task = config.tasks, shards.labels, config.task
-    assert rule is not None and labels is not None and isinstance(task, ClassificationTask)
+    rule, labels = config.tasks, shards.labels
+    assert rule is not None and labels is not None
     if rule.count is not None and len(labels) < 2 * rule.count:
         raise UserError(
             f"tasks.count: {rule.count} tasks of at least two labels each need {2 * rule.count} "
@@ -164,8 +155,8 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
         groups = given_labels(rule.groups or (), labels)
 
     def found(rows: Rows) -> set[int]:
-        names = column(rows, task.label, config.data.source) if rows else []
-        return set(named_labels(names, config.data.source, labels)[0])
+        classes = config.task.classes(rows, config.data.source) or []
+        return set(named_labels(classes, config.data.source, labels)[0])
 
     training = found([shards.rows[k] for part in shards.clients.values() for k in part])
     held_out = found(shards.held_out)
@@ -197,37 +188,8 @@ def given_labels(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list
 
 def check_fields(config: Config, rows: Rows) -> None:
     """Raises UserError unless every row has the fields of the task, and texts where texts belong."""
-    task, where = config.task, config.data.where
-    source = config.data.source + (f" (the rows where {where})" if where else "")
-    if isinstance(task, ClassificationTask):
-        labels = column(rows, task.label, source)
-        try:
-            label_names(labels)  # one alone is enough for a client that has its own rows
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        texts = [task.text]
-    elif task.messages is not None:
-        column(rows, task.messages, source)
-        texts = []
-    else:
-        texts = [task.prompt, task.completion]
-    for field in texts:
-        for row, value in enumerate(column(rows, field, source)):
-            if not isinstance(value, str):
-                raise UserError(
-                    f"{source}: field {field!r} of row {row} (counted from 0) is "
-                    f"{type(value).__name__} {value!r:.60}, expected text"
-                )
-
-
-def named_labels(
-    values: Sequence[Any], source: str, known: Sequence[str] | None = None
-) -> tuple[list[int], list[str]]:
-    """`label_ids`, with the source in its errors."""
-    try:
-        return label_ids(values, known)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    where = config.data.where
+    config.task.check(rows, config.data.source + (f" (the rows where {where})" if where else ""))
 
 
 def chosen(config: Config, rows: Rows) -> Rows:
@@ -265,10 +227,10 @@ def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
             )
         return by_column([names[k] for k in training])
     if isinstance(rule, DirichletPartition):
-        by = rule.by or getattr(config.task, "label", None)
+        by = rule.by or config.task.class_field
         if by is None:
             raise UserError(
-                "partition.by: a Dirichlet split of causal-lm rows needs a field to go by"
+                f"partition.by: a Dirichlet split of {config.task.kind} rows needs a field to go by"
             )
         values = column(rows, by, source)
         skewed = [values[k] for k in training]
@@ -311,12 +273,14 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
     source = config.data.source
     encoded = Encoded([], [], 0)
     if len(used):
-        encoded = encode(config, [shards.rows[k] for k in used], source, tokenizer, shards.labels)
+        encoded = config.task.encode(
+            [shards.rows[k] for k in used], source, tokenizer, shards.labels
+        )
     by_row = {int(used[j]): ex for j, ex in zip(encoded.rows, encoded.examples, strict=True)}
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)
     if shards.held_out:
-        held = encode(config, shards.held_out, held_source, tokenizer, shards.labels)
+        held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
         if not held.examples:
             raise UserError(
                 f"data.held_out: none of the rows of {held_source} fits task.max_length"
@@ -346,25 +310,3 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
     return Tokenised(
         train, own, held.examples, validation, dropped, encoded.truncated + held.truncated
     )
-
-
-def encode(
-    config: Config,
-    rows: Rows,
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str] | None,
-) -> Encoded:
-    """Tokenised rows of one source."""
-    task = config.task
-    if isinstance(task, CausalTask):
-        if task.messages is not None:
-            conversations: list[Any] = column(rows, task.messages, source)
-            return encode_chat(tokenizer, conversations, task.max_length)
-        prompts = column(rows, task.prompt, source)
-        completions = column(rows, task.completion, source)
-        return encode_completion(tokenizer, prompts, completions, task.max_length)
-    ids, _ = named_labels(column(rows, task.label, source), source, labels)
-    texts = column(rows, task.text, source)
-    examples = encode_classification(tokenizer, texts, ids, task.max_length)
-    return Encoded(examples, list(range(len(rows))), 0)

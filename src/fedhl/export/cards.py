@@ -6,14 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from fedhl.task import KINDS
+
 Kind = Literal["adapter", "merged"]
-
-
-_AUTO = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-_PIPELINE = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
 
 
 def model_card(
@@ -34,7 +29,7 @@ def model_card(
         "base_model": base,
         "base_model_relation": "adapter" if kind == "adapter" else "finetune",
         "library_name": "peft" if kind == "adapter" else "transformers",
-        "pipeline_tag": _PIPELINE[summary["task"]],
+        "pipeline_tag": KINDS[summary["task"]].pipeline,
         "tags": ["fedhl", "federated-learning", "lora"],
     }
     lines = [
@@ -61,7 +56,7 @@ def front_matter(front: Mapping[str, Any]) -> list[str]:
 
 
 def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
-    auto = _AUTO[task]
+    auto, head = KINDS[task].auto, KINDS[task].head
     folder = "path/to/this/folder"
     if kind == "merged":
         code = [
@@ -70,7 +65,8 @@ def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> lis
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         ]
     else:
-        count = f", num_labels={len(labels)}" if task == "sequence-classification" else ""
+        # a head without labels says one number
+        count = f", num_labels={len(labels) or 1}" if head else ""
         code = [
             "from peft import PeftModel",
             f"from transformers import {auto}, AutoTokenizer",
@@ -97,10 +93,11 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
     }
     final = summary.get("final") or {}
+    names = KINDS[summary["task"]].metrics[::-1]
     for key, name in (("full", "full-rank update"), ("truncated", "update at the top rank")):
         scores = final.get(key)
         if scores:
-            shown = (k for k in ("accuracy", "loss") if scores.get(k) is not None)
+            shown = (k for k in names if scores.get(k) is not None)
             facts[f"held out, {name}"] = ", ".join(f"{k} {scores[k]:.4f}" for k in shown)
     facts["fedhl"] = summary["fedhl"] + (
         f" (commit {summary['commit']})" if summary.get("commit") else ""

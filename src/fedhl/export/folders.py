@@ -14,10 +14,11 @@ from torch import Tensor
 from fedhl.errors import UserError
 from fedhl.files import whole_folder
 from fedhl.lora import LoRA
-from fedhl.model.adapters import TASK_TYPES, save_adapter
+from fedhl.model.adapters import save_adapter
 from fedhl.model.loading import Loaded, quiet
 from fedhl.model.peft import shifted
 from fedhl.model.targets import is_conv1d
+from fedhl.task import KINDS
 
 # --- exporting a run ----------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ def export_adapter(
             adapter,
             head,
             base=loaded.source_for_adapter,
-            task_type=TASK_TYPES[loaded.task],
+            task_type=KINDS[loaded.task].peft_type,
             fan_in_fan_out=is_conv1d(loaded.model, list(adapter)),
             revision=loaded.revision,
         )

@@ -13,7 +13,6 @@ from torch import Tensor
 from fedhl import server
 from fedhl.config import Config
 from fedhl.data.label_groups import task_of
-from fedhl.data.prompts import Example
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import peft
@@ -23,6 +22,7 @@ from fedhl.server.channel import AirComp
 from fedhl.server.participation import silence
 from fedhl.server.privacy import Mechanism
 from fedhl.server.robust import Guard
+from fedhl.task.examples import Example
 from fedhl.weighting import Weighting
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fedhl import server
-from fedhl.data.prompts import Example
 from fedhl.federation.federation import Federation, as_now
 from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, SelfPruning
@@ -23,6 +22,7 @@ from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.carried import carried_reply
 from fedhl.server.participation import reached
+from fedhl.task.examples import Example
 from fedhl.weighting import moment_bounds
 
 
@@ -186,6 +186,7 @@ def measure(federation: Federation, rows: Sequence[Example]) -> Metrics:
     return evaluate(
         federation.slots.model,
         rows,
+        score=federation.config.task.score,
         batch_size=federation.config.evaluation.batch_size,
         pad_id=federation.pad_id,
         device=federation.device,

@@ -68,10 +68,9 @@ def evaluate_clients(
     by_client = engine.evaluate(federation, state)
     if not by_client:
         return None
-    names = [name for name in ("loss", "accuracy") if name in next(iter(by_client.values()))]
     mean = {
         name: sum(metrics[name] for metrics in by_client.values()) / len(by_client)
-        for name in names
+        for name in federation.config.task.metrics
     }
     # the worst client: by accuracy where there is one, by loss among equals
     worst = min(
@@ -111,9 +110,7 @@ def evaluate_round(
     ranks = sorted({client.rank for client in federation.clients})
     return (
         {
-            "metric": "accuracy"
-            if federation.config.task.kind == "sequence-classification"
-            else "loss",
+            "metric": federation.config.task.metric,
             "full": full,
             "truncated": truncated and {"rank": top, **truncated},
             "ranks": {

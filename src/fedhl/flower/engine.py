@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.config import Config
-from fedhl.data.prompts import sorted_labels
 from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, as_now
@@ -47,6 +46,7 @@ from fedhl.record import read_summary
 from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
 from fedhl.run.loop import begin, go_on
 from fedhl.server import Client, Reply, ServerState
+from fedhl.task.labels import sorted_labels
 from fedhl.watch import Watcher
 
 GRACE = 60.0
@@ -316,8 +316,8 @@ def rank_left(incoming: Incoming, client: Client) -> dict[str, Tensor]:
 def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
     """A client's metrics. Raises Malformed unless they are those of the task, and finite numbers."""
     metrics = header.get("metrics")
-    names = ["loss", "examples"]
-    names += ["accuracy"] if config.task.kind == "sequence-classification" else []
+    loss, *others = config.task.metrics
+    names = [loss, "examples", *others]
     if not isinstance(metrics, dict) or set(metrics) != set(names):
         raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
     for name, value in metrics.items():

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -18,11 +18,6 @@ from torch import Tensor
 
 from fedhl.errors import UserError
 from fedhl.lora import LoRA
-
-if TYPE_CHECKING:
-    pass
-
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -59,7 +54,7 @@ def save_adapter(
     """Write the PEFT adapter folder of `adapter` and `head`; ranks may differ between layers.
 
     The scale goes into B, and `lora_alpha = r`, so that PEFT's own scaling is 1 in every layer.
-    `base` and `revision` say which model it belongs to, `task_type` is PEFT's (see TASK_TYPES).
+    `base` and `revision` say which model it belongs to, `task_type` is PEFT's name for its kind of task.
     """
     ranks = {name: adapter[name].rank for name in sorted(adapter)}
     if not ranks or min(ranks.values()) < 1:

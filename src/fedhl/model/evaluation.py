@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fedhl.data.prompts import IGNORED, Example, collate
+from fedhl.task.examples import Example, collate
 
 LOGITS_AT_ONCE = 2**27
 """At most so many logits in one forward pass (half a GiB in float32): a large vocabulary fills memory."""
@@ -23,21 +22,23 @@ def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
     *,
+    score: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
     batch_size: int,
     pad_id: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Metrics:
-    """`loss`, `examples` and, for classes, `accuracy`, of the model in evaluation mode.
+    """`loss`, `examples` and what else `score` measures, of the model in evaluation mode.
 
-    The loss is a mean over rows for classes and over completion tokens for language models, in
-    float64. Longest rows first, so that a batch too large for the memory fails at once.
+    Means, in float64, over all that `score` gives of logits and labels (see `Kind.score`): over rows
+    for classes, over completion tokens for language models. Longest rows first, so that a batch too
+    large for the memory fails at once.
     """
     model.eval()
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
     vocabulary = getattr(model.config, "vocab_size", 1)
-    total, count, right = 0.0, 0, 0
-    at = 0
+    totals: dict[str, float] = {}
+    count = at = 0
     while at < len(ordered):
         size = batch_size
         if isinstance(ordered[at].labels, list):
@@ -48,19 +49,9 @@ def evaluate(
         labels = batch.pop("labels")
         with autocast():
             logits = model(**{name: t.to(device) for name, t in batch.items()}).logits
-        loss, terms, hits = score(logits.float(), labels.to(device))
-        total, count, right = total + loss, count + terms, right + hits
-    metrics: Metrics = {"loss": total / count, "examples": len(examples)}
-    if isinstance(ordered[0].labels, int):
-        metrics["accuracy"] = right / count
-    return metrics
-
-
-def score(logits: Tensor, labels: Tensor) -> tuple[float, int, int]:
-    """Summed cross-entropy, number of terms, and how many of them were predicted right."""
-    if labels.ndim == 2:  # each position predicts the next token
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    keep = labels != IGNORED
-    logits, labels = logits[keep], labels[keep]
-    loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-    return float(loss), len(labels), int((logits.argmax(-1) == labels).sum())
+        terms = score(logits.float(), labels.to(device))
+        count += len(terms["loss"])
+        for name, values in terms.items():
+            totals[name] = totals.get(name, 0.0) + float(values.double().sum())
+    means = {name: total / count for name, total in totals.items()}
+    return {"loss": means.pop("loss"), "examples": len(examples), **means}

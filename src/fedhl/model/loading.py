@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,11 +22,11 @@ from fedhl.data.locate import locate
 from fedhl.errors import UserError
 from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.seeds import seeded
+from fedhl.task import KINDS
+from fedhl.task.kind import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Task = Literal["sequence-classification", "causal-lm"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _HEAD_MODULES = (
 class Loaded(NamedTuple):
     """A frozen base model, and what a run must know about it.
 
-    `head` are the names of the parameters that are trained whole (none for causal-lm);
+    `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
     `source_for_adapter` is what an exported adapter gives as its base model; `hash` identifies the
     weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
     before it was switched off for training.
@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    task: Task
+    task: str
     head: tuple[str, ...]
     source_for_adapter: str
     revision: str | None
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
 
 def load_model(
     source: str,
-    task: Task,
+    task: str,
     *,
     labels: Sequence[str] | None = None,
     revision: str | None = None,
@@ -74,12 +74,12 @@ def load_model(
     """The base model with its tokenizer, every parameter frozen, in eval mode, on `device`.
 
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
-    at `revision`. A classification head that the checkpoint lacks, or holds for another number of
-    labels, is drawn from `seed` alone: the global random state is neither used nor changed.
-    `dropout`, if given, replaces every dropout probability of the model.
+    at `revision`; `task` is the name of a kind. A classification head that the checkpoint lacks, or
+    holds for another number of labels, is drawn from `seed` alone: the global random state is neither
+    used nor changed. `dropout`, if given, replaces every dropout probability of the model.
     Raises UserError for a source, device or setting that cannot work.
     """
-    target = device_named(device)
+    kind, target = KINDS[task], device_named(device)
     if four_bit:
         _require_four_bit(target)
     path = locate(source)
@@ -88,19 +88,14 @@ def load_model(
         digest = _hash_folder(path)
     tokenizer = _load_tokenizer(folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
-    if labels is not None:
-        kwargs |= {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
+    kwargs |= kind.model_settings(labels)
     if four_bit:
-        kwargs |= _four_bit(task, target)
+        kwargs |= _four_bit(kind, target)
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
-        model, missing = _from_pretrained(folder, source, task, dtype, kwargs)
+        model, missing = _from_pretrained(folder, source, kind, dtype, kwargs)
 
-    head = _head(model, missing, source) if task == "sequence-classification" else ()
-    if task == "causal-lm" and missing:
+    head = _head(model, missing, source) if kind.head else ()
+    if missing and not kind.head:
         raise UserError(_incomplete(source, sorted(missing), model))
     if not all(model.get_parameter(name).is_floating_point() for name in head):
         raise UserError(
@@ -144,15 +139,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _from_pretrained(
-    folder: str, source: str, task: Task, dtype: torch.dtype, kwargs: dict[str, Any]
+    folder: str, source: str, kind: type[Kind], dtype: torch.dtype, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint did not hold in the right shape."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    classify = task == "sequence-classification"
-    auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     try:
-        loaded: Any = auto.from_pretrained(
+        loaded: Any = getattr(transformers, kind.auto).from_pretrained(
             folder,
             dtype=dtype,
             output_loading_info=True,
@@ -308,7 +301,7 @@ def _require_four_bit(device: torch.device) -> None:
         raise UserError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
 
 
-def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
+def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
     """NF4 with double quantisation, arithmetic in bfloat16 (QLoRA, arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig
 
@@ -318,7 +311,7 @@ def _four_bit(task: Task, device: torch.device) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         # None: transformers spares the output embedding and what is tied to it.
-        llm_int8_skip_modules=list(_HEAD_MODULES) if task == "sequence-classification" else None,
+        llm_int8_skip_modules=list(_HEAD_MODULES) if kind.head else None,
     )
     return {"quantization_config": config, "device_map": {"": device.index}}
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedhl.data.prompts import Example, collate
 from fedhl.seeds import derive, generator, seeded
+from fedhl.task.examples import Example, collate
 
 if TYPE_CHECKING:
     from fedhl.config.conduct import TrainingConfig

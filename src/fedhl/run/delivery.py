@@ -12,7 +12,6 @@ from rich.text import Text
 
 from fedhl import server
 from fedhl.config.conduct import ComputeConfig
-from fedhl.data import shards
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
@@ -110,9 +109,8 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
     federation = prepared.federation
     if source is not None:
         rows = load_rows(source)
-        encoded = shards.encode(
-            config, rows, source, prepared.loaded.tokenizer, prepared.data.labels
-        )
+        tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
+        encoded = config.task.encode(rows, source, tokenizer, labels)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError("this run has no held-out rows; name some with --data")
@@ -137,7 +135,8 @@ def table(evaluation: dict[str, Any], state: ServerState) -> Table:
         raise UserError(
             "there is no global model to evaluate on these rows, and no clients' own rows"
         )
-    names = [name for name in ("accuracy", "loss", "examples") if name in next(iter(rows.values()))]
+    first = next(iter(rows.values()))
+    names = [n for n in dict.fromkeys((evaluation["metric"], "loss", "examples")) if n in first]
     result = Table(title=f"after round {state.round}", title_justify="left")
     result.add_column("model")
     for name in names:

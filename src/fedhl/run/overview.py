@@ -10,10 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fedhl.config.conduct import RobustConfig
-from fedhl.config.inputs import CausalTask
-from fedhl.data.loading import column
 from fedhl.data.partition import partition_table
-from fedhl.data.prompts import collate
 from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_per_client
 from fedhl.method import flatten
@@ -21,6 +18,7 @@ from fedhl.model import peft
 from fedhl.names import size
 from fedhl.run.summary import parameters
 from fedhl.server import accounting
+from fedhl.task.examples import collate
 
 
 def overview(prepared: Prepared) -> Iterator[str]:
@@ -94,9 +92,7 @@ def robust_rules(config: RobustConfig) -> str:
 def clients_table(prepared: Prepared) -> Table:
     """Clients by rank, size and label."""
     data, config = prepared.data, prepared.config
-    labels = None
-    if not isinstance(config.task, CausalTask):
-        labels = column(data.rows, config.task.label, config.data.source)
+    labels = config.task.classes(data.rows, config.data.source)
     ranks = {client.id: client.rank for client in prepared.federation.clients}
     return partition_table(data.clients, labels, ranks)
 

@@ -1,4 +1,4 @@
-"""Tokenise once: texts become token ids and the labels a model learns from.
+"""Completions of prompts, and the assistant's turns of chats.
 
 Language models learn from the completion alone: every other token has label -100. Prompts are kept
 whole and a row that is too long loses the end of its completion; a row whose prompt leaves room
@@ -8,87 +8,73 @@ for no completion token cannot be learned from and is dropped, which `Encoded.ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import PositiveInt
 
 from fedhl.errors import UserError
+from fedhl.task.examples import IGNORED, Encoded, Example, check_texts
+from fedhl.task.kind import Kind
+from fedhl.task.rows import Rows, column, text_column
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that torch's cross-entropy skips
-
 Message = Mapping[str, str]
 Span = tuple[int, int]
 
 
-class Example(NamedTuple):
-    """One row: its tokens, and its class or a label for every token."""
+class CausalTask(Kind):
+    """A language model that learns completions of prompts, or the assistant's turns in chats."""
 
-    input_ids: list[int]
-    labels: int | list[int]
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    pipeline: ClassVar[str] = "text-generation"
+    head: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    metric: ClassVar[str] = "loss"
 
+    kind: Literal["causal-lm"]
+    prompt: str = "prompt"
+    """The field that holds the prompt. The loss does not count the prompt's tokens."""
+    completion: str = "completion"
+    """The field that holds the completion. The loss counts the completion's tokens only."""
+    messages: str | None = None
+    """A field of chat messages [{role, content}, ...], to use instead of prompt and completion."""
+    max_length: PositiveInt = 512
+    """Longer rows are cut to this number of tokens."""
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised rows: `examples[j]` is row `rows[j]`; `truncated` of them lost their end."""
+    @staticmethod
+    def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        from torch.nn.functional import cross_entropy
 
-    examples: list[Example]
-    rows: list[int]
-    truncated: int
+        # each position predicts the next token
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        asked = labels != IGNORED
+        return {"loss": cross_entropy(logits[asked], labels[asked], reduction="none")}
 
+    def check(self, rows: Rows, source: str) -> None:
+        if self.messages is not None:
+            column(rows, self.messages, source)
+            return
+        text_column(rows, self.prompt, source)
+        text_column(rows, self.completion, source)
 
-def label_ids(
-    values: Sequence[Any], known: Sequence[str] | None = None
-) -> tuple[list[int], list[str]]:
-    """Class ids of label values, and the label names that the ids index.
-
-    A name is `str(value)`; names that are all integers sort as numbers. With `known`, ids index
-    that list instead.
-
-    Raises UserError for a label that is not in `known`, is empty or is no class, and for data
-    with a single label.
-    """
-    names = label_names(values)
-    if known is None:
-        known = sorted_labels(set(names))
-        if len(known) < 2:
-            raise UserError(f"all {len(names)} rows have the same label {known}; need two or more.")
-    index = {name: i for i, name in enumerate(known)}
-    for row, name in enumerate(names):
-        if name not in index:
-            raise UserError(
-                f"row {row} (counted from 0) has label {name!r}, which was not in training; "
-                f"known labels: {', '.join(known)}."
-            )
-    return [index[name] for name in names], list(known)
-
-
-def label_names(values: Sequence[Any]) -> list[str]:
-    """The name of each label value. Raises UserError for one that is empty or no class."""
-    return [_label_name(value, row) for row, value in enumerate(values)]
-
-
-def encode_classification(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    label_ids: Sequence[int],
-    max_length: int,
-) -> list[Example]:
-    """Texts with the tokenizer's special tokens, cut at `max_length`; one class id each."""
-    if len(texts) != len(label_ids):
-        raise ValueError(f"{len(texts)} texts but {len(label_ids)} labels")
-    _check_texts(texts, "text")
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
-    for row, example in enumerate(examples):
-        if not example.input_ids:
-            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens.")
-    return examples
+    def encode(
+        self,
+        rows: Rows,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str] | None,
+    ) -> Encoded:
+        if self.messages is not None:
+            conversations = column(rows, self.messages, source)
+            return encode_chat(tokenizer, conversations, self.max_length)
+        prompts = column(rows, self.prompt, source)
+        completions = column(rows, self.completion, source)
+        return encode_completion(tokenizer, prompts, completions, self.max_length)
 
 
 def encode_completion(
@@ -105,8 +91,8 @@ def encode_completion(
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    _check_texts(prompts, "prompt")
-    _check_texts(completions, "completion")
+    check_texts(prompts, "prompt")
+    check_texts(completions, "completion")
     pairs = list(zip(prompts, completions, strict=True))
     if tokenizer.chat_template:
         conversations = [
@@ -155,31 +141,6 @@ def encode_chat(
     return _encoded(
         [(ids, list(zip(c[::2], c[1::2], strict=True))) for ids, c in tokens], max_length
     )
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """A batch, padded on the right to its longest row.
-
-    input_ids and attention_mask are (batch, tokens); labels is (batch,) for classes and
-    (batch, tokens), padded with -100, for language models. All int64.
-    """
-    import torch
-
-    width = max(len(example.input_ids) for example in examples)
-    ids = [example.input_ids + [pad_id] * (width - len(example.input_ids)) for example in examples]
-    mask = [
-        [1] * len(example.input_ids) + [0] * (width - len(example.input_ids))
-        for example in examples
-    ]
-    labels = [
-        label if isinstance(label, int) else label + [IGNORED] * (width - len(label))
-        for _, label in examples
-    ]
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(mask),
-        "labels": torch.tensor(labels),
-    }
 
 
 def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> Encoded:
@@ -302,30 +263,3 @@ def _check_conversation(messages: Sequence[Message], row: int) -> None:
         raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)}).")
     if roles[0] == "assistant":
         raise UserError(f"{where}: it starts with the assistant; put what it answers before it.")
-
-
-def _check_texts(texts: Sequence[Any], what: str) -> None:
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(
-                f"row {row} (counted from 0): the {what} is {type(text).__name__} {text!r:.60}, "
-                "expected text."
-            )
-
-
-def _label_name(value: Any, row: int) -> str:
-    if value is None or (isinstance(value, float) and not value.is_integer()):
-        raise UserError(
-            f"row {row} (counted from 0): {value!r} is no class label; "
-            "expected a name or a whole number."
-        )
-    if isinstance(value, (list, dict)):
-        raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}.")
-    return str(int(value)) if isinstance(value, float) else str(value)
-
-
-def sorted_labels(names: set[str]) -> list[str]:
-    try:
-        return sorted(names, key=lambda name: (int(name), name))
-    except ValueError:
-        return sorted(names)

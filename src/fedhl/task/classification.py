@@ -1,0 +1,95 @@
+"""Classes of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from fedhl.errors import UserError
+from fedhl.task.examples import Encoded, Example, check_texts
+from fedhl.task.kind import Kind
+from fedhl.task.labels import label_names, named_labels
+from fedhl.task.rows import Rows, column, text_column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class ClassificationTask(Kind):
+    """One label per text. The classification head is trained whole, beside the adapters."""
+
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    pipeline: ClassVar[str] = "text-classification"
+    head: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    metric: ClassVar[str] = "accuracy"
+    class_setting: ClassVar[str | None] = "label"
+
+    kind: Literal["sequence-classification"]
+    text: str = "text"
+    """The field that holds the text."""
+    label: str = "label"
+    """The field that holds the label."""
+    max_length: PositiveInt = 128
+    """Longer texts are cut to this number of tokens."""
+
+    @staticmethod
+    def model_settings(labels: Sequence[str] | None) -> dict[str, Any]:
+        if labels is None:  # as many as the checkpoint has
+            return {}
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
+
+    @staticmethod
+    def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        from torch.nn.functional import cross_entropy
+
+        loss = cross_entropy(logits, labels, reduction="none")
+        return {"loss": loss, "accuracy": logits.argmax(-1) == labels}
+
+    def check(self, rows: Rows, source: str) -> None:
+        labels = column(rows, self.label, source)
+        try:
+            label_names(labels)  # one alone is enough for a client that has its own rows
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        text_column(rows, self.text, source)
+
+    def encode(
+        self,
+        rows: Rows,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str] | None,
+    ) -> Encoded:
+        ids, _ = named_labels(column(rows, self.label, source), source, labels)
+        texts = column(rows, self.text, source)
+        examples = encode_classification(tokenizer, texts, ids, self.max_length)
+        return Encoded(examples, list(range(len(rows))), 0)
+
+
+def encode_classification(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    label_ids: Sequence[int],
+    max_length: int,
+) -> list[Example]:
+    """Texts with the tokenizer's special tokens, cut at `max_length`; one class id each."""
+    if len(texts) != len(label_ids):
+        raise ValueError(f"{len(texts)} texts but {len(label_ids)} labels")
+    check_texts(texts, "text")
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
+    for row, example in enumerate(examples):
+        if not example.input_ids:
+            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens.")
+    return examples
