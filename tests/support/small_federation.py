@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from fedhl import get_method, get_weighting
 from fedhl.config import Config
 from fedhl.federation.federation import Federation
 from fedhl.model import peft
-from fedhl.model.peft import Slots
 from fedhl.server import Client, ServerState
 from support.small_models import HEADS, TARGETS, build, rows
 
@@ -49,9 +46,14 @@ def federate(
         "evaluation": {"batch_size": 5},
     }
     config = Config.model_validate(base | settings)
-    alphas = tuple((rank, config.lora.alpha_of(rank)) for rank in sorted(set(ranks.values())))
-    wanted = (kind, dropout, alphas, config.lora.rslora, config.lora.dropout)
-    slots = copy.deepcopy(attached(*wanted)) if device == "cpu" else attach(*wanted, device)
+    slots = peft.attach(
+        build(kind, dropout).to(device),  # pyright: ignore[reportArgumentType]
+        {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
+        TARGETS[kind],
+        rslora=config.lora.rslora,
+        dropout=config.lora.dropout,
+        head=HEADS[kind],
+    )
     data = {name: rows(kind, 5 + 3 * k, seed=k) for k, name in enumerate(sorted(ranks))}
     return Federation(
         config=config,
@@ -65,29 +67,6 @@ def federate(
         pad_id=0,
         device=torch.device(device),
     )
-
-
-def attach(
-    kind: str,
-    dropout: float,
-    alphas: tuple[tuple[int, float], ...],
-    rslora: bool,
-    lora_dropout: float,
-    device: str = "cpu",
-) -> Slots:
-    """A small model with an adapter for each rank."""
-    return peft.attach(
-        build(kind, dropout).to(device),  # pyright: ignore[reportArgumentType]
-        dict(alphas),
-        TARGETS[kind],
-        rslora=rslora,
-        dropout=lora_dropout,
-        head=HEADS[kind],
-    )
-
-
-attached = cache(attach)
-"""PEFT takes longer to attach adapters than a federation to train: each federation gets a copy."""
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cache
 from typing import Any
 
 import pytest
@@ -81,12 +79,7 @@ both = pytest.mark.parametrize("kind", ["bert", "llama"])
 
 
 def build(kind: str, dropout: float = 0.0) -> PreTrainedModel:
-    """The same frozen base every time: a copy, which costs less than drawing the weights again."""
-    return copy.deepcopy(drawn(kind, dropout))
-
-
-@cache
-def drawn(kind: str, dropout: float) -> PreTrainedModel:
+    """The same frozen base every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODELS[kind](dropout)
