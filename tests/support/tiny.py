@@ -202,8 +202,15 @@ def project(folder: Path) -> Path:
 
 PRELOADED = [
     *("fedhl.cli", "fedhl.run.loop", "fedhl.run.delivery", "fedhl.run.overview", "fedhl.export"),
-    *("fedhl.report.plots", "matplotlib.pyplot", "torch._dynamo", "rich.progress"),
+    *(
+        "fedhl.report.run_page",
+        "fedhl.report.compare",
+        "fedhl.compare.study",
+        "fedhl.methods.fedhl",
+    ),
+    *("matplotlib.pyplot", "matplotlib.backends.backend_svg", "torch._dynamo", "rich.progress"),
     *("transformers", "transformers.models.bert.modeling_bert"),
+    "peft.utils.transformers_weight_conversion",
     *("transformers.models.llama.modeling_llama", "yaml"),
 ]
 
