@@ -299,7 +299,7 @@ def test_the_app_serves_the_run_that_its_config_describes(
     settings: Config, tmp_path: Path, oracle: Path
 ):
     folder = tmp_path / "run"
-    told = {"config": settings.model_dump_json(), "folder": str(folder)}
+    told: Any = {"config": settings.model_dump_json(), "folder": str(folder)}
     app(InProcessGrid(NAMED), Context(1, 0, {}, RecordDict(), run_config=told))
     assert read_summary(folder)["status"] == "finished"
     assert same(folder, oracle)

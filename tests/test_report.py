@@ -19,9 +19,9 @@ from jinja2 import UndefinedError
 
 import fedhl.report
 from fedhl.errors import UserError
+from fedhl.names import size
 from fedhl.report import final_table, write_report
 from fedhl.report.files import best, read_run
-from fedhl.report.format import size
 from fedhl.report.plots import spread
 from fedhl.report.render import TEMPLATES
 
