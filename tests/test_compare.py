@@ -17,7 +17,7 @@ from test_report import EVIL, Page, evil, evil_metric, fake_run
 from tiny import classification, fedhl, start, write_config
 
 from fedhl.compare import compare
-from fedhl.compare.study import Study, choose, difference, tell_of_others
+from fedhl.compare.study import Study, best_rate, difference, warn_of_left_out
 from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
 from fedhl.config import Config, load_config
 from fedhl.config.ranks import RankShares
@@ -323,10 +323,10 @@ def test_the_command_line_refuses_too(project: Path, compared: Path) -> None:
 
 def test_variants_that_are_not_named_again_are_missed(compared: Path) -> None:
     said: list[str] = []
-    tell_of_others([parse_variant("flexlora")], compared, Watcher(say=said.append))
+    warn_of_left_out([parse_variant("flexlora")], compared, Watcher(say=said.append))
     assert len(said) == 1 and "the report leaves out fedhl, which" in said[0]
-    tell_of_others([parse_variant(text) for text in METHODS], compared, Watcher(say=said.append))
-    tell_of_others([], compared / "elsewhere", Watcher(say=said.append))
+    warn_of_left_out([parse_variant(text) for text in METHODS], compared, Watcher(say=said.append))
+    warn_of_left_out([], compared / "elsewhere", Watcher(say=said.append))
     assert len(said) == 1
 
 
@@ -452,9 +452,9 @@ def test_the_best_rate_is_the_first_of_equals_and_never_one_that_diverged(tmp_pa
         grid.append({"rate": rate, "folder": f"r{rate}"})
     write_plan(tmp_path, {"a": []}, grid=grid, rates=[*means], chosen_on="clients")
     read = read_comparison(tmp_path)
-    assert choose(read, "a", read.variants[0].grid) == 0.3
+    assert best_rate(read, "a", read.variants[0].grid) == 0.3
     with pytest.raises(UserError, match="a: no learning rate of --rates gave a finite loss"):
-        choose(read, "a", read.variants[0].grid[:1])
+        best_rate(read, "a", read.variants[0].grid[:1])
 
 
 def test_statistics_are_those_of_the_runs(compared: Path) -> None:

@@ -20,7 +20,7 @@ from fedhl import server
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
-from fedhl.federation.federation import as_now
+from fedhl.federation.federation import at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
 from fedhl.method import Broadcast, flatten
@@ -290,7 +290,7 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
     post = Post(config, prepared, nodes, together)
     ranks = []
     for _ in range(2):
-        for client in (as_now(client, state) for client in federation.clients):
+        for client in (at_current_rank(client, state) for client in federation.clients):
             own = state.clients.get(client.id, {})
             sent = post.sent(state, client)
             local = train_client(federation, client, sent, state.head, state.round + 1, own=own)

@@ -186,7 +186,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
 def test_the_norms_of_the_weighting_are_those_of_what_is_left(state: ServerState) -> None:
     """`||ΔW(sent) + c (ΔW - ΔW(sent))||`, which is not c times the norm of the update."""
     answers, factors = [reply(state, client) for client in CLIENTS], [0.0, 0.3, 1.0, 0.9]
-    cohort = measures.measure(Layers(FEDHL, state, SEED), answers, factors=factors)
+    cohort = measures.measure_cohort(Layers(FEDHL, state, SEED), answers, factors=factors)
     want = []
     for c, answer in zip(factors, answers, strict=True):
         sent = server.broadcast(FEDHL, state, answer.client, SEED)

@@ -15,7 +15,7 @@ from fedhl.errors import UserError
 from fedhl.files import write_text
 from fedhl.record import better, headline, read_metrics
 from fedhl.run.folder import keep_metrics, uninterrupted, writing
-from fedhl.run.telling import describe
+from fedhl.run.progress import describe
 
 
 def evaluation(metric: str, full: float | None, truncated: float | None, mean: float | None) -> Any:

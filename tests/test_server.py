@@ -202,7 +202,7 @@ def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     by no more than δ, and its square by `2 ||R|| ||δ|| + ||δ||²`.
     """
     replies = [reply(state, client) for client in CLIENTS]
-    cohort = measures.measure(Layers(FEDHL, state, SEED), replies)
+    cohort = measures.measure_cohort(Layers(FEDHL, state, SEED), replies)
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy)
     tails = torch.zeros_like(error)
     for column, name in enumerate(SHAPES):

@@ -41,7 +41,7 @@ from fedhl.lora import dense
 from fedhl.model import peft
 from fedhl.model.training import batches, learning_rate
 from fedhl.report import final_table, write_report
-from fedhl.run.telling import steps
+from fedhl.run.progress import steps
 from fedhl.seeds import derive, generator
 from fedhl.server import Client, ServerState
 from fedhl.task.examples import Example, collate

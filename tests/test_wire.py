@@ -39,7 +39,7 @@ from fedhl.network.wire import (
 )
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
-from fedhl.server.carried import carried_reply, leaving
+from fedhl.server.carried import carried_reply, returned_factors
 from fedhl.server.layers import Layers
 from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora, number_bytes
 
@@ -75,7 +75,10 @@ def trained(sent: Mapping[str, Broadcast], client: Client, state: ServerState) -
         name: replace(
             b.lora,
             scale=client.scale,
-            **{f: getattr(b.lora, f) + draw(k, *getattr(b.lora, f).shape) for f in leaving(b)},
+            **{
+                f: getattr(b.lora, f) + draw(k, *getattr(b.lora, f).shape)
+                for f in returned_factors(b)
+            },
         )
         for name, b in sent.items()
     }

@@ -103,7 +103,7 @@ class Weighting(Protocol):
     def __call__(self, cohort: Cohort) -> Tensor: ...
 
 
-# What no update has a say in
+# --- weights that no update changes -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Truncation:
 
         if self.share is None:
             return weights(self.epsilon)
-        return evened(weights, self.epsilon, float(error.max()), self.share)
+        return weights_for_share(weights, self.epsilon, float(error.max()), self.share)
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ class Balanced:
 
         if self.share is None:
             return weights(self.lam)
-        return evened(weights, self.lam, float(error.max()), self.share)
+        return weights_for_share(weights, self.lam, float(error.max()), self.share)
 
 
-# What clients send
+# --- weights by what the clients send -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def moment_bounds(losses: Iterable[float], radius: float = 1.0) -> tuple[float, 
     return max(0.0, mean - spread), mean + spread
 
 
-# What they share
+# --- shared by several weightings ---------------------------------------------------------------
 
 
 def proportional(x: Tensor, power: float = 1.0) -> Tensor:
@@ -347,7 +347,7 @@ def check_share(weighting: str, share: float | None) -> None:
         raise ValueError(f"{weighting}: share must be in (0, 1], got {share}")
 
 
-def evened(
+def weights_for_share(
     weights: Callable[[float], Tensor], least: float, turning: float, share: float
 ) -> Tensor:
     """`weights(x)` at the smallest `x >= least` where `1/Σp² >= share · K`; at the x where it is

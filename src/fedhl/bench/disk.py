@@ -17,7 +17,7 @@ import torch
 from fedhl import server
 from fedhl.bench import problems
 from fedhl.bench.checks import check_layer
-from fedhl.bench.problems import TOP, drawn, llama_block
+from fedhl.bench.problems import TOP, draw_ranks, llama_block
 from fedhl.bench.timing import Row, Say, describe, timed
 from fedhl.lora import LoRA, initial
 from fedhl.methods import get_method
@@ -73,7 +73,7 @@ def rounds_from_disk(model: str, shapes: Mapping[str, tuple[int, int]], folder: 
     state, rows = ServerState(0, shelves[0], {}), []
     for round, clients in enumerate((10, 100)):
         replies, size = [], 0
-        for k, rank in enumerate(drawn(clients)):
+        for k, rank in enumerate(draw_ranks(clients)):
             client, g = Client(f"{k:03d}", rank, 2.0, 100), generator(k, "disk")
             pairs = {  # near the span that was sent, which is that of the first A
                 name: LoRA(

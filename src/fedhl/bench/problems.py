@@ -51,7 +51,7 @@ def state_of(W: Tensor) -> FullRank:
     return FullRank(W, refill(LoRA(A, B, 1.0), TOP, 0), tail, 0, 0)
 
 
-def drawn(clients: int, seed: int = 0) -> list[int]:
+def draw_ranks(clients: int, seed: int = 0) -> list[int]:
     """A rank for each client."""
     g = generator(seed, "ranks")
     return [RANKS[int(torch.randint(len(RANKS), (1,), generator=g))] for _ in range(clients)]

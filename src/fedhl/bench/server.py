@@ -26,7 +26,7 @@ from fedhl.bench.problems import (
     SPECTRA,
     TOP,
     cohort,
-    drawn,
+    draw_ranks,
     harmonic,
     llama_block,
     orthogonal,
@@ -84,7 +84,7 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
     for name, spectrum in SPECTRA.items():
         state = to(state_of(with_spectrum(spectrum(j), bases)), device)
         for clients in (10, 100):
-            updates = cohort(state, drawn(clients), clients)
+            updates = cohort(state, draw_ranks(clients), clients)
             total_rank = sum(u.lora.rank for u in updates)
             works: dict[str, Callable[[], object]] = {
                 "bare product": bare(state, total_rank),
@@ -195,9 +195,9 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
             problems.SIDE, [rank] * clients + [TOP], f"{clients} of rank {rank}, and one of {TOP}"
         )
     for clients in (10, 30, 100, 300):
-        measure(problems.SIDE, drawn(clients), "clients")
+        measure(problems.SIDE, draw_ranks(clients), "clients")
     for side in (problems.SIDE // 4, problems.SIDE // 2):
-        measure(side, drawn(100), "side")
+        measure(side, draw_ranks(100), "side")
     return rows
 
 
@@ -210,7 +210,7 @@ def ceilings(
     rows: list[Row] = []
     for (m, n), layers in Counter(llama_block(side).values()).items():
         state = to(state_of(harmonic(m, n)), device)
-        for ranks in map(drawn, cohorts):
+        for ranks in map(draw_ranks, cohorts):
             updates = cohort(state, ranks, len(ranks))
             taken = interleaved(
                 {
@@ -268,7 +268,7 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
     method, weighting = get_method("fedhl"), get_weighting("truncation")
     adapter = {n: initial(*shape, rank=TOP, scale=2.0, seed=0) for n, shape in shapes.items()}
     state = server.init(method, adapter, {}, seed=0)
-    clients = [Client(f"{k:03d}", rank, 2.0, 100) for k, rank in enumerate(drawn(100))]
+    clients = [Client(f"{k:03d}", rank, 2.0, 100) for k, rank in enumerate(draw_ranks(100))]
     state, _ = server.aggregate(
         method,
         weighting,

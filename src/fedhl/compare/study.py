@@ -129,7 +129,7 @@ def rate_change(rate: float | None) -> list[str]:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def refuse_twins(option: str, given: Sequence[Any]) -> None:
+def refuse_duplicates(option: str, given: Sequence[Any]) -> None:
     """Raises UserError if something is given twice: it would be counted twice, or share a folder."""
     for one in given:
         if given.count(one) > 1:
@@ -157,7 +157,7 @@ def refuse_own_rate(variant: Variant) -> None:
         )
 
 
-def examined(variant: Variant, config: Config) -> None:
+def check_variant(variant: Variant, config: Config) -> None:
     """Raises UserError for what shows without the model, naming the variant."""
     try:
         check_config(config)
@@ -166,7 +166,7 @@ def examined(variant: Variant, config: Config) -> None:
         raise UserError(f"--methods {variant.text}: {error}") from None
 
 
-def tell_of_others(variants: Sequence[Variant], folder: Path, watcher: Watcher) -> None:
+def warn_of_left_out(variants: Sequence[Variant], folder: Path, watcher: Watcher) -> None:
     """Say so if this folder holds runs of variants that are not named now."""
     try:
         before = json.loads((folder / "comparison.json").read_text("utf-8"))["variants"]
@@ -241,9 +241,9 @@ def compare(
     report is written anew after every seed. Raises UserError, for mistakes before anything is run.
     """
     made = [parse_variant(text) for text in variants]
-    refuse_twins("--methods", [variant.folder for variant in made])
-    refuse_twins("--seeds", seeds)
-    refuse_twins("--rates", rates)
+    refuse_duplicates("--methods", [variant.folder for variant in made])
+    refuse_duplicates("--seeds", seeds)
+    refuse_duplicates("--rates", rates)
     for variant in made:
         for seed in seeds:
             refuse_mixed_ranks(variant, variant.config(config, seed))
@@ -255,29 +255,30 @@ def compare(
         rows_to_choose_by(config)
     refuse_other_settings(grid or study.sweep(seeds[0], chosen))
     for variant in made:
-        examined(variant, variant.config(config, seeds[0]))
-    tell_of_others(made, folder, watcher)
+        check_variant(variant, variant.config(config, seeds[0]))
+    warn_of_left_out(made, folder, watcher)
     if rates:
         # what is complete stays as it is, unless it is that of other variants or rates
         known = planned(folder) == ([variant.text for variant in made], [*rates])
         if not known or not all(finished(job.folder) for job in grid):
-            store(folder, study.plan(chosen))
+            write_plan(folder, study.plan(chosen))
         finish(study, grid, 1, watcher)
         read = read_comparison(folder)
         chosen = {
-            v.text: choose(read, v.text, of.grid) for v, of in zip(made, read.variants, strict=True)
+            v.text: best_rate(read, v.text, of.grid)
+            for v, of in zip(made, read.variants, strict=True)
         }
         for text, rate in chosen.items():
             watcher.say(f"{text}: learning rate {rate}")
     sweeps = [study.sweep(seed, chosen) for seed in study.later]
     refuse_other_settings([job for sweep in sweeps for job in sweep])
-    store(folder, study.plan(chosen))
+    write_plan(folder, study.plan(chosen))
     for k, sweep in enumerate(sweeps):  # seed by seed: soon there is something to compare
         finish(study, sweep, len(made) * (len(rates) + k) + 1, watcher)
     return read_comparison(folder)
 
 
-def store(folder: Path, plan: dict[str, Any]) -> None:
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, and the report of the runs that are there."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,7 +333,7 @@ def finished(run: Path) -> bool:
     return read_summary(run)["status"] == "finished" and (run / "report.html").is_file()
 
 
-def choose(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
+def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
     """The rate whose final model is best on the rows to choose by: by accuracy where there is one, then
     by loss, then the smaller rate. Raises UserError if no loss is finite."""
 

@@ -26,9 +26,6 @@ DECIDED = {
 """Settings that a variant cannot name, and what decides them."""
 
 
-# --- variants -----------------------------------------------------------------------------------
-
-
 EITHER = {
     f"{section}.{one}": f"{section}.{other}"
     for section in ("participation", "data.held_out")

@@ -38,12 +38,12 @@ def load_rows(source: str, *, split: str | None = None, limit: int | None = None
         raise UserError(f"limit is {limit}, but at least one row is needed; leave it out for all.")
     path = locate(source)
     if path is None:
-        return _read_hub(source, split or "train", limit)
+        return read_hub(source, split or "train", limit)
     if split is not None:
         raise UserError(
             f"{source}: a local file has no splits; remove split: {split!r} or name another file."
         )
-    read = _reader(path, source)
+    read = reader_of(path, source)
     try:
         rows = read(path, source, limit)
     except UnicodeDecodeError as error:
@@ -61,8 +61,8 @@ def fingerprint(source: str) -> str:
     """What identifies the data: "sha256:..." of a local file, "hub:" and its revision otherwise."""
     path = locate(source)
     if path is None:
-        return f"hub:{_hub_revision(source)}"
-    _reader(path, source)
+        return f"hub:{hub_revision(source)}"
+    reader_of(path, source)
     return f"sha256:{sha256(path)}"
 
 
@@ -101,14 +101,14 @@ def hold_out(
     held = np.concatenate(
         [
             rng.permutation(np.flatnonzero(group == index))[:quota]
-            for index, quota in enumerate(_apportion(sizes, held_count, rng))
+            for index, quota in enumerate(apportion(sizes, held_count, rng))
         ]
     )
     held.sort()
     return np.setdiff1d(np.arange(n), held), held
 
 
-def _apportion(sizes: NDArray[np.int64], total: int, rng: np.random.Generator) -> Indices:
+def apportion(sizes: NDArray[np.int64], total: int, rng: np.random.Generator) -> Indices:
     """Integers that sum to `total`, proportional to `sizes` by largest remainder."""
     # Exact integers: with floats, equal remainders would differ by rounding.
     quotas, remainders = np.divmod(sizes * total, sizes.sum())
@@ -118,45 +118,45 @@ def _apportion(sizes: NDArray[np.int64], total: int, rng: np.random.Generator) -
     return quotas
 
 
-# Local files
+# --- local files --------------------------------------------------------------------------------
 
 
-def _reader(path: Path, source: str) -> Callable[[Path, str, int | None], Rows]:
+def reader_of(path: Path, source: str) -> Callable[[Path, str, int | None], Rows]:
     if path.is_dir():
-        files = sorted(entry.name for entry in path.iterdir() if _kind(entry) in _READERS)
+        files = sorted(entry.name for entry in path.iterdir() if file_kind(entry) in READERS)
         raise UserError(
             f"{source}: a folder; name one file in it"
             f"{' (' + ', '.join(files[:8]) + ')' if files else ', but it holds no data file'}."
         )
-    kind = _kind(path)
-    if kind not in _READERS:
+    kind = file_kind(path)
+    if kind not in READERS:
         raise UserError(
             f"{source}: cannot read {kind or 'a file without an ending'}; "
-            f"expected {', '.join(_READERS)}, and .gz of the text formats."
+            f"expected {', '.join(READERS)}, and .gz of the text formats."
         )
-    return _READERS[kind]
+    return READERS[kind]
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """The file ending that says the format; ".gz" alone is kept for what cannot be unpacked."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower() if suffix == ".gz" else ""
     return inner if inner and inner != ".parquet" else suffix
 
 
-def _open_text(path: Path, newline: str | None = None) -> IO[str]:
+def open_text(path: Path, newline: str | None = None) -> IO[str]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
 
 
-def _read_jsonl(path: Path, source: str, limit: int | None) -> Rows:
+def read_jsonl(path: Path, source: str, limit: int | None) -> Rows:
     # newline="\n": a line ends there alone, since other separators are legal inside JSON strings.
-    with _open_text(path, newline="\n") as file:
-        return list(islice(_json_lines(file, source), limit))
+    with open_text(path, newline="\n") as file:
+        return list(islice(json_lines(file, source), limit))
 
 
-def _json_lines(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
+def json_lines(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -169,13 +169,13 @@ def _json_lines(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
             ) from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{source}: line {number} is {_json_type(row)}; expected one JSON object per line."
+                f"{source}: line {number} is {json_type(row)}; expected one JSON object per line."
             )
         yield row
 
 
-def _read_json(path: Path, source: str, limit: int | None) -> Rows:
-    with _open_text(path) as file:
+def read_json(path: Path, source: str, limit: int | None) -> Rows:
+    with open_text(path) as file:
         text = file.read()
     if not text.strip():
         return []
@@ -188,39 +188,39 @@ def _read_json(path: Path, source: str, limit: int | None) -> Rows:
         ) from error
     if not isinstance(rows, list):
         keys = f" with keys {', '.join(list(rows)[:8])}" if isinstance(rows, dict) else ""
-        raise UserError(f"{source}: {_json_type(rows)}{keys}; expected an array of objects.")
+        raise UserError(f"{source}: {json_type(rows)}{keys}; expected an array of objects.")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(
-                f"{source}: row {index} (counted from 0) is {_json_type(row)}; expected an object."
+                f"{source}: row {index} (counted from 0) is {json_type(row)}; expected an object."
             )
     return rows[:limit]
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _read_csv(path: Path, source: str, limit: int | None) -> Rows:
-    return _read_delimited(path, source, limit, ",")
+def read_csv(path: Path, source: str, limit: int | None) -> Rows:
+    return read_delimited(path, source, limit, ",")
 
 
-def _read_tsv(path: Path, source: str, limit: int | None) -> Rows:
-    return _read_delimited(path, source, limit, "\t")
+def read_tsv(path: Path, source: str, limit: int | None) -> Rows:
+    return read_delimited(path, source, limit, "\t")
 
 
-def _read_delimited(path: Path, source: str, limit: int | None, delimiter: str) -> Rows:
+def read_delimited(path: Path, source: str, limit: int | None, delimiter: str) -> Rows:
     # The module refuses cells beyond 128 KiB, which long documents exceed; the limit is global.
     previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        with _open_text(path, newline="") as file:
-            return list(islice(_csv_rows(file, source, delimiter), limit))
+        with open_text(path, newline="") as file:
+            return list(islice(csv_rows(file, source, delimiter), limit))
     finally:
         csv.field_size_limit(previous)
 
 
-def _csv_rows(file: IO[str], source: str, delimiter: str) -> Iterator[dict[str, Any]]:
+def csv_rows(file: IO[str], source: str, delimiter: str) -> Iterator[dict[str, Any]]:
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
@@ -239,7 +239,7 @@ def _csv_rows(file: IO[str], source: str, delimiter: str) -> Iterator[dict[str, 
         raise UserError(f"{source}: bad quoting near line {reader.line_num} ({error}).") from error
 
 
-def _read_parquet(path: Path, source: str, limit: int | None) -> Rows:
+def read_parquet(path: Path, source: str, limit: int | None) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -250,23 +250,23 @@ def _read_parquet(path: Path, source: str, limit: int | None) -> Rows:
     return table.slice(0, limit).to_pylist()
 
 
-_READERS: dict[str, Callable[[Path, str, int | None], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
+READERS: dict[str, Callable[[Path, str, int | None], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
 }
 
 
-# The hub
+# --- the hub ------------------------------------------------------------------------------------
 
 
-def _read_hub(source: str, split: str, limit: int | None) -> Rows:
+def read_hub(source: str, split: str, limit: int | None) -> Rows:
     import datasets
 
-    dataset = _from_hub(
+    dataset = from_hub(
         source, lambda name, config: datasets.load_dataset(name, config, split=split)
     )
     if limit is not None:
@@ -276,13 +276,13 @@ def _read_hub(source: str, split: str, limit: int | None) -> Rows:
     return dataset.to_list()
 
 
-def _hub_revision(source: str) -> str:
+def hub_revision(source: str) -> str:
     import datasets
 
-    return _from_hub(source, datasets.load_dataset_builder).hash or "unknown"
+    return from_hub(source, datasets.load_dataset_builder).hash or "unknown"
 
 
-def _from_hub(source: str, load: Callable[[str, str | None], T]) -> T:
+def from_hub(source: str, load: Callable[[str, str | None], T]) -> T:
     """`load(name, config)`; what goes wrong between here and the hub is the user's to fix."""
     from datasets.exceptions import DatasetsError
 

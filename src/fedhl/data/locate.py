@@ -25,7 +25,7 @@ FILE_SUFFIXES = tuple(
         *("gguf", "safetensors", "bin", "pt", "npz", "yaml", "yml", "toml", "py"),
     )
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 def locate(source: str) -> Path | None:
@@ -40,28 +40,28 @@ def locate(source: str) -> Path | None:
     if not source.strip():
         raise UserError(f"an empty source; {FORMS}.")
     if source.startswith(PACKAGE):
-        return _inside_package(source)
+        return inside_package(source)
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return None
-    raise UserError(f"{_missing(path)}; {FORMS}.")
+    raise UserError(f"{missing_part(path)}; {FORMS}.")
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     name = source.rpartition("/")[2]
-    return bool(_HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+    return bool(HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
 
 
-def _inside_package(source: str) -> Path:
+def inside_package(source: str) -> Path:
     name, _, inner = source.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier():
         raise UserError(
             f"{source!r}: {name!r} is not the import name of a package; "
             "write package:import_name/inner/path."
         )
-    spec = _spec(name)
+    spec = spec_of(name)
     if spec is None:
         raise UserError(
             f"{source!r}: no package {name!r} in this Python environment"
@@ -74,17 +74,17 @@ def _inside_package(source: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise UserError(f"{source!r}: {_missing(candidates[0])}.")
+    raise UserError(f"{source!r}: {missing_part(candidates[0])}.")
 
 
-def _spec(name: str) -> ModuleSpec | None:
+def spec_of(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
     except ValueError:  # a module already loaded without a spec, such as __main__
         return None
 
 
-def _missing(path: Path) -> str:
+def missing_part(path: Path) -> str:
     """Which part of `path` does not exist, where, and what there is instead."""
     part, folder = path, path.parent
     while not folder.exists():

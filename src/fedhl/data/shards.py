@@ -61,7 +61,7 @@ class Tokenised:
 def read(config: Config) -> Shards:
     """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
     data = config.data
-    rows = chosen(config, load_rows(data.source, split=data.split))
+    rows = rows_where(config, load_rows(data.source, split=data.split))
     check_fields(config, rows)  # before rows are drawn, while their numbers are those of the file
     if data.limit is not None and data.limit < len(rows):
         rng = np.random.default_rng(derive(config.seed, "limit"))
@@ -73,7 +73,7 @@ def read(config: Config) -> Shards:
         held_out = load_rows(rule.source, split=rule.split, limit=rule.count)
         hash += f" {fingerprint(rule.source)}"
     elif rule is not None and rule.split is not None:
-        held_out = chosen(config, load_rows(data.source, split=rule.split))[: rule.count]
+        held_out = rows_where(config, load_rows(data.source, split=rule.split))[: rule.count]
     elif rule is not None:
         training, held = hold_out(
             len(rows),
@@ -85,22 +85,24 @@ def read(config: Config) -> Shards:
         held_out = [rows[k] for k in held]
     validation: Indices = np.arange(0)
     if data.validation is not None:
-        training, validation = keep_validation(config, training, classes)
+        training, validation = hold_out_validation(config, training, classes)
     labels = None
     if classes is not None:
         ids, names = named_labels(classes, data.source)
         labels = [names[k] for k in sorted({ids[j] for j in training})]
-    clients = {name: training[part] for name, part in split(config, rows, training).items()}
+    clients = {
+        name: training[part] for name, part in partition_training(config, rows, training).items()
+    }
     client_held_out: dict[str, Indices] = {}
     if config.evaluation.client_fraction:
         for name, part in clients.items():
-            kept, held = keep_back(config, name, part)
+            kept, held = hold_out_client(config, name, part)
             clients[name], client_held_out[name] = kept, held
     shards = Shards(rows, clients, client_held_out, held_out, validation, labels, hash)
     return with_tasks(config, shards) if config.tasks else shards
 
 
-def brought(
+def client_shards(
     config: Config, client: str, source: str, fields: Sequence[str] | None = None
 ) -> Shards:
     """The rows of a client that has data of its own: all of `source` that `data.where` wants, less those
@@ -111,11 +113,11 @@ def brought(
     rows = load_rows(source)
     if fields is not None:
         rows = [{name: row[name] for name in fields if name in row} for row in rows]
-    rows = chosen(config, rows)
+    rows = rows_where(config, rows)
     check_fields(config, rows)
     part, held = np.arange(len(rows)), {}
     if config.evaluation.client_fraction:
-        part, held[client] = keep_back(config, client, part)
+        part, held[client] = hold_out_client(config, client, part)
     labels = None
     classes = config.task.classes(rows, source)
     if classes is not None:
@@ -123,7 +125,7 @@ def brought(
     return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
 
 
-def of_server(config: Config, labels: Sequence[str] | None) -> Shards:
+def server_shards(config: Config, labels: Sequence[str] | None) -> Shards:
     """What the server of clients with data of their own has: held-out rows, if `data.held_out` names a
     source. Raises UserError if they were to be a part of `data.source`."""
     rule, nobody = config.data.held_out, np.arange(0)
@@ -152,7 +154,7 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
     if rule.count is not None:
         groups = split_labels(len(labels), rule.count, config.seed)
     else:
-        groups = given_labels(rule.groups or (), labels)
+        groups = ids_by_task(rule.groups or (), labels)
 
     def found(rows: Rows) -> set[int]:
         classes = config.task.classes(rows, config.data.source) or []
@@ -174,7 +176,7 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
     return replace(shards, tasks=groups)
 
 
-def given_labels(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[list[int]]:
+def ids_by_task(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[list[int]]:
     """`tasks.groups` as label ids. Raises UserError unless each of the labels is in one of them."""
     named = [[str(label) for label in group] for group in groups]
     everything = [name for group in named for name in group]
@@ -192,14 +194,14 @@ def check_fields(config: Config, rows: Rows) -> None:
     config.task.check(rows, config.data.source + (f" (the rows where {where})" if where else ""))
 
 
-def chosen(config: Config, rows: Rows) -> Rows:
+def rows_where(config: Config, rows: Rows) -> Rows:
     """The rows of `data.source` that `data.where` wants."""
     for field, wanted in config.data.where.items():
-        rows = choose(rows, field, wanted, config.data.source)
+        rows = rows_with(rows, field, wanted, config.data.source)
     return rows
 
 
-def choose(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
+def rows_with(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
     """The rows whose `field` is `wanted`, or one of these values. Raises UserError if none is."""
     values = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
     found = [str(value) for value in column(rows, field, source)]
@@ -213,7 +215,7 @@ def choose(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
     return chosen
 
 
-def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
+def partition_training(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
     """Positions in `training` of each client's rows."""
     rule, source = config.partition, config.data.source
     seed = derive(config.seed, "partition")
@@ -238,7 +240,7 @@ def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
     return iid(len(training), rule.clients, seed)
 
 
-def keep_validation(
+def hold_out_validation(
     config: Config, training: Indices, classes: Sequence[Any] | None
 ) -> tuple[Indices, Indices]:
     """The training rows as (training, validation)."""
@@ -251,7 +253,7 @@ def keep_validation(
     return training[kept], training[held]
 
 
-def keep_back(config: Config, client: str, part: Indices) -> tuple[Indices, Indices]:
+def hold_out_client(config: Config, client: str, part: Indices) -> tuple[Indices, Indices]:
     """A client's rows as (training, held out)."""
     fraction = config.evaluation.client_fraction
     if round(fraction * len(part)) in (0, len(part)):

@@ -39,12 +39,12 @@ def model_card(
         f"{what} for `{base}`, fine-tuned by {len(summary['clients'])} clients that did not share "
         "their data, with fedhl.",
         "",
-        *_how_to_load(summary["task"], kind, base, labels),
+        *how_to_load(summary["task"], kind, base, labels),
         "## How it was made",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(summary).items()),
+        *(f"| {key} | {value} |" for key, value in run_facts(summary).items()),
         "",
     ]
     return "\n".join(lines)
@@ -55,7 +55,7 @@ def front_matter(front: Mapping[str, Any]) -> list[str]:
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
 
 
-def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
+def how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
     auto, head = KINDS[task].auto, KINDS[task].head
     folder = "path/to/this/folder"
     if kind == "merged":
@@ -80,14 +80,14 @@ def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> lis
     return lines
 
 
-def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
     """What a reader must know to judge or to repeat it, from a run's summary.json."""
     clients = summary["clients"]
     ranks = sorted(client["rank"] for client in clients)
     counts = ", ".join(f"{ranks.count(r)} of rank {r}" for r in sorted(set(ranks)))
     facts = {
-        "method": _settings(summary["method"]),
-        "weighting": _settings(summary["weighting"]),
+        "method": settings_text(summary["method"]),
+        "weighting": settings_text(summary["weighting"]),
         "clients": f"{len(clients)} ({counts})",
         "training examples": f"{sum(client['examples'] for client in clients)}",
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
@@ -107,6 +107,6 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _settings(choice: Mapping[str, Any]) -> str:
+def settings_text(choice: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
     return f"{choice['name']} ({settings})" if settings else str(choice["name"])

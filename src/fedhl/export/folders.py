@@ -20,8 +20,6 @@ from fedhl.model.peft import shifted
 from fedhl.model.targets import is_conv1d
 from fedhl.task import KINDS
 
-# --- exporting a run ----------------------------------------------------------------------------
-
 
 def export_adapter(
     out: Path, loaded: Loaded, adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], card: str
@@ -30,7 +28,7 @@ def export_adapter(
 
     Raises UserError if `out` exists and is not an empty folder, or cannot be written.
     """
-    with _publish(out) as staging:
+    with publish(out) as staging:
         save_adapter(
             staging,
             adapter,
@@ -59,7 +57,7 @@ def export_merged(
     if head.keys() != set(loaded.head):
         raise ValueError(f"expected the head {sorted(loaded.head)}, got {sorted(head)}")
     modules = dict(model.named_modules())
-    with _publish(out) as staging, torch.no_grad():
+    with publish(out) as staging, torch.no_grad():
         for name in sorted(deltas):
             if name not in modules:
                 raise ValueError(f"layer {name}: not in this {type(model).__name__}")
@@ -76,7 +74,7 @@ def export_merged(
 
 
 @contextmanager
-def _publish(out: Path) -> Iterator[Path]:
+def publish(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends well and vanishes otherwise."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(

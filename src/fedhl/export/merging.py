@@ -15,7 +15,7 @@ from fedhl import lora as algebra
 from fedhl.errors import UserError
 from fedhl.export.cards import front_matter
 from fedhl.export.fetch import adapter_folder
-from fedhl.export.folders import _publish
+from fedhl.export.folders import publish
 from fedhl.lora import LoRA
 from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
 
@@ -97,20 +97,20 @@ def merge_folders(
     shares = [w / sum(used) for w in used]
     used = shares if normalize else used
     exact = merge_adapters([part.adapter for part in parts], used)
-    config = _common_config(folders, parts, force)
-    head = _average_heads(folders, parts, shares)
+    config = common_config(folders, parts, force)
+    head = average_heads(folders, parts, shares)
 
     merged: dict[str, LoRA] = {}
     lost, total = {}, {}
     for name, lora in exact.items():
-        merged[name], lost[name], total[name] = _truncate(lora, rank)
+        merged[name], lost[name], total[name] = truncate_layer(lora, rank)
     result = Merge(
         tuple(used),
         {name: lora.rank for name, lora in merged.items()},
-        {name: _share(lost[name], total[name]) for name in merged},
-        _share(sum(lost.values()), sum(total.values())),
+        {name: share_of(lost[name], total[name]) for name in merged},
+        share_of(sum(lost.values()), sum(total.values())),
     )
-    with _publish(out) as staging:
+    with publish(out) as staging:
         save_adapter(
             staging,
             merged,
@@ -120,12 +120,12 @@ def merge_folders(
             fan_in_fan_out=config.fan_in_fan_out,
             revision=config.revision,
         )
-        card = _merge_card(folders, config.base_model_name_or_path, result)
+        card = merge_card(folders, config.base_model_name_or_path, result)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
-def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
+def truncate_layer(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
     """`lora` at a rank of at most `rank` and min(m, n); the energy lost, and the energy it had."""
     full = min(*lora.shape)
     keep = min(full, rank or full)
@@ -139,11 +139,11 @@ def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
     return best, float(energy[keep:].sum()), float(energy.sum())
 
 
-def _share(part: float, whole: float) -> float:
+def share_of(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:
+def common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:
     """The config of the first adapter, after checking that the others belong to the same model."""
     first = parts[0].config
     for folder, part in zip(folders, parts, strict=True):
@@ -159,7 +159,7 @@ def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force
     return first
 
 
-def _average_heads(
+def average_heads(
     folders: Sequence[str], parts: Sequence[AdapterFolder], shares: Sequence[float]
 ) -> dict[str, Tensor]:
     first = parts[0].head
@@ -181,7 +181,7 @@ def _average_heads(
     }
 
 
-def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
+def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
     ranks = sorted(set(merge.ranks.values()))
     front = {
         "base_model": base or "",

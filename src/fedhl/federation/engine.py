@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.data.label_groups import begins
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.traffic import bytes_per_client
 from fedhl.model.evaluation import Metrics
@@ -120,7 +120,7 @@ def run_round(
     labels = federation.labels_of(round)
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)
-    cohort = [as_now(client, state) for client in federation.cohort(round)]
+    cohort = [at_current_rank(client, state) for client in federation.cohort(round)]
     returned = engine.train(federation, state, cohort, on_step)
     replies = returned.replies
     if federation.privacy is not None:

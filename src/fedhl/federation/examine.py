@@ -25,11 +25,11 @@ def examine(config: Config) -> Examined:
             f"participation.count: {config.participation.count} clients a round, but there are only "
             f"{len(ranks)}; lower it, or leave participation out for all"
         )
-    refuse_strangers(config, clients)
+    refuse_unknown_clients(config, clients)
     return data, ranks
 
 
-def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
+def refuse_unknown_clients(config: Config, clients: Sequence[str]) -> None:
     """Raises UserError if participation.layers names a client that is not one of these."""
     for name in config.participation.layers:
         if name not in clients:

@@ -136,7 +136,7 @@ def initial_state(
     return server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
 
 
-def as_now(client: Client, state: ServerState) -> Client:
+def at_current_rank(client: Client, state: ServerState) -> Client:
     """The client with the rank that it has come down to."""
     rank = state.clients.get(client.id, {}).get("rank")
     return client if rank is None else replace(client, rank=int(rank))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedhl import server
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import peft
@@ -174,14 +174,14 @@ def evaluate_client(
     federation: Federation, state: ServerState, client: Client, rows: Sequence[Example]
 ) -> Metrics:
     """Metrics of what this client would start the next round from, on these rows."""
-    client = as_now(client, state)
+    client = at_current_rank(client, state)
     sent = server.broadcast(federation.method, state, client, federation.config.seed)
     own = state.clients.get(client.id)
     with deployed(federation, federation.slot_of(client), sent, state.head, own):
-        return measure(federation, rows)
+        return evaluate_rows(federation, rows)
 
 
-def measure(federation: Federation, rows: Sequence[Example]) -> Metrics:
+def evaluate_rows(federation: Federation, rows: Sequence[Example]) -> Metrics:
     """Metrics of the model as it is now."""
     return evaluate(
         federation.slots.model,

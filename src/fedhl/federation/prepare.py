@@ -14,7 +14,7 @@ from torch import Tensor
 from fedhl.config import Config
 from fedhl.data import shards
 from fedhl.errors import UserError
-from fedhl.federation.examine import Examined, examine, refuse_strangers
+from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
@@ -182,9 +182,9 @@ def prepare_server(
             "data.validation: rows to choose settings by are a part of data.source, which the server "
             "does not have where clients bring their own data; leave it out"
         )
-    refuse_strangers(config, sorted(clients))
+    refuse_unknown_clients(config, sorted(clients))
     watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
-    prepared = assemble(config, shards.of_server(config, labels), clients, watcher)
+    prepared = assemble(config, shards.server_shards(config, labels), clients, watcher)
     if registered is None:
         return prepared
     private = mechanism(config, registered)

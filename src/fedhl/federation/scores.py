@@ -12,7 +12,7 @@ from fedhl import server
 from fedhl.data.label_groups import task_of
 from fedhl.federation.engine import IN_PROCESS, Engine, InProcess
 from fedhl.federation.federation import Federation
-from fedhl.federation.local import measure
+from fedhl.federation.local import evaluate_rows
 from fedhl.lora import LoRA, dense, prefix, truncate
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
@@ -58,7 +58,7 @@ def evaluate_change(
     slots = federation.slots
     with peft.offset(slots, change), peft.base_only(slots):
         peft.write_head(slots, state.head)
-        return measure(federation, federation.held_out)
+        return evaluate_rows(federation, federation.held_out)
 
 
 def evaluate_clients(

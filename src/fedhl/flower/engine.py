@@ -24,7 +24,7 @@ from fedhl import server
 from fedhl.config import Config
 from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.prepare import (
     Prepared,
     clients_keep,
@@ -44,7 +44,7 @@ from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary
 from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
-from fedhl.run.loop import begin, go_on
+from fedhl.run.loop import resume_prepared, start_prepared
 from fedhl.server import Client, Reply, ServerState
 from fedhl.task.labels import sorted_labels
 from fedhl.watch import Watcher
@@ -74,9 +74,9 @@ def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watche
     engine = OverNetwork(prepared, folder, mailbox, roster, watcher)
     if resumed:
         with alone(folder):
-            go_on(prepared, folder, watcher, engine)
+            resume_prepared(prepared, folder, watcher, engine)
     else:
-        begin(prepared, folder, watcher, engine)
+        start_prepared(prepared, folder, watcher, engine)
     remove_incoming(folder)
 
 
@@ -217,7 +217,7 @@ class OverNetwork:
         if not self.config.evaluation.client_fraction:
             return {}
         here = self.roster.look()
-        cohort = [as_now(c, state) for c in federation.clients if c.id in here]
+        cohort = [at_current_rank(c, state) for c in federation.clients if c.id in here]
         turn = Turn(EVALUATE, federation, state)
         metrics: dict[str, Metrics] = {}
 

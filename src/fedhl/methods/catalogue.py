@@ -148,7 +148,7 @@ def describe(name: str) -> str:
     return "\n\n".join([f"{kind}: {name}", doc or "", "\n".join(lines), *note])
 
 
-# Text
+# --- text ---------------------------------------------------------------------------------------
 
 
 def idea(cls: type[Any]) -> str:
@@ -192,7 +192,7 @@ def size(mebibytes: float) -> str:
     return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
-# Numbers
+# --- numbers ------------------------------------------------------------------------------------
 
 
 def mebibytes(method: Method[Any], shapes: Sequence[tuple[int, int]]) -> Traffic:

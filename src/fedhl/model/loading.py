@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The modules PEFT saves with a classification adapter, and matches by the end of their names.
-_HEAD_SUFFIXES = ("classifier", "score")
+HEAD_SUFFIXES = ("classifier", "score")
 # What must stay unquantised in a 4-bit classifier, because it may have to be trained from scratch.
-_HEAD_MODULES = (
+HEAD_MODULES = (
     *("classifier", "pre_classifier", "classification_head", "score", "pooler"),
     *("sequence_summary", "logits_proj"),
 )
@@ -81,22 +81,22 @@ def load_model(
     """
     kind, target = KINDS[task], device_named(device)
     if four_bit:
-        _require_four_bit(target)
+        require_four_bit(target)
     path = locate(source)
-    folder, digest = _find(source)
+    folder, digest = find_weights(source)
     if path is not None and digest is None:
-        digest = _hash_folder(path)
-    tokenizer = _load_tokenizer(folder, source, revision)
+        digest = hash_folder(path)
+    tokenizer = read_tokenizer(folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
     kwargs |= kind.model_settings(labels)
     if four_bit:
-        kwargs |= _four_bit(kind, target)
+        kwargs |= four_bit_settings(kind, target)
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
-        model, missing = _from_pretrained(folder, source, kind, dtype, kwargs)
+        model, missing = load_weights(folder, source, kind, dtype, kwargs)
 
-    head = _head(model, missing, source) if kind.head else ()
+    head = head_names(model, missing, source) if kind.head else ()
     if missing and not kind.head:
-        raise UserError(_incomplete(source, sorted(missing), model))
+        raise UserError(incomplete(source, sorted(missing), model))
     if not all(model.get_parameter(name).is_floating_point() for name in head):
         raise UserError(
             f"model {source!r}: its classification head cannot be kept out of 4-bit quantisation "
@@ -105,14 +105,14 @@ def load_model(
     if not four_bit:
         model.to(target)  # pyright: ignore[reportArgumentType]
     if dropout is not None:
-        _set_dropout(model, dropout)
+        set_dropout(model, dropout)
     model.requires_grad_(False)
-    _set_padding(model, tokenizer, source)
+    set_padding(model, tokenizer, source)
     use_cache = bool(getattr(model.config, "use_cache", False))
     if use_cache:
         model.config.use_cache = False
     if gradient_checkpointing:
-        _enable_checkpointing(model, source)
+        enable_checkpointing(model, source)
     if digest is None:
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
@@ -121,7 +121,7 @@ def load_model(
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone. Raises UserError as `load_model` does."""
-    return _load_tokenizer(_find(source)[0], source, revision)
+    return read_tokenizer(find_weights(source)[0], source, revision)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -138,7 +138,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 # --- loading ------------------------------------------------------------------------------------
 
 
-def _from_pretrained(
+def load_weights(
     folder: str, source: str, kind: type[Kind], dtype: torch.dtype, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint did not hold in the right shape."""
@@ -149,18 +149,18 @@ def _from_pretrained(
             folder,
             dtype=dtype,
             output_loading_info=True,
-            # Only heads may differ: `_head` and `load_model` refuse anything else.
+            # Only heads may differ: `head_names` and `load_model` refuse anything else.
             ignore_mismatched_sizes=True,
             **kwargs,
         )
     except Exception as error:  # the library raises nearly everything here
-        raise UserError(_cannot_load("model", source, error)) from error
+        raise UserError(cannot_load("model", source, error)) from error
     model, info = loaded
     model.eval()
     return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
 
 
-def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
@@ -168,10 +168,10 @@ def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTraine
         try:
             return AutoTokenizer.from_pretrained(folder, **kwargs)
         except Exception as error:  # the library raises nearly everything here
-            raise UserError(_cannot_load("tokenizer", source, error)) from error
+            raise UserError(cannot_load("tokenizer", source, error)) from error
 
 
-def _cannot_load(what: str, source: str, error: Exception) -> str:
+def cannot_load(what: str, source: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if locate(source) is None:
@@ -187,7 +187,7 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
     return f"cannot load the {what} of {source!r}: {reason[:300]} ({advice})"
 
 
-def _head(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
+def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
     """The parameters to train whole: those the checkpoint lacks, and the classifier itself.
 
     A pooler may be missing (masked language models have none); any other gap inside the encoder
@@ -196,16 +196,16 @@ def _head(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, 
     prefix = model.base_model_prefix + "."
     lost = sorted(n for n in missing if n.startswith(prefix) and "pooler" not in n)
     if lost:
-        raise UserError(_incomplete(source, lost, model))
+        raise UserError(incomplete(source, lost, model))
     names = [name for name, _ in model.named_parameters()]
     return tuple(
         name
         for name in names
-        if name in missing or any(part.endswith(_HEAD_SUFFIXES) for part in name.split(".")[:-1])
+        if name in missing or any(part.endswith(HEAD_SUFFIXES) for part in name.split(".")[:-1])
     )
 
 
-def _incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
+def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
     shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     return (
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
@@ -213,7 +213,7 @@ def _incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str
     )
 
 
-def _set_dropout(model: PreTrainedModel, p: float) -> None:
+def set_dropout(model: PreTrainedModel, p: float) -> None:
     """Dropout modules, and the numbers that attention layers hold in place of one."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -223,7 +223,7 @@ def _set_dropout(model: PreTrainedModel, p: float) -> None:
                 setattr(module, name, p)
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -235,7 +235,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sou
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _enable_checkpointing(model: PreTrainedModel, source: str) -> None:
+def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"model {source!r}: {type(model).__name__} does not support gradient checkpointing; "
@@ -291,7 +291,7 @@ def device_named(name: str) -> torch.device:
     )
 
 
-def _require_four_bit(device: torch.device) -> None:
+def require_four_bit(device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError(
             f"a 4-bit base needs an NVIDIA GPU (device: cuda), got device {device.type!r}; "
@@ -301,7 +301,7 @@ def _require_four_bit(device: torch.device) -> None:
         raise UserError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
 
 
-def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
+def four_bit_settings(kind: type[Kind], device: torch.device) -> dict[str, Any]:
     """NF4 with double quantisation, arithmetic in bfloat16 (QLoRA, arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig
 
@@ -311,7 +311,7 @@ def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         # None: transformers spares the output embedding and what is tied to it.
-        llm_int8_skip_modules=list(_HEAD_MODULES) if kind.head else None,
+        llm_int8_skip_modules=list(HEAD_MODULES) if kind.head else None,
     )
     return {"quantization_config": config, "device_map": {"": device.index}}
 
@@ -319,15 +319,15 @@ def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def _find(source: str) -> tuple[str, str | None]:
+def find_weights(source: str) -> tuple[str, str | None]:
     """Where to load `source` from; and the hash of a GGUF file, which names its folder in the cache."""
     path = locate(source)
     if path is None:
         return source, None
-    return _from_gguf(path) if path.is_file() else (str(path.resolve()), None)
+    return gguf_folder(path) if path.is_file() else (str(path.resolve()), None)
 
 
-def _hash_folder(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     """The sha256 over names and contents of the weight files of a folder, in name order."""
     files = sorted(folder.glob("*.safetensors")) or sorted(
         [*folder.glob("*model*.bin"), *folder.glob("*.gguf")]
@@ -339,14 +339,14 @@ def _hash_folder(folder: Path) -> str:
             f"{', '.join(found) if found else 'nothing'}. Give the folder that holds config.json and "
             "the weights, or a .gguf file"
         )
-    return _hash_files(files)
+    return hash_files(files)
 
 
-def _hash_files(files: Iterable[Path]) -> str:
+def hash_files(files: Iterable[Path]) -> str:
     return sha256_of("".join(f"{path.name}\0{sha256(path)}\n" for path in files))
 
 
-def _from_gguf(file: Path) -> tuple[str, str]:
+def gguf_folder(file: Path) -> tuple[str, str]:
     """The cached folder that holds `file` dequantised to float32 (made now if need be), and its hash."""
     if file.suffix != ".gguf":
         raise UserError(
@@ -362,29 +362,29 @@ def _from_gguf(file: Path) -> tuple[str, str]:
             file.name,
             folder,
         )
-        _convert_gguf(file, folder)
+        convert_gguf(file, folder)
     return str(folder), digest
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise `file` into `folder`, which appears only when it is complete."""
     staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         with whole_folder(folder, staging), quiet():
-            _dequantise(file, staging)
+            dequantise(file, staging)
     except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
         if not folder.is_dir():  # unless another process has just made the same folder
-            raise UserError(_no_cache(folder, error)) from error
+            raise UserError(no_cache(folder, error)) from error
 
 
-def _no_cache(folder: Path, error: Exception) -> str:
+def no_cache(folder: Path, error: Exception) -> str:
     return (
         f"cannot write the converted model to {folder}: {error}; it needs four "
         "bytes per parameter. Make room, or point FEDHL_CACHE at another folder"
     )
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def dequantise(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -393,7 +393,7 @@ def _dequantise(file: Path, folder: Path) -> None:
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
     except Exception as error:  # the library raises nearly everything here
-        raise UserError(_cannot_load("GGUF model", str(file), error)) from error
+        raise UserError(cannot_load("GGUF model", str(file), error)) from error
     # The weights are plain float32 now, but the marks of quantisation would forbid saving them.
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     for attribute in ("is_quantized", "quantization_method"):

@@ -23,7 +23,7 @@ from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.federation import Federation
-from fedhl.federation.local import deployed, measure, train_client
+from fedhl.federation.local import deployed, evaluate_rows, train_client
 from fedhl.federation.prepare import check_config, load_federation
 from fedhl.files import cache, file_name, write_bytes
 from fedhl.model.evaluation import Metrics
@@ -151,7 +151,7 @@ def evaluate(
     own = Memory(node, header["run"]).before(header["round"] + 1)
     slot = here.federation.slot_of(client)
     with deployed(here.federation, slot, sent, head, own):
-        return measure(here.federation, rows)
+        return evaluate_rows(here.federation, rows)
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,11 @@ def participant(
 
 def partition(config: Config) -> tuple[shards.Shards, dict[str, int]]:
     """The config's rows and clients, read once by a process that lives on."""
-    return _partition(config.model_dump_json())
+    return cached_partition(config.model_dump_json())
 
 
 @lru_cache(maxsize=1)
-def _partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
+def cached_partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
     read = Config.model_validate_json(config)
     check_config(read)
     return examine(read)
@@ -219,7 +219,7 @@ def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
     """The rows of one client alone, and its rank. Raises UserError if it is not one of the config's."""
     if node.data != SHARED:
         with unquoted(node):
-            data = shards.brought(config, node.client, node.data, node.fields)
+            data = shards.client_shards(config, node.client, node.data, node.fields)
         return data, node.rank or rank_of(config, node.client)
     everyone, ranks = partition(config)
     if node.client not in ranks:

@@ -29,8 +29,8 @@ from fedhl.network.message import (
     shown,
 )
 from fedhl.server import Client, Reply
-from fedhl.server.carried import leaving
-from fedhl.server.payload import PAYLOADS, factor_of, restored, rows, stored
+from fedhl.server.carried import returned_factors
+from fedhl.server.payload import PAYLOADS, factor_of, from_payload, rows, to_payload
 
 PROTOCOL = 1
 """The version of the format; both ends must have the same."""
@@ -128,6 +128,9 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
     )
 
 
+# --- replies ------------------------------------------------------------------------------------
+
+
 def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes:
     """What a client returns: the factors that it trained and does not keep, magnitudes, head, and what
     it reports. Raises ValueError if a layer has another scale than the client.
@@ -138,7 +141,7 @@ def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes
             raise ValueError(f"layer {name!r} has scale {lora.scale}, its client {client.scale}")
     tensors = head_tensors(reply.head)
     for name, lora in reply.adapter.items():
-        leaves = [rows(lora, factor, payload) for factor in leaving(sent[name])]
+        leaves = [rows(lora, factor, payload) for factor in returned_factors(sent[name])]
         tensors |= packed("lora", name, leaves, payload)
     tensors |= {f"magnitudes::{name}": x.float() for name, x in reply.magnitudes.items()}
     header = {
@@ -236,7 +239,7 @@ class ReplyAdapter(Mapping[str, LoRA]):
 def parts_of(sent: Broadcast) -> Parts:
     """What comes back of a layer, from what was sent."""
     (m, n), magnitudes = sent.lora.shape, sent.magnitudes
-    widths = {factor: {"A": n, "B": m}[factor] for factor in leaving(sent)}
+    widths = {factor: {"A": n, "B": m}[factor] for factor in returned_factors(sent)}
     return Parts(sent.lora.rank, widths, None if magnitudes is None else len(magnitudes))
 
 
@@ -309,13 +312,13 @@ MEANING = {
 }
 
 
-# --- tensors -----------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------
 
 
 def packed(kind: str, name: str, blocks: Sequence[Tensor], payload: str) -> dict[str, Tensor]:
     """Matrices with the same rows, side by side, as they travel: `KIND::NAME`, and with int8
     `KIND.steps::NAME` (blocks, rows)."""
-    parts = [stored(x, payload) for x in blocks]
+    parts = [to_payload(x, payload) for x in blocks]
     tensors = {f"{kind}::{name}": torch.cat([x for x, _ in parts], dim=1)}
     steps = [step for _, step in parts if step is not None]
     return tensors | ({f"{kind}.steps::{name}": torch.stack(steps)} if steps else {})
@@ -327,7 +330,7 @@ def unpacked(
     """The matrices of these widths that `packed` has put side by side, in float32."""
     blocks = message[f"{kind}::{name}"].split(list(widths), dim=1)
     steps = message[f"{kind}.steps::{name}"] if payload == "int8" else [None] * len(blocks)
-    return [restored(x, step) for x, step in zip(blocks, steps, strict=True)]
+    return [from_payload(x, step) for x, step in zip(blocks, steps, strict=True)]
 
 
 def head_tensors(head: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def clients(run: Run) -> View | None:
     }
 
 
-# The table
+# --- the table ----------------------------------------------------------------------------------
 
 
 def client_rows(run: Run, labels: dict[str, list[str]], scores: View) -> list[View]:
@@ -105,7 +105,7 @@ def first_share(client: Client, labels: dict[str, list[str]]) -> float | None:
     return sum(client.labels.get(label, 0.0) for label in first) / whole
 
 
-# The plots
+# --- the plots ----------------------------------------------------------------------------------
 
 
 def rank_steps(run: Run) -> dict[int, int]:

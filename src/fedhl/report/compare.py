@@ -35,8 +35,8 @@ def results(comparison: Comparison) -> Json:
                 "weighting": variant.weighting,
                 "ranks": variant.ranks,
                 "finished": len(variant.finished),
-                "scores": _statistics(variant),
-                "difference": _interval(comparison.differences(variant)),
+                "scores": score_statistics(variant),
+                "difference": interval_facts(comparison.differences(variant)),
                 "bytes": {way: variant.cost("bytes", way) for way in ("down", "up")},
                 "seconds": {way: variant.cost("seconds", way) for way in ("train", "total")},
                 "grid": [
@@ -44,7 +44,9 @@ def results(comparison: Comparison) -> Json:
                     | {"validation": comparison.validation(t)}
                     for g, t in grid
                 ],
-                "runs": [{"seed": r["seed"], "folder": r["folder"], **_facts(t)} for r, t in runs],
+                "runs": [
+                    {"seed": r["seed"], "folder": r["folder"], **trial_facts(t)} for r, t in runs
+                ],
             }
         )
     shown = {"metric": comparison.metric, "compared by": comparison.common, "variants": variants}
@@ -66,20 +68,20 @@ def write_comparison(folder: Path) -> Path:
     return folder / "comparison.html"
 
 
-def _interval(values: Sequence[float | None]) -> Json:
+def interval_facts(values: Sequence[float | None]) -> Json:
     mean, half = mean_interval(values)
     return {"mean": mean, "half": half, "values": list(values)}
 
 
-def _statistics(variant: Variant) -> Json:
+def score_statistics(variant: Variant) -> Json:
     found = {
-        kind: {m: _interval(v) for m in ("accuracy", "loss") if (v := variant.values(kind, m))}
+        kind: {m: interval_facts(v) for m in ("accuracy", "loss") if (v := variant.values(kind, m))}
         for kind in KINDS
     }
     return {kind: statistics for kind, statistics in found.items() if statistics}
 
 
-def _facts(trial: Trial) -> Json:
+def trial_facts(trial: Trial) -> Json:
     run = trial.run
     summary = run.summary if run else None
     return {
@@ -113,12 +115,12 @@ def comparison_tables(folder: Path) -> list[Table]:
     headers += [] if metric == "loss" else ["loss"]
     title = f"{comparison.name}: means over seeds, ± half of a 95% interval"
     return [
-        _table(title, headers, quality),
-        _table("means of a run", ["variant", "ranks", *COSTS, "learning rate"], costs),
+        plain_table(title, headers, quality),
+        plain_table("means of a run", ["variant", "ranks", *COSTS, "learning rate"], costs),
     ]
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def plain_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

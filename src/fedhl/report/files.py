@@ -47,7 +47,7 @@ class Run:
     metric: str
 
 
-# Reading
+# --- reading ------------------------------------------------------------------------------------
 
 
 def read_run(run: Path) -> Run:
@@ -68,12 +68,12 @@ def read_run(run: Path) -> Run:
         rounds=rounds,
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        clients=_clients(rounds, summary),
+        clients=clients_of(rounds, summary),
         metric=str(metric),
     )
 
 
-def _clients(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
+def clients_of(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
     clients: dict[str, Client] = {}
     entries = [(None, entry) for entry in items(summary, "clients")]
     entries += [(line["round"], entry) for line in rounds for entry in items(line, "clients")]

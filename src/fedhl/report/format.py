@@ -47,7 +47,7 @@ def seconds(value: float) -> str:
     return f"{hours:.1f} h" if minutes >= 99.5 else f"{minutes:.1f} min"
 
 
-# A metric: accuracy in percent, everything else with three decimals
+# --- a metric: accuracy in percent, everything else with three decimals -------------------------
 
 
 def metric_text(metric: str, value: float) -> str:
@@ -75,7 +75,7 @@ def difference_text(metric: str, mean: float, half: float | None) -> str:
     return sign + spread_text(metric, mean, half).replace("%", " points")
 
 
-# Settings
+# --- settings -----------------------------------------------------------------------------------
 
 
 def settings(choice: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fedhl.report.files import Client, Run, items, num
 
-# Of any values
+# --- of any values ------------------------------------------------------------------------------
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -80,7 +80,7 @@ def mean_interval(values: Sequence[float | None]) -> Interval:
     return Interval(fmean(known), half)
 
 
-# Of a run
+# --- of a run -----------------------------------------------------------------------------------
 
 PHASES = (
     "compute",

@@ -31,8 +31,8 @@ from fedhl.run.folder import (
     uninterrupted,
     writing,
 )
+from fedhl.run.progress import COLLAPSE, describe, steps
 from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
-from fedhl.run.telling import COLLAPSE, describe, steps
 from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
 
@@ -45,7 +45,7 @@ def start_run(
     `examined`: the rows and ranks, if they have been read already.
     """
     refuse_taken(folder)
-    begin(prepare(config, watcher, examined), folder, watcher)
+    start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
@@ -57,10 +57,12 @@ def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
             "was begun, with --ray, or with fedhl serve"
         )
     with alone(folder):
-        go_on(prepare(config, watcher), folder, watcher)
+        resume_prepared(prepare(config, watcher), folder, watcher)
 
 
-def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
+def start_prepared(
+    prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
+) -> None:
     """All rounds, into a new run folder."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +73,17 @@ def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = I
             write_text(folder / "config.yaml", dump_config(prepared.config))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
-        carry_on(prepared, None, folder, watcher, engine=engine)
+        run_rounds(prepared, None, folder, watcher, engine=engine)
 
 
-def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
+def resume_prepared(
+    prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
+) -> None:
     """The rounds that are left after the newest good checkpoint."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
         watcher.say("no checkpoint yet: starting from the first round")
-        carry_on(prepared, None, folder, watcher, engine=engine)
+        run_rounds(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
     best, keep = manifest["best"], prepared.config.checkpoints.keep
@@ -87,10 +91,10 @@ def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = I
         keep_metrics(folder, manifest["metrics"])
         checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
-    carry_on(prepared, state, folder, watcher, best, engine)
+    run_rounds(prepared, state, folder, watcher, best, engine)
 
 
-def carry_on(
+def run_rounds(
     prepared: Prepared,
     state: ServerState | None,
     folder: Path,

@@ -124,16 +124,18 @@ def memory_table(prepared: Prepared) -> Table:
     federation, config = prepared.federation, prepared.config
     slots = federation.slots
     adapters = sum(
-        _bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
+        tensor_bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
     )
-    base = sum(_bytes(p) for p in slots.model.parameters()) - adapters
+    base = sum(tensor_bytes(p) for p in slots.model.parameters()) - adapters
     top = slots.factors[federation.top_rank].values()
-    trained = sum(_bytes(p) for pair in top for p in pair)
-    trained += sum(_bytes(p) for p in slots.head.values())
+    trained = sum(tensor_bytes(p) for pair in top for p in pair)
+    trained += sum(tensor_bytes(p) for p in slots.head.values())
     state = prepared.initial_state()
-    server = sum(_bytes(t) for layer in state.layers.values() for t in flatten(layer).values())
+    server = sum(
+        tensor_bytes(t) for layer in state.layers.values() for t in flatten(layer).values()
+    )
     replies = sum(
-        sum(_bytes(p) for pair in slots.factors[client.rank].values() for p in pair)
+        sum(tensor_bytes(p) for pair in slots.factors[client.rank].values() for p in pair)
         for client in federation.clients
     ) * (config.participation.size(len(federation.clients)) / len(federation.clients))
     optimizer = 2 * trained if config.training.optimizer == "adamw" else 0
@@ -187,5 +189,5 @@ def activations(prepared: Prepared) -> int:
     return sum(kept.values())
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

@@ -90,15 +90,15 @@ def write_summary(
         "seeds": {"root": config.seed},
         "hashes": hashes(prepared, folder),
     }
-    store(folder, summary)
+    save_summary(folder, summary)
 
 
 def mark(folder: Path, status: str) -> None:
     """Change the status in the summary, which is that of the last finished round."""
-    store(folder, read_summary(folder) | {"status": status})
+    save_summary(folder, read_summary(folder) | {"status": status})
 
 
-def store(folder: Path, summary: dict[str, Any]) -> None:
+def save_summary(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     write_text(folder / "summary.json", text)
 

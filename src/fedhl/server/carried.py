@@ -11,10 +11,8 @@ from fedhl.method import Broadcast
 from fedhl.server import Reply
 from fedhl.server.payload import carried_lora
 
-# --- replies ------------------------------------------------------------------------------------
 
-
-def leaving(sent: Broadcast) -> list[str]:
+def returned_factors(sent: Broadcast) -> list[str]:
     """The factors that the client trains and does not keep: they travel back."""
     return sorted(sent.train - sent.keep)
 
@@ -27,7 +25,9 @@ def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
     """
     payload = reply.client.payload
     adapter = {
-        name: carried_lora(filled(lora, sent[name]), payload, frozenset(leaving(sent[name])))
+        name: carried_lora(
+            filled(lora, sent[name]), payload, frozenset(returned_factors(sent[name]))
+        )
         for name, lora in reply.adapter.items()
     }
     return replace(
@@ -42,5 +42,5 @@ def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
 
 def filled(lora: LoRA, sent: Broadcast) -> LoRA:
     """The adapter with the factors that do not travel as they were sent."""
-    fixed = {"A", "B"} - set(leaving(sent))
+    fixed = {"A", "B"} - set(returned_factors(sent))
     return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(fixed)})

@@ -46,11 +46,11 @@ def aggregation_error(
     before: LoRA | Tensor, after: LoRA | Tensor, updates: Iterable[Update], products: Tensor
 ) -> float:
     """`||W_{t+1} - (W_t + Σ p_i (ΔW_i - ΔW(sent_i)))||_F²`: what aggregation lost or added."""
-    expected = add_products(dense(before), besides(updates))
+    expected = add_products(dense(before), remaining_terms(updates))
     return energy(dense(after) - expected - products.to(expected))
 
 
-def besides(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float, LoRA]]:
+def remaining_terms(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float, LoRA]]:
     """The terms of `Σ p_i (ΔW_i - s_i B_i A_i - ΔW(sent_i))`: frozen directions, and what was sent,
     taken together for those who were sent the same. No more than `most` components of these are held."""
     held: dict[int, tuple[float, Broadcast]] = {}

@@ -28,7 +28,7 @@ def change_norms(layers: Layers, replies: Sequence[Reply]) -> list[float]:
     return [square**0.5 for square in squares]
 
 
-def measure(
+def measure_cohort(
     layers: Layers, replies: Sequence[Reply], norms: bool = True, factors: Sequence[float] = ()
 ) -> Cohort:
     """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the

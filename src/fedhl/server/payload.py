@@ -36,7 +36,7 @@ STEP_BYTES = 2
 """Bytes of one step of int8, a bfloat16."""
 
 
-def stored(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
+def to_payload(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
     """`x` (k, n) in the type that travels, and with int8 the step of each row, (k,) in bfloat16.
 
     A row that is not finite has a step that is not.
@@ -52,8 +52,8 @@ def stored(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
     return q.round().to(torch.int8), step
 
 
-def restored(x: Tensor, step: Tensor | None) -> Tensor:
-    """What the receiver has of `stored(x)`: float32, (k, n)."""
+def from_payload(x: Tensor, step: Tensor | None) -> Tensor:
+    """What the receiver has of `to_payload(x)`: float32, (k, n)."""
     return x.float() if step is None else x.float() * step.float()[:, None]
 
 
@@ -74,7 +74,9 @@ def factor_of(rows: Tensor, factor: str, scale: float, payload: str) -> Tensor:
 def carried_lora(lora: LoRA, payload: str, factors: frozenset[str] = frozenset("AB")) -> LoRA:
     """What the receiver has of this adapter, of which only `factors` travel."""
     received = {
-        f: factor_of(restored(*stored(rows(lora, f, payload), payload)), f, lora.scale, payload)
+        f: factor_of(
+            from_payload(*to_payload(rows(lora, f, payload), payload)), f, lora.scale, payload
+        )
         for f in sorted(factors)
     }
     return replace(lora, **received)
@@ -92,7 +94,7 @@ def carried(broadcast: Broadcast, payload: str) -> Broadcast:
     received = replace(
         broadcast,
         lora=carried_lora(lora, payload),
-        base=None if base is None else restored(*stored(base, payload)),
+        base=None if base is None else from_payload(*to_payload(base, payload)),
         past=None if past is None else carried_lora(past, payload),
         magnitudes=None if broadcast.magnitudes is None else broadcast.magnitudes.float(),
     )

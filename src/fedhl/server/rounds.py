@@ -19,7 +19,7 @@ from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.server.layers import Layer, Layers, LayerUpdates
-from fedhl.server.measures import change_norms, measure
+from fedhl.server.measures import change_norms, measure_cohort
 from fedhl.server.privacy import Mechanism
 from fedhl.server.refusals import accept
 from fedhl.server.robust import Guard
@@ -84,7 +84,7 @@ def aggregate(
         return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
 
     factors, silence = [check.factor for check in checks], rules.silence or {}
-    cohort = measure(layers, accepted, weighting.norms, factors)
+    cohort = measure_cohort(layers, accepted, weighting.norms, factors)
     p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
     def arrived(layer: Layer) -> LayerUpdates:
@@ -92,7 +92,7 @@ def aggregate(
 
     noise = None
     if rules.channel is not None:
-        noise = loudness(rules.channel, accepted, p, map(arrived, layers))
+        noise = channel_deviation(rules.channel, accepted, p, map(arrived, layers))
 
     def step(name: str, before: Any) -> LayerStep:
         began, updates = perf_counter(), arrived(layers.of(name, before))
@@ -163,7 +163,7 @@ def release(
     result = ServerState(state.round + 1, following, head, state.clients)
     clients, numbers = [], {}
     if accepted:
-        cohort = measure(layers, accepted, norms=False)
+        cohort = measure_cohort(layers, accepted, norms=False)
         error = relative_error(cohort)
         weights, moved = [1 / mechanism.denominator] * len(accepted), [None] * len(accepted)
         clients = records(accepted, weights, error.tolist(), moved, checks)
@@ -283,7 +283,7 @@ def drifts(steps: Sequence[LayerStep], count: int) -> list[float]:
     return squares.sqrt().tolist()
 
 
-def loudness(
+def channel_deviation(
     channel: AirComp, replies: Sequence[Reply], p: Tensor, arrived: Iterable[LayerUpdates]
 ) -> float:
     """The standard deviation of the noise that this round's updates get over `channel`."""
