@@ -64,9 +64,7 @@ bench: .venv/installed ## time the server step; writes benchmarks/results/server
 	$(BIN)/fedhl bench server --json benchmarks/results/server.json
 
 docs: .venv/installed ## write the generated parts of docs/ and of README.md anew
-	$(BIN)/python tests/test_method_docs.py --write
 	$(BIN)/python tools/docs.py
-	$(BIN)/python benchmarks/card_tables.py --write
 
 clean: ## remove .venv, build and caches; runs stay
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis

@@ -1,19 +1,17 @@
 """What README.md and docs/performance.md say of a graphics card, from the results of card.py.
 
-    python benchmarks/card_tables.py --write      # a part of `make docs`
-
-A page has `<!-- card NAME -->` ... `<!-- /card -->`; what is between them is replaced by `TEXTS[NAME]`.
+A page has `<!-- card NAME -->` ... `<!-- /card -->`; `make docs` replaces what is between them by
+`TEXTS[NAME]`.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from card import PARTS, RESULTS, ROOT, read
+from card import PARTS, RESULTS, read
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]
@@ -223,11 +221,3 @@ def written(page: str, found: Results) -> str:
         return f"{begin}\n{new}\n{end}" if "\n" in old else f"{begin}{new}{end}"
 
     return MARKED.sub(text, page)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit(__doc__)
-    for name in PAGES:
-        file = ROOT / name
-        file.write_text(written(file.read_text("utf-8"), results()), encoding="utf-8")

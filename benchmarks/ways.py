@@ -33,9 +33,9 @@ sys.path[:0] = [
     str(HERE.parent / "tests"),
 ]  # before this folder, which has another `federation`
 
-import tiny  # noqa: E402
 from federation import difference  # noqa: E402
 from loopback import Loopback, family, wait_until  # noqa: E402
+from support import tiny  # noqa: E402
 
 from fedhl.config import Config, dump_config, load_config  # noqa: E402
 from fedhl.network.node import partition  # noqa: E402

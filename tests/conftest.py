@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 from hypothesis import settings
+from support import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # busy-waiting threads starve a shared machine
+
+pytest.register_assert_rewrite("support.contract", "support.task_federation")
 
 settings.register_profile("local", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import fedhl
+from support.tiny import fedhl
 
 from fedhl.bench import checks, problems, server
 

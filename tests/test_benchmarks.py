@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_catalogue import package
+from support.packages import package
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from reference import dense as reference
-from test_contract import change
+from support.contract import change
+from support.reference import dense as reference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+from support.packages import package
 from typer.testing import CliRunner
 
 from fedhl import LAWS, METHODS, WEIGHTINGS
@@ -36,14 +35,6 @@ from fedhl.methods.catalogue import (
 )
 
 every_method = pytest.mark.parametrize("name", METHODS)
-
-
-def package(name: str) -> Path:
-    """Where an installed package is; it need not be importable."""
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        pytest.skip(f"the package {name} is not installed")
-    return Path(found.submodule_search_locations[0])
 
 
 # Docstrings

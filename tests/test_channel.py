@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_contract as contract
 import torch
-from test_participation import obedient
-from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, start
+from support import contract
+from support.small_server import CLIENTS, OF_RANK_4, SEED, SHAPES, obedient, start
 
 from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.lora import dense

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from tiny import Done, fedhl, rows, write_rows
+from support import tiny
+from support.tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
 from fedhl.run.overview import size

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from markupsafe import escape
-from test_report import EVIL, Page, evil, evil_metric, fake_run
-from tiny import classification, fedhl, start, write_config
+from support.fake_run import EVIL, Page, evil, evil_metric, fake_run
+from support.tiny import classification, fedhl, start, write_config
 
 from fedhl.compare import compare
 from fedhl.compare.study import Study, best_rate, difference, warn_of_left_out

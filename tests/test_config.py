@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tiny import causal, classification, merged
+from support.tiny import causal, classification, merged
 
 from fedhl.config import Config, dump_config, load_config
 from fedhl.config.conduct import Participation, TrainingConfig

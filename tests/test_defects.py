@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference.dense import truncation
 from safetensors.torch import load_file, save_file
-from test_contract import observed, started
-from test_peft import IDS, gpt2, llama
+from support.contract import observed, started
+from support.peft_models import IDS, gpt2, llama
+from support.reference.dense import truncation
 from torch import Tensor, nn
 
 from fedhl import (

@@ -13,12 +13,12 @@ from dataclasses import fields, is_dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
-import elsewhere
 import pytest
 import torch
-from cohorts import answers
-from test_server import CLIENTS, HEAD, OF_RANK_4, SEED, SHAPES, TOP, draw, reply
-from test_simulation import RANKS, federate
+from support import elsewhere
+from support.cohorts import answers
+from support.small_federation import RANKS, federate
+from support.small_server import CLIENTS, HEAD, OF_RANK_4, SEED, SHAPES, TOP, draw, reply
 from torch import Tensor
 
 from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting, server

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import config_page
 import pytest
 from pydantic import Field, PositiveInt
 
-import docs
 from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
@@ -23,14 +23,14 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 def test_the_config_reference_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == docs.config_page(), "write it anew: make docs"
+    assert page == config_page.config_page(), "write it anew: make docs"
 
 
 def test_every_setting_is_explained() -> None:
-    for path, model in docs.sections(Config):
+    for path, model in config_page.sections(Config):
         assert model.__doc__, f"{path} has no help"
         for name, field in model.model_fields.items():
-            assert docs.meaning(field) or name == "kind", f"{path}.{name} has no help"
+            assert config_page.meaning(field) or name == "kind", f"{path}.{name} has no help"
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def test_every_setting_is_explained() -> None:
     ],
 )
 def test_types_are_named_as_a_user_would(annotation: Any, said: str) -> None:
-    assert docs.type_name(annotation) == said
+    assert config_page.type_name(annotation) == said
 
 
 def test_a_type_without_a_word_is_an_error() -> None:
     with pytest.raises(TypeError, match="no word for the type"):
-        docs.type_name(list[str] | bytes)
+        config_page.type_name(list[str] | bytes)
 
 
 def test_defaults_are_yaml() -> None:
     fields = Config.model_fields | LoRAConfig.model_fields
-    found = {name: docs.default(field) for name, field in fields.items()}
+    found = {name: config_page.default(field) for name, field in fields.items()}
     assert found["data"] == "required" and found["training"] == "as below"
     assert (found["ranks"], found["rslora"], found["start"]) == ("`8`", "`false`", "`null`")
     assert (found["method"], found["participation"]) == ("`fedhl`", "`{fraction: 1.0}`")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import CLASSES, LONGEST, VOCABULARY, both, build, rows
+from support.small_models import CLASSES, LONGEST, VOCABULARY, both, build, rows
 from transformers import PreTrainedModel
 
 from fedhl.model import evaluation

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import BERT, LLAMA, WORDS, save_tokenizer
+from support.tiny import BERT, LLAMA, WORDS, save_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile
 import pytest
-import tiny
 from certificates import make as make_certificates
 from federation import difference
 from loopback import loopback, wait_until
+from support import hostile, tiny
 
 from fedhl.config import load_config
 from fedhl.federation.engine import InProcess
@@ -46,7 +45,7 @@ def simulated(project: Path, name: str, client: str, config: dict[str, Any]) -> 
     tiny.write_config(project / f"{name}.yaml", config)
     folder = project / "runs" / name
     done = subprocess.run(
-        [sys.executable, TESTS / "simulate.py", f"{name}.yaml", folder, client],
+        [sys.executable, "-m", "support.simulate", f"{name}.yaml", folder, client],
         cwd=project,
         env=environment(project),
         capture_output=True,
@@ -88,7 +87,7 @@ def test_every_kind_of_broken_update_is_refused_and_the_state_is_as_without_its_
         training={"steps": 1},
         evaluation={"client_fraction": 0.0, "every": 100},
     )
-    run = simulated(project, "hostile", "hostile:mallory", config)
+    run = simulated(project, "hostile", "support.hostile:mallory", config)
     lines = read_metrics(run)[1:]
     honest = [f"client-{k}" for k in range(5)]
     for line, (kind, reason) in zip(lines, hostile.KINDS, strict=True):
@@ -115,7 +114,7 @@ def test_with_100_clients_of_which_30_percent_drop_out_each_update_counts_once(
         evaluation={"client_fraction": 0.0, "every": 100},
     )
     tiny.write_rows(project / "many.jsonl", tiny.rows(460))
-    run = simulated(project, "load", "hostile:dropping", config)
+    run = simulated(project, "load", "support.hostile:dropping", config)
     everyone = sorted(f"client-{k:02d}" for k in range(100))
     for line in read_metrics(run)[1:]:
         gone = [id for id in everyone if hostile.drops(id, line["round"])]
@@ -189,7 +188,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
                 authority=tmp_path / "other" / "ca.crt",
             ),
         ]
-        command = federation.submit(settings, run, "hostile:slow")
+        command = federation.submit(settings, run, "support.hostile:slow")
 
         # round 1: client-1 never answers
         until(lambda: len(lines()) == 2)
@@ -206,7 +205,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         assert len(lines()) == 2
         had = {file: file.stat().st_mtime_ns for file in (run / "incoming").glob("*/*.safetensors")}
         federation.superlink()
-        federation.submit(settings, run, "hostile:slow")
+        federation.submit(settings, run, "support.hostile:slow")
         until(lambda: len(arrived(2)) == 3 or len(lines()) == 3)
         assert all(not file.exists() or file.stat().st_mtime_ns == t for file, t in had.items())
         until(lambda: len(lines()) == 3)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -27,8 +26,9 @@ from flwr.app import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import Answers, InProcessGrid
 from safetensors.torch import load_file
+from support import tiny
+from support.in_process import Answers, InProcessGrid
 
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError

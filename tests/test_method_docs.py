@@ -1,7 +1,4 @@
-"""The docs on methods are true: the tables are generated, the example is run.
-
-`python tests/test_method_docs.py --write` writes the tables of docs/methods.md again.
-"""
+"""The docs on methods are true: the tables are generated, the example is run."""
 
 from __future__ import annotations
 
@@ -12,26 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_contract as contract
+from support import contract
 
+import docs
 from fedhl import LAWS, METHODS, WEIGHTINGS, Method, get_method
-from fedhl.methods.catalogue import markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
-REGENERATE = "python tests/test_method_docs.py --write"
-
-
-def written(page: str) -> str:
-    """The page with the tables of now between its markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{markdown()}\n{END}{after}"
 
 
 def test_the_tables_are_those_of_the_methods():
     page = (DOCS / "methods.md").read_text(encoding="utf-8")
-    assert page == written(page), f"docs/methods.md is out of date; run: {REGENERATE}"
+    assert page == docs.with_methods(page), "write it anew: make docs"
 
 
 def test_every_method_and_weighting_is_described():
@@ -83,10 +72,3 @@ def test_the_example_refuses_a_wrong_hyperparameter(example: Method[Any]):
         get_method("tail_decay:TailDecay", rate=2.0)
     with pytest.raises(ValueError, match="no hyperparameter 'decay'; it has: rate"):
         get_method("tail_decay:TailDecay", decay=0.1)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit(f"usage: {REGENERATE}")
-    target = DOCS / "methods.md"
-    target.write_text(written(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_contract as contract
 import torch
-from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense as reference
-from reference.starts import truncated
-from test_contract import change, started
-from tiny import classification
+from support import contract
+from support.cohorts import answers, clients, draw
+from support.contract import change, started
+from support.reference import dense as reference
+from support.reference.starts import truncated
+from support.tiny import classification
 from torch import Tensor
 
 from fedhl import METHODS, Broadcast, Cohort, LoRA, Method, Update, get_method, get_weighting

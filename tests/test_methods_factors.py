@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_contract as contract
 import torch
-from cohorts import clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import factors as reference
-from test_contract import adapter, change, started
+from support import contract
+from support.cohorts import clients, draw
+from support.contract import adapter, change, started
+from support.reference import factors as reference
 from torch import Tensor
 
 from fedhl import LAWS, Broadcast, LoRA, Method, Update, get_method

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense, means
-from test_contract import change, started
+from support.cohorts import answers, clients, draw
+from support.contract import change, started
+from support.reference import dense, means
 from torch import Tensor
 
 from fedhl import Broadcast, LoRA, Method, Update, get_method

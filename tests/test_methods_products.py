@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cohorts import answers, clients, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense
-from reference import products as reference
-from reference.dense import Client, truncation
-from test_contract import change, started
+from support.cohorts import answers, clients, draw
+from support.contract import change, started
+from support.reference import dense
+from support.reference import products as reference
+from support.reference.dense import Client, truncation
 from torch import Tensor
 
 from fedhl import LoRA, Method, Update, get_method

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BERT, LLAMA, save_tokenizer
+from support.tiny import BERT, LLAMA, save_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,

@@ -6,8 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_server import CLIENTS, OF_RANK_4, SEED, SHAPES, draw, exact, reply, start
-from test_simulation import RANKS, federate, kinds
+from support.small_federation import RANKS, federate, kinds
+from support.small_server import (
+    CLIENTS,
+    OF_RANK_4,
+    SEED,
+    SHAPES,
+    draw,
+    exact,
+    obedient,
+    reply,
+    start,
+)
 
 from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
 from fedhl.federation.engine import run_round
@@ -132,18 +142,6 @@ def test_a_layer_is_averaged_over_those_who_returned_it(name: str):
     whole, _ = server.aggregate(method, weighting, state, answers, SEED)
     for x, y in zip(numbers(after, third), numbers(whole, third), strict=True):
         assert torch.equal(x, y)
-
-
-def obedient(method, state: ServerState, client: server.Client) -> Reply:
-    """A reply in which only the factors that are trained have moved."""
-    answer = reply(state, client, method)
-    adapter = {}
-    for name, sent in server.broadcast(method, state, client, SEED).items():
-        frozen = {"A", "B"} - (sent.train - sent.keep)
-        adapter[name] = replace(
-            answer.adapter[name], **{factor: getattr(sent.lora, factor) for factor in frozen}
-        )
-    return replace(answer, adapter=adapter)
 
 
 def test_a_layer_that_nobody_returned_stays():

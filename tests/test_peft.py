@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.peft_models import IDS, TINY, gpt2, llama
 from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -28,25 +26,12 @@ from fedhl.model import adapters, peft, targets
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-TINY: dict[str, Any] = {"vocab_size": 16, "max_position_embeddings": 16}
 HEAD = ("classifier.weight", "classifier.bias")
-IDS = torch.arange(3, 9).reshape(1, 6)
 
 
 def bert() -> PreTrainedModel:
     size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     return BertForSequenceClassification(BertConfig(**TINY, **size, num_attention_heads=4))
-
-
-def llama() -> PreTrainedModel:
-    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**TINY, **size, **heads))
-
-
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(vocab_size=16, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    return GPT2LMHeadModel(config)
 
 
 MODELS = {"bert": bert, "llama": llama, "gpt2": gpt2}

@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_robust import BASE, louder
-from test_server import CLIENTS, FEDHL, HEAD, SEED, SHAPES, begun, exact, reply, same, start
-from test_simulation import federate
+from support import tiny
+from support.small_federation import BASE, federate
+from support.small_server import (
+    CLIENTS,
+    FEDHL,
+    HEAD,
+    SEED,
+    SHAPES,
+    begun,
+    exact,
+    louder,
+    reply,
+    same,
+    start,
+)
 from torch import Tensor
 
 from fedhl import METHODS, LoRA, dense, get_method, server

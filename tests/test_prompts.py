@@ -9,10 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from support.characters import characters
+from transformers import AutoTokenizer
 
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
@@ -21,28 +19,10 @@ from fedhl.task.classification import encode_classification
 from fedhl.task.examples import IGNORED, Encoded, Example, collate
 from fedhl.task.labels import label_ids
 
-CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
 )
-
-
-def characters(template: str | None = None, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters, but for the two tokens "\\n " and "ab"."""
-    tokens = ["<pad>", "<bos>", "<eos>", *CHARACTERS, "\n ", "ab"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocab=vocab, merges=[("\n", " "), ("a", "b")]))
-    backend.add_special_tokens(["<pad>", "<bos>", "<eos>"])
-    if adds_bos:
-        backend.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 PLAIN, CHAT = characters(), characters(TEMPLATE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -15,29 +14,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from tiny import Done, classification, fedhl, rows, start, write_config, write_rows
+from support.outcome import result
+from support.tiny import Done, classification, fedhl, rows, start, write_config, write_rows
 
 LAST = "state/round-000005"
-
-
-def result(run: Path) -> dict[str, Any]:
-    """Everything about a finished run that must not depend on how often it was stopped."""
-    metrics = [json.loads(text) for text in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    for line in metrics:
-        del line["seconds"]
-    summary = json.loads((run / "summary.json").read_text("utf-8"))
-    kept = ("status", "rounds_done", "final", "best", "clients", "parameters", "bytes", "hashes")
-    return {
-        "files": sorted(p.name for p in run.iterdir()),
-        "config": (run / "config.yaml").read_text("utf-8"),
-        "metrics": json.dumps(metrics),
-        "summary": {name: summary[name] for name in kept},
-        "states": {
-            p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(run.glob("state/*/state.safetensors"))
-        },
-        "in state": sorted(p.name for p in (run / "state").iterdir()),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_server import (
+from support.small_federation import BASE, federate
+from support.small_server import (
     CLIENTS,
     FEDHL,
     HEAD,
@@ -20,11 +21,11 @@ from test_server import (
     begun,
     draw,
     exact,
+    louder,
     reply,
     same,
     start,
 )
-from test_simulation import federate
 from torch import Tensor
 
 from fedhl import METHODS, LoRA, Update, dense, get_method, get_weighting, server
@@ -44,12 +45,6 @@ sizes = st.integers(1, 7)
 @pytest.fixture(scope="module")
 def state() -> ServerState:
     return begun()
-
-
-def louder(answer: Reply, times: float) -> Reply:
-    """The same client with an update that many times as large."""
-    adapter = {name: LoRA(x.A, times * x.B, x.scale) for name, x in answer.adapter.items()}
-    return replace(answer, adapter=adapter)
 
 
 def aggregate(state: ServerState, replies: Sequence[Reply], guard: Guard | None, method=FEDHL):
@@ -274,14 +269,6 @@ def test_a_rejected_client_keeps_what_it_had_and_its_bytes_are_counted() -> None
 
 
 # --- settings -----------------------------------------------------------------------------------
-
-BASE = {
-    "name": "tiny",
-    "model": {"source": "none"},
-    "task": {"kind": "causal-lm"},
-    "data": {"source": "none"},
-    "partition": {"kind": "iid", "clients": 4},
-}
 
 
 def test_settings_make_a_guard() -> None:

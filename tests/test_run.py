@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Done, fedhl
+from support.tiny import Done, fedhl
 
 from fedhl.errors import UserError
 from fedhl.files import write_text

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_contract as contract
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import sd_lora as reference
-from test_contract import adapter
-from test_tasks import federate, play
-from test_training import TARGETS, build, rows
+from support import contract
+from support.contract import adapter
+from support.reference import sd_lora as reference
+from support.small_models import TARGETS, build, rows
+from support.task_federation import federate, play
 from torch import Tensor
 
 from fedhl import LoRA, Update, dense, server

@@ -6,100 +6,47 @@ import gc
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference import dense as reference
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.reference import dense as reference
+from support.small_server import (
+    CLIENTS,
+    FEDHL,
+    HEAD,
+    OF_RANK_4,
+    SEED,
+    SHAPES,
+    TOP,
+    begun,
+    draw,
+    exact,
+    play,
+    reply,
+    same,
+    start,
+    tensors,
+)
 from torch import Tensor
 
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
-from fedhl.method import Broadcast, flatten
-from fedhl.seeds import generator
-from fedhl.server import Client, Outcome, Reply, ServerState, diagnostics, measures, refusals
+from fedhl.method import Broadcast
+from fedhl.server import Client, Reply, ServerState, diagnostics, measures, refusals
 from fedhl.server.layers import Layers
 
 EPS32 = torch.finfo(torch.float32).eps
-SEED = 3
-TOP = 6
-SHAPES = {"block.0.query": (13, 9), "block.0.value": (7, 11), "block.1.query": (9, 8)}
-HEAD = {"classifier.weight": (3, 7), "classifier.bias": (3,)}
-CLIENTS = [
-    Client("ada", 2, 4.0, 30),
-    Client("bob", 6, 4 / 3, 10),
-    Client("cyd", 4, 2.0, 60),
-    Client("dan", 2, 0.7, 25),
-]
-OF_RANK_4 = [replace(client, rank=4, scale=2.0) for client in CLIENTS]
-FEDHL = get_method("fedhl")
-TRUNCATION = get_weighting("truncation", power=1, epsilon=0.1)
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed, "draw", *shape))
-
-
-def reply(
-    state: ServerState, client: Client, method: Any = FEDHL, step: float = 0.1, seed: int = 0
-) -> Reply:
-    """What a client returns whose training moved everything at random."""
-    sent = server.broadcast(method, state, client, SEED)
-    k = sum(client.id.encode()) + 1000 * state.round + 7 * seed
-    adapter = {
-        name: LoRA(
-            b.lora.A + step * draw(k, *b.lora.A.shape),
-            b.lora.B + step * draw(k + 1, *b.lora.B.shape),
-            client.scale,
-        )
-        for name, b in sent.items()
-    }
-    head = {name: t + step * draw(k + 2, *t.shape) for name, t in state.head.items()}
-    return Reply(client, state.round + 1, adapter, head, loss=0.5, steps=3)
-
-
-def play(
-    state: ServerState, replies: Sequence[Reply], method: Any = FEDHL, weighting: Any = TRUNCATION
-) -> tuple[ServerState, Outcome]:
-    return server.aggregate(method, weighting, state, replies, SEED)
-
-
-def start(method: Any = FEDHL, top: int = TOP, scale: float = 1.0) -> ServerState:
-    adapter = {name: initial(m, n, top, scale, seed=0) for name, (m, n) in SHAPES.items()}
-    return server.init(method, adapter, {n: draw(9, *shape) for n, shape in HEAD.items()}, SEED)
-
-
-def begun() -> ServerState:
-    """After two rounds of everybody, so that W has more rank than anyone is sent."""
-    state = start()
-    for _ in range(2):
-        state, _ = play(state, [reply(state, client) for client in CLIENTS])
-    return state
 
 
 @pytest.fixture(scope="module")
 def state() -> ServerState:
     return begun()
-
-
-def exact(lora: LoRA) -> Tensor:
-    return lora.scale * lora.B.double() @ lora.A.double()
-
-
-def tensors(state: ServerState) -> dict[str, Tensor]:
-    layers = {f"{n}/{k}": t for n, s in state.layers.items() for k, t in flatten(s).items()}
-    return layers | dict(state.head)
-
-
-def same(a: ServerState, b: ServerState) -> bool:
-    """To the bit."""
-    x, y = tensors(a), tensors(b)
-    return a.round == b.round and list(x) == list(y) and all(torch.equal(x[n], y[n]) for n in x)
 
 
 def test_the_norm_of_an_update_has_its_frozen_directions():

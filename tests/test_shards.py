@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_prompts import characters
+from support.characters import characters
 
 from fedhl.config import Config
 from fedhl.data import shards

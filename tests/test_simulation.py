@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import dense as reference
-from test_prompts import characters
-from test_training import HEADS, TARGETS, build, rows
+from support.characters import characters
+from support.reference import dense as reference
+from support.small_federation import RANKS, federate, kinds, same, tensors
+from support.small_models import HEADS, build
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedhl import METHODS, get_method, get_weighting, server
+from fedhl import METHODS, server
 from fedhl.config import Config
 from fedhl.federation import local, scores
 from fedhl.federation.engine import run_round
@@ -39,57 +40,6 @@ from fedhl.task.examples import Example, collate
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 EPS32 = torch.finfo(torch.float32).eps
-RANKS = {"ada": 2, "bob": 4, "cyd": 2, "dan": 3}
-kinds = pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-
-
-def federate(
-    kind: str,
-    ranks: Mapping[str, int] = RANKS,
-    method: Any = "fedhl",
-    weighting: Any = None,
-    held_out: int = 9,
-    own: int = 0,
-    dropout: float = 0.1,
-    device: str = "cpu",
-    **settings: Any,
-) -> Federation:
-    """A federation around a tiny model, with dropout in the base and in the adapters."""
-    classify = kind == "bert"
-    base: dict[str, Any] = {
-        "name": "tiny",
-        "model": {"source": "none"},
-        "task": {"kind": "sequence-classification" if classify else "causal-lm"},
-        "data": {"source": "none"},
-        "partition": {"kind": "iid", "clients": len(ranks)},
-        "lora": {"alpha": 8, "rslora": True, "dropout": dropout} | settings.pop("lora", {}),
-        "rounds": 4,
-        "training": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "schedule": "cosine"}
-        | settings.pop("training", {}),
-        "evaluation": {"batch_size": 5},
-    }
-    config = Config.model_validate(base | settings)
-    slots = peft.attach(
-        build(kind, dropout).to(device),  # pyright: ignore[reportArgumentType]
-        {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
-        TARGETS[kind],
-        rslora=config.lora.rslora,
-        dropout=config.lora.dropout,
-        head=HEADS[kind],
-    )
-    data = {name: rows(kind, 5 + 3 * k, seed=k) for k, name in enumerate(sorted(ranks))}
-    return Federation(
-        config=config,
-        method=get_method(method) if isinstance(method, str) else method,
-        weighting=weighting or get_weighting("truncation", power=1, epsilon=0.1),
-        clients=[Client(n, r, peft.scale(slots, r), len(data[n])) for n, r in ranks.items()],
-        rows=data,
-        own={n: rows(kind, own, seed=50 + k) for k, n in enumerate(sorted(ranks))} if own else {},
-        held_out=rows(kind, held_out, seed=99),
-        slots=slots,
-        pad_id=0,
-        device=torch.device(device),
-    )
 
 
 # --- the obvious federation ---------------------------------------------------------------------
@@ -172,22 +122,6 @@ def naive_client(
         adapter[name] = LoRA(**theirs, scale=layer.scaling["default"])
     head = {name: base.get_parameter(name).detach() for name in state.head}
     return Reply(client, round, adapter, head, sum(losses) / steps, steps)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in a state, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for k in value for t in tensors(value[k])]
-    fields = getattr(value, "__dataclass_fields__", {})
-    return [t for name in fields for t in tensors(getattr(value, name))]
-
-
-def same(a: ServerState, b: ServerState) -> bool:
-    """To the bit."""
-    pairs = zip(tensors(a), tensors(b), strict=True)
-    return a.round == b.round and all(torch.equal(x, y) for x, y in pairs)
 
 
 def measure(federation: Federation, model: PreTrainedModel, examples: Sequence[Example]) -> Metrics:

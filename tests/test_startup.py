@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import classification, rows, write_config, write_rows
+from support.tiny import classification, rows, write_config, write_rows
 
 WITHOUT_TORCH = """
 import sys

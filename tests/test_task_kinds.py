@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_prompts import characters
+from support.characters import characters
 from transformers.pipelines import get_supported_tasks
 
 from fedhl.errors import UserError

@@ -14,22 +14,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_report import fake_run
-from test_resume import result
-from test_simulation import same
-from test_training import LONGEST, SIZE, TARGETS, VOCABULARY
-from tiny import ANIMALS, OTHERS, PLANTS, classification, fedhl, start, write_config, write_rows
+from support.fake_run import fake_run
+from support.outcome import result
+from support.small_federation import same
+from support.task_federation import TASKS, build, federate, play
+from support.tiny import (
+    ANIMALS,
+    OTHERS,
+    PLANTS,
+    classification,
+    fedhl,
+    start,
+    write_config,
+    write_rows,
+)
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
-from fedhl import METHODS, get_method, get_weighting
+from fedhl import METHODS
 from fedhl.config import Config, load_config
 from fedhl.data import shards
 from fedhl.data.label_groups import begins, forgetting, mean_accuracy, split_labels, task_of
@@ -42,9 +44,9 @@ from fedhl.model import peft
 from fedhl.model.training import batches, learning_rate
 from fedhl.report import final_table, write_report
 from fedhl.run.progress import steps
-from fedhl.seeds import derive, generator
-from fedhl.server import Client, ServerState
-from fedhl.task.examples import Example, collate
+from fedhl.seeds import derive
+from fedhl.server import ServerState
+from fedhl.task.examples import collate
 from fedhl.watch import Watcher
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -200,82 +202,6 @@ def test_a_task_without_rows(held_out: int, tmp_path: Path) -> None:
 
 
 # --- rounds -------------------------------------------------------------------------------------
-
-TASKS = [[1, 4], [0, 2, 3]]
-OF = {"ada": [0, 1, 2, 3, 4], "bob": [1, 4], "cyd": [0, 1, 2, 3, 4], "dan": [0, 2, 3]}
-"""The labels of each client: bob has none of the second task, dan none of the first."""
-
-
-def build(kind: str) -> PreTrainedModel:
-    """Five labels. The hidden layer of RoBERTa's head has as many rows as there are labels."""
-    size: dict[str, Any] = {
-        **(SIZE | {"max_position_embeddings": LONGEST + 4}),
-        **{"num_labels": 5, "num_hidden_layers": 1, "intermediate_size": 12, "pad_token_id": 0},
-        **{"initializer_range": 0.2, "hidden_dropout_prob": 0.0},
-        **{"attention_probs_dropout_prob": 0.0},
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "bert":
-            return BertForSequenceClassification(
-                BertConfig(**size, hidden_size=16, num_attention_heads=2)
-            )
-        return RobertaForSequenceClassification(
-            RobertaConfig(**size, hidden_size=5, num_attention_heads=1)
-        )
-
-
-def examples(count: int, seed: int, labels: list[int]) -> list[Example]:
-    draw, made = generator(seed, "rows"), []
-    for k in range(count):
-        ids = torch.randint(1, VOCABULARY, (3 + k % 5,), generator=draw).tolist()
-        made.append(Example(ids, labels[k % len(labels)]))
-    return made
-
-
-def federate(
-    method: Any = "fedit", kind: str = "bert", rank: int = 2, **settings: Any
-) -> Federation:
-    """In double precision: what is read from the model is correctly rounded."""
-    model = build(kind).eval()
-    head = [n for n, _ in model.named_parameters() if n.startswith("classifier")]
-    base: dict[str, Any] = {
-        "name": "tasks",
-        "model": {"source": "none"},
-        "task": {"kind": "sequence-classification"},
-        "data": {"source": "none"},
-        "partition": {"kind": "iid", "clients": len(OF)},
-        "rounds": 4,
-        "tasks": {"count": len(TASKS)},
-        "training": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "schedule": "linear"},
-    }
-    config = Config.model_validate(base | settings)
-    slots = peft.attach(model, {rank: 2 * rank}, TARGETS["bert"], head=head)
-    slots.model.double()
-    data = {name: examples(14 + 3 * k, k, of) for k, (name, of) in enumerate(OF.items())}
-    return Federation(
-        config=config,
-        method=get_method(method) if isinstance(method, str) else method,
-        weighting=get_weighting("examples"),
-        clients=[Client(n, rank, peft.scale(slots, rank), len(rows)) for n, rows in data.items()],
-        rows=data,
-        own={},
-        held_out=examples(40, 99, OF["ada"]),
-        slots=slots,
-        pad_id=0,
-        device=torch.device("cpu"),
-        tasks=TASKS,
-    )
-
-
-def play(federation: Federation, rounds: int) -> list[tuple[ServerState, Any]]:
-    state = initial_state(federation)
-    history: list[tuple[ServerState, Any]] = [(state, None)]
-    for _ in range(rounds):
-        state, outcome = run_round(federation, state)
-        assert not outcome.refused
-        history.append((state, outcome))
-    return history
 
 
 def test_in_a_round_only_those_take_part_who_have_rows_of_its_task() -> None:

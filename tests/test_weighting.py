@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import dense as reference
+from support.reference import dense as reference
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 

@@ -1,14 +1,10 @@
-"""The wire: what arrives is what was subtracted, to the bit; and nothing that arrives is believed.
-
-`python tests/test_wire.py --write` writes the table of sizes in docs/wire.md again.
-"""
+"""The wire: what arrives is what was subtracted, to the bit; and nothing that arrives is believed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
+from support import tiny
 from torch import Tensor
+from wire_sizes import MODELS, RUN, sizes
 
+import docs
 from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.config import load_config
 from fedhl.lora import LoRA, dense, initial
@@ -41,12 +39,11 @@ from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.server.carried import carried_reply, returned_factors
 from fedhl.server.layers import Layers
-from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora, number_bytes
+from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora
 
 SEED = 3
 SHAPES = {"block.0.query": (13, 9), "block.1/välue": (7, 11)}
 HEAD = {"classifier.weight": (3, 7), "classifier.bias": (3,)}
-RUN = Run("a-run", "sha256-of-the-model", "sha256-of-the-tokenizer")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "wire.md"
 EXACT = ["fedhl", "fed_plora", "fedhera", "fedex_lora", "flora", "rac_lora"]
 """The methods that claim "exact mean", and keep it whatever the payload."""
@@ -758,52 +755,6 @@ def test_a_run_with_every_payload_ends_with_an_accuracy(project: Path) -> None:
     assert load_config(project / "int8" / "config.yaml").wire.payload == "int8"
 
 
-MINILM = {
-    f"bert.encoder.layer.{k}.attention.self.{part}": (384, 384)
-    for k in range(6)
-    for part in ("query", "value")
-} | {"bert.pooler.dense": (384, 384)}
-SMOLLM2 = {
-    f"model.layers.{k}.self_attn.{part}_proj": (m, 576)
-    for k in range(30)
-    for part, m in (("q", 576), ("v", 192))
-}
-MODELS = {
-    "MiniLM-L6": (
-        MINILM,
-        {"classifier.weight": (2, 384), "classifier.bias": (2,)},
-        (4, 8, 16, 32, 64),
-    ),
-    "SmolLM2-135M": (SMOLLM2, {}, (4, 8, 16, 32)),
-}
-
-
-def sizes(model: str, rank: int, payload: str) -> tuple[int, float]:
-    """The bytes of a broadcast of FedHL's as it is sent, and of its numbers as the metrics count them."""
-    shapes, heads, _ = MODELS[model]
-    head = {name: torch.zeros(shape) for name, shape in heads.items()}
-    sent = {
-        name: Broadcast(LoRA(torch.ones(rank, n), torch.ones(m, rank), 2.0))
-        for name, (m, n) in shapes.items()
-    }
-    counted = sum(number_bytes(payload, m, n) * rank * (m + n) for m, n in shapes.values())
-    header = {**RUN._asdict(), "round": 1, "client": "client-0"}
-    message = encode_broadcast(header, sent, head, payload)
-    return len(message), counted + 4 * sum(x.numel() for x in head.values())
-
-
-def size_table() -> str:
-    lines = [
-        "| model | rank | " + " | ".join(PAYLOADS) + " |",
-        "|---|---|" + "---|" * len(PAYLOADS),
-    ]
-    for model, (_, _, ranks) in MODELS.items():
-        for rank in ranks:
-            found = [f"{sizes(model, rank, payload)[0]:,}" for payload in PAYLOADS]
-            lines.append(f"| {model} | {rank} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
-
-
 @methods
 def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) -> None:
     """In numbers, over two rounds, without heads."""
@@ -831,7 +782,8 @@ def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) 
 
 
 def test_the_sizes_in_the_docs_are_those_of_messages() -> None:
-    assert size_table() in PAGE.read_text(encoding="utf-8"), "python tests/test_wire.py --write"
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == docs.with_sizes(page), "write it anew: make docs"
 
 
 @payloads
@@ -843,11 +795,3 @@ def test_the_metrics_count_what_is_sent(model: str, payload: str) -> None:
         assert counted < whole <= 1.15 * counted
         if rank >= 16 or payload == "float32":
             assert whole <= 1.05 * counted
-
-
-if __name__ == "__main__" and "--write" in sys.argv:
-    page = PAGE.read_text(encoding="utf-8")
-    start, end = (page.index(f"<!-- sizes:{mark} -->") for mark in ("begin", "end"))
-    PAGE.write_text(
-        f"{page[:start]}<!-- sizes:begin -->\n{size_table()}\n{page[end:]}", encoding="utf-8"
-    )

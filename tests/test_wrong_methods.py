@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
-import test_contract as contract
 import torch
+from support import contract
 
 from fedhl import LAWS, Broadcast, LoRA, Method, Update
 from fedhl.methods.fedhl import FedHL

@@ -1,158 +1,55 @@
-"""Write the generated parts of the docs from the code: `python tools/docs.py`."""
+"""Write the generated parts of README.md and of docs/ anew: `python tools/docs.py`, or `make docs`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, RootModel
-from pydantic.fields import FieldInfo
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.append(str(ROOT / "benchmarks"))
 
-from fedhl.config import Config
-from fedhl.config.named import Named
-from fedhl.config.text import ConfigDumper
+import card_tables  # noqa: E402
+from config_page import config_page  # noqa: E402
+from wire_sizes import size_table  # noqa: E402
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+from fedhl.methods.catalogue import markdown  # noqa: E402
 
-INTRODUCTION = """# Configuration
 
-A run is one YAML file. Unknown keys are errors. On the command line, `--set key.sub=value` changes any key.
-`fedhl check` shows what a config amounts to. Required keys have no default. `make docs` writes this page from
-the code.
-"""
-BELOW = "settings below"
-WORDS: dict[Any, str] = {
-    bool: "true / false",
-    int: "whole number",
-    float: "number",
-    str: "text",
-    list: "list",
-    dict: "mapping",
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with `text` between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def with_methods(page: str) -> str:
+    """docs/methods.md with the tables of the methods and weightings."""
+    return replaced(page, "table", markdown())
+
+
+def with_sizes(page: str) -> str:
+    """docs/wire.md with the sizes of messages."""
+    return replaced(page, "sizes", size_table())
+
+
+def with_card(page: str) -> str:
+    """README.md or docs/performance.md with the results of a graphics card."""
+    return card_tables.written(page, card_tables.results())
+
+
+PAGES: dict[str, Callable[[str], str]] = {
+    "docs/config.md": lambda page: config_page(),
+    "docs/methods.md": with_methods,
+    "docs/wire.md": with_sizes,
+    **dict.fromkeys(card_tables.PAGES, with_card),
 }
-"""What a user calls the types that YAML has."""
-
-
-# --- types and defaults -------------------------------------------------------------------------
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """The types of a union, without null and without what `Annotated` adds to them."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return alternatives(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return [one for part in get_args(annotation) for one in alternatives(part)]
-    return [] if annotation is NoneType else [annotation]
-
-
-def models(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models among the alternatives."""
-    return [
-        one
-        for one in alternatives(annotation)
-        if isinstance(one, type) and issubclass(one, BaseModel)
-    ]
-
-
-def groups(annotation: Any) -> list[type[BaseModel]]:
-    """The groups of settings among the alternatives: each has a section of its own."""
-    return [model for model in models(annotation) if not issubclass(model, RootModel | Named)]
-
-
-def word(kind: Any) -> str:
-    """One type as a user would say it. Raises TypeError for a type that nobody has named yet."""
-    if get_origin(kind) is Literal:
-        return " / ".join(map(str, get_args(kind)))
-    if isinstance(kind, type) and issubclass(kind, RootModel):
-        return type_name(kind.model_fields["root"].annotation)
-    if isinstance(kind, type) and issubclass(kind, Named):
-        return "name, or {name: ..., its hyperparameters}"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return BELOW
-    if (plain := get_origin(kind) or kind) not in WORDS:
-        raise TypeError(f"no word for the type {kind}")
-    return WORDS[plain]
-
-
-def type_name(annotation: Any) -> str:
-    """A type as a user would say it: the words of its alternatives, each once."""
-    return " or ".join(dict.fromkeys(word(kind) for kind in alternatives(annotation)))
-
-
-def flow(value: Any) -> str:
-    """A value as YAML on one line."""
-    text = yaml.dump(value, Dumper=ConfigDumper, default_flow_style=True, width=10**6)
-    return text.removesuffix("...\n").strip()
-
-
-def default(field: FieldInfo) -> str:
-    """The default of a setting; of a group, what differs from the defaults in its section."""
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, Named):
-        value = value.name
-    elif isinstance(value, RootModel):
-        value = value.root
-    elif isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True)
-        if not value:
-            return "as below"
-    return f"`{flow(value)}`"
-
-
-# --- the page -----------------------------------------------------------------------------------
-
-
-def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every group of settings from `model` on, with the keys that lead there, in order."""
-    yield path, model
-    for name, field in model.model_fields.items():
-        for group in groups(field.annotation):
-            yield from sections(group, f"{path}.{name}" if path else name)
-
-
-def title(path: str, model: type[BaseModel], alone: bool) -> str:
-    """The heading of a section; one of several at the same place says which it is."""
-    if (kind := model.model_fields.get("kind")) is not None:
-        return f"{path} (kind: {type_name(kind.annotation)})"
-    return path if alone else f"{path} (with {next(iter(model.model_fields))})"
-
-
-def meaning(field: FieldInfo) -> str:
-    """The help of a setting on one line; for a group without one, that of its section."""
-    inside = groups(field.annotation)
-    text = field.description or (inside[0].__doc__ if len(inside) == 1 else None) or ""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def config_page() -> str:
-    """docs/config.md: every setting, with its type, its default and its meaning."""
-    lines = [INTRODUCTION]
-    found = list(sections(Config))
-    paths = [path for path, _ in found]
-    for path, model in found:
-        if path:
-            heading = title(path, model, alone=paths.count(path) == 1)
-            lines += [f"## {heading}\n", f"{inspect.cleandoc(model.__doc__ or '')}\n"]
-        else:
-            lines.append("## top level\n")
-        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-        for name, field in model.model_fields.items():
-            cells = (f"`{name}`", type_name(field.annotation), default(field), meaning(field))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page}
-"""The pages that are written as a whole: name in docs/ -> text."""
+"""Every page that is written in part or as a whole: name -> the page of now from the page as it is."""
 
 
 if __name__ == "__main__":
-    for name, text in PAGES.items():
-        (DOCS / name).write_text(text(), encoding="utf-8")
+    for name, anew in PAGES.items():
+        file = ROOT / name
+        file.write_text(anew(file.read_text(encoding="utf-8")), encoding="utf-8")

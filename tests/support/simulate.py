@@ -1,4 +1,5 @@
-"""A run simulated by Flower on Ray, with a ClientApp of the tests: `simulate.py CONFIG FOLDER MODULE:APP`."""
+"""A run simulated by Flower on Ray, with a ClientApp of the tests: `python -m support.simulate
+CONFIG FOLDER MODULE:APP`."""
 
 import sys
 from functools import partial

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedhl import LoRA, Method, dense
-from reference.dense import truncation
+from support.reference.dense import truncation
 
 Start = Callable[[Method[Any], Any, int], Tensor]
 """(method, state, rank) -> what the client starts from."""

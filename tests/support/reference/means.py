@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reference.dense import Client
+from support.reference.dense import Client
 
 
 def stacked(terms: Sequence[Tensor]) -> Tensor:

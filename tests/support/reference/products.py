@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reference.dense import Client, truncation
+from support.reference.dense import Client, truncation
 
 
 def raflora(kept: Tensor, clients: Sequence[Client]) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from reference.dense import Client
 from torch import Tensor
 
 from fedhl import LoRA, Method, Update
 from fedhl.seeds import generator
+from support.reference.dense import Client
 
 
 def draw(seed: int, *shape: int) -> Tensor:

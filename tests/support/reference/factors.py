@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reference.dense import Client
+from support.reference.dense import Client
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""What the tests share: tiny models and runs, cohorts, federations, the contract, dense references."""
