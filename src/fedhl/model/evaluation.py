@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedhl.data.prompts import IGNORED, Example, collate
 
 LOGITS_AT_ONCE = 2**27
-"""At most so many logits in one forward pass (half a GiB in float32): a large vocabulary fills memory."""
+"""The most logits in one forward pass (half a GiB in float32): a large vocabulary fills the memory."""
 
 Metrics = dict[str, float | int]
 

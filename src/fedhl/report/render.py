@@ -1,7 +1,7 @@
 """From the values of a page and its template to one file of HTML.
 
-Whatever a template shows is escaped, for the values come from files that others may have written. A name
-that a template uses and nobody gave is an error.
+All values in a template are escaped, since they come from files that others may have written. A name that a
+template uses without a value is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedhl.report.format import (
 from fedhl.report.plots import Draw
 
 View = dict[str, Any]
-"""What a template shows: plain values, and plots as SVG."""
+"""The values of a template: plain values, and plots as SVG."""
 
 WIDE, NARROW = 520, 340  # widths at which every plot is drawn; the style sheet shows one of them
 
