@@ -427,24 +427,30 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "'loss' is inf, expected a finite number",
     ),
     "null": (lambda: forged(put(scale=None)), "'scale' is None, expected a number"),
-    "another payload": (lambda: forged(put(payload="float16")), "payload type is 'float16', not"),
-    "another run": (lambda: forged(put(run="other")), "its run is 'other', not 'a-run'"),
-    "another model": (lambda: forged(put(model="gpt")), "its base model is 'gpt', not"),
-    "another tokenizer": (lambda: forged(put(tokenizer="t")), "its tokenizer is 't', not"),
-    "another client": (lambda: forged(put(client="bob")), "its client id is 'bob', not 'ada'"),
-    "another rank": (lambda: forged(put(rank=3)), "its rank is 3, not 2"),
-    "another scale": (lambda: forged(put(scale=7.0)), "its scale is 7, not 0.7"),
-    "more rows": (lambda: forged(put(examples=10**9)), "training rows is 1000000000, not 12"),
+    "another payload": (
+        lambda: forged(put(payload="float16")),
+        "payload type is 'float16', expected",
+    ),
+    "another run": (lambda: forged(put(run="other")), "its run is 'other', expected 'a-run'"),
+    "another model": (lambda: forged(put(model="gpt")), "its base model is 'gpt', expected"),
+    "another tokenizer": (lambda: forged(put(tokenizer="t")), "its tokenizer is 't', expected"),
+    "another client": (lambda: forged(put(client="bob")), "its client id is 'bob', expected 'ada'"),
+    "another rank": (lambda: forged(put(rank=3)), "its rank is 3, expected 2"),
+    "another scale": (lambda: forged(put(scale=7.0)), "its scale is 7, expected 0.7"),
+    "more rows": (lambda: forged(put(examples=10**9)), "training rows is 1000000000, expected 12"),
     "surplus layer": (
         lambda: forged(tensors=put(**{"lora::x": torch.ones(2, 2)})),
-        "tensor 'lora::x' is not one of these",
+        "tensor 'lora::x' is not expected",
     ),
     "no steps": (lambda: forged(tensors=drop(STEPS)), "tensor 'lora.steps::block.0.query' is miss"),
-    "steps alone": (lambda: forged(tensors=drop(LORA)), "'lora.steps::block.0.query' is not one"),
+    "steps alone": (
+        lambda: forged(tensors=drop(LORA)),
+        "'lora.steps::block.0.query' is not expected",
+    ),
     "no head": (lambda: forged(tensors=drop("head::classifier.bias")), "'head::.*bias' is missing"),
     "surplus head": (
         lambda: forged(tensors=put(**{"head::x": torch.ones(2)})),
-        "tensor 'head::x' is not one of these",
+        "tensor 'head::x' is not expected",
     ),
     "another dtype": (
         lambda: forged(tensors=put(**{LORA: torch.ones(2, 22)})),
@@ -484,14 +490,14 @@ def test_a_scale_may_differ_by_what_a_float32_of_it_does() -> None:
     for off in (1e-6, -1e-6):
         near, far = (client.scale * (1 + k * off) for k in (0.9, 1.1))
         assert read(forged(put(scale=near)), state, client, "fedhl").client == client
-        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, not 0\.7$"):
+        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, expected 0\.7$"):
             read(forged(put(scale=far)), state, client, "fedhl")
         one, other = (
             replace(reply, adapter={n: replace(x, scale=scale) for n, x in reply.adapter.items()})
             for scale in (near, far)
         )
         encode_reply(RUN, one, sent)
-        with pytest.raises(ValueError, match=rf"has scale {far}, its client 0\.7"):
+        with pytest.raises(ValueError, match=rf"has scale {far}, expected 0\.7"):
             encode_reply(RUN, other, sent)
 
 
@@ -577,7 +583,8 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     method = get_method("fedhl")
     stale = read(forged(put(round=1)), state, client, "fedhl")
     assert (
-        refusals.refusal(Layers(method, state, SEED), stale) == "it is for round 1, this is round 3"
+        refusals.refusal(Layers(method, state, SEED), stale)
+        == "the reply is for round 1, expected round 3"
     )
     twice = [read(message, state, client, "fedhl") for _ in range(2)]
     _, outcome = server.aggregate(method, get_weighting("examples"), state, twice, SEED)
@@ -587,7 +594,7 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
         tensors=put(**{STEPS: torch.full((2, 2), 1e30, dtype=torch.bfloat16)}), payload="int8"
     )
     reason = refusals.refusal(Layers(method, state, SEED), read(absurd, state, client, "fedhl"))
-    assert reason and "its update may be as large as" in reason
+    assert reason and "got an update that may be as large as" in reason
 
 
 def mutated(message: bytes, data: Any) -> bytes:

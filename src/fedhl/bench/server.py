@@ -50,7 +50,7 @@ from fedhl.weighting import get_weighting
 
 
 def step(method: FedHL, state: FullRank, updates: Sequence[Update]) -> FullRank:
-    """What a round costs the server for one layer: sum, truncate, and write what every rank is sent."""
+    """The server's work for one layer in a round: sum, truncate, and build the broadcast of every rank."""
     following = method.aggregate(state, updates)
     for rank in RANKS:
         method.broadcast(following, rank, 2.0)
@@ -68,7 +68,7 @@ def literal(state: FullRank, updates: Sequence[Update]) -> Tensor:
 
 
 def bare(state: FullRank, total_rank: int) -> Callable[[], Tensor]:
-    """The product `B A` that no server can do without."""
+    """The product `B A`, which no server can do without."""
     (m, n), device = state.shape, state.W.device
     B, A = torch.randn(m, total_rank).to(device), torch.randn(total_rank, n).to(device)
     return lambda: B @ A
@@ -147,7 +147,7 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
         found, cold = timed(partial(iterate, W, top, None))
         full = timed(partial(svd, W))[1]
         if found is None:
-            raise AssertionError(f"{name}: it did not settle")
+            raise AssertionError(f"{name}: the subspace iteration did not settle")
         tails = torch.linalg.svdvals(W.double()).square().flip(0).cumsum(0).flip(0)
         excess: dict[int, float] = {}
         for r in (r for r in RANKS if r <= top):
@@ -204,9 +204,9 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
 def ceilings(
     repeats: int, say: Say, device: str, cohorts: Sequence[int] = (100,), side: int | None = None
 ) -> list[Row]:
-    """A step of each layer shape of Llama-2-7B, or of one with matrices of another side, against the product
-    and the copy of W that no server can do without, for so many clients; last, all linear layers together,
-    one after the other."""
+    """A step of each layer shape of Llama-2-7B, or of such a model with matrices of another side, against the
+    product and the copy of W that no server can do without, for each number of clients in `cohorts`; last,
+    the sum over all linear layers."""
     rows: list[Row] = []
     for (m, n), layers in Counter(llama_block(side).values()).items():
         state = to(state_of(harmonic(m, n)), device)
@@ -251,7 +251,7 @@ def ceilings(
 
 
 def against_ceiling(taken: Mapping[str, float]) -> Row:
-    """The seconds of each, and the step's against those of the product and the copy."""
+    """The seconds of each work, and the step's relative to those of the product and the copy."""
     ratio = taken["step"] / (taken["bare product"] + taken["copy of W"])
     return {f"{work}, s": value for work, value in taken.items()} | {
         "step / (product + copy)": ratio
@@ -315,9 +315,9 @@ def bench_server(
     cohorts: Sequence[int] = (100,),
     side: int | None = None,
 ) -> dict[str, Any]:
-    """All figures of the server step, as data; see docs/performance.md. `file`: where they go as soon as
-    a part is done, beside the parts that are there already; `cohorts`, `side`: of `ceilings`. Raises
-    AssertionError where a result is not that of the float64 reference."""
+    """All figures of the server step, as data; see docs/performance.md. `file`: the file to which each part
+    is added when it is done; `cohorts`, `side`: for `ceilings`. Raises AssertionError if a result is not that
+    of the float64 reference."""
     machine = {
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Who holds which rows: every row goes to exactly one client, reproducibly from a seed."""
+"""The rows of each client: every row goes to exactly one client, reproducibly from a seed."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def dirichlet(
     A small α gives every client few labels, a large one approaches `iid`. All shares are drawn
     again until every client has `min_examples` rows. (Hsu et al. 2019; Li et al. 2022.)
 
-    Raises UserError when no draw of 1000 does, or there are too few rows.
+    Raises UserError when none of 1000 draws gives that, or there are too few rows.
     """
     check_sizes(len(labels), clients, min_examples)
     if not (alpha > 0 and np.isfinite(alpha)):
-        raise UserError(f"Dirichlet alpha is {alpha}, expected a number above 0 such as 0.5.")
+        raise UserError(f"Dirichlet alpha is {alpha}, expected a number above 0, e.g. 0.5")
     _, group, totals = np.unique([str(v) for v in labels], return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
     cuts = draw_cuts(totals, clients, alpha, min_examples, rng)
@@ -59,10 +59,13 @@ def dirichlet(
 def by_column(values: Sequence[Any]) -> Partition:
     """Natural clients: one per distinct value, named `str(value)`, sorted by name."""
     if not len(values):
-        raise UserError("no rows to split between clients.")
+        raise UserError("there are no rows to split between clients")
     for row, value in enumerate(values):
         if value is None:
-            raise UserError(f"row {row} (counted from 0) names no client: its value is empty.")
+            raise UserError(
+                f"row {row} (counted from 0) names no client: its value is empty; "
+                "fill it in or remove the row"
+            )
     names, group = np.unique([str(value) for value in values], return_inverse=True)
     return {str(name): np.flatnonzero(group == index) for index, name in enumerate(names)}
 
@@ -72,8 +75,8 @@ def partition_table(
     labels: Sequence[Any] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Table:
-    """A table of clients, their ranks, if given, their sizes and, when `labels` (one per row) are given,
-    label counts.
+    """A table of the clients: their ranks, with `ranks`; their numbers of rows; and, with `labels` (one per
+    row), their label counts.
 
     More than 8 labels: the number of labels, the commonest and its share instead. More than 30
     clients: the first 10, the last 3, and the smallest, median and largest size.
@@ -84,7 +87,7 @@ def partition_table(
     from rich.table import Table
 
     if empty := [client for client, rows in partition.items() if not len(rows)]:
-        raise UserError(f"client {empty[0]!r} has no rows; use fewer clients or more data.")
+        raise UserError(f"client {empty[0]!r} has no rows; use fewer clients or more data")
     texts = None if labels is None else [str(label) for label in labels]
     names = sorted(set(texts or []))
     wide = len(names) > MAX_LABEL_COLUMNS
@@ -146,19 +149,21 @@ def draw_cuts(
     raise UserError(
         f"no Dirichlet split with alpha {alpha:g} gives all {clients} clients at least "
         f"{min_examples} examples: in the best of {MAX_DRAWS} draws {client_name(best[1], clients)!r} "
-        f"has {best[0]}. Raise alpha, use fewer clients or more rows, or lower min_examples."
+        f"has {best[0]}; raise alpha, use fewer clients or more rows, or lower min_examples"
     )
 
 
 def check_sizes(n: int, clients: int, min_examples: int) -> None:
     if clients < 1:
-        raise UserError(f"the number of clients is {clients}, expected at least 1.")
+        raise UserError(f"the number of clients is {clients}, expected at least 1")
     if min_examples < 1:
-        raise UserError(f"min_examples is {min_examples}, but an empty client cannot train.")
+        raise UserError(
+            f"min_examples is {min_examples}, expected at least 1, since a client without rows cannot train"
+        )
     if n < clients * min_examples:
         raise UserError(
             f"{n} rows cannot give {clients} clients {min_examples} or more each; "
-            "use fewer clients or more rows."
+            "use fewer clients or more rows"
         )
 
 

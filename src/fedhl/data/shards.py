@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 
 CLIENTS_OWN = "clients' own"
-"""How the hash of data begins that the clients bring, of which the server knows nothing."""
+"""The begin of the hash of data that the clients have, and that the server does not know."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The rows, and whose they are. `clients` and `client_held_out` index `rows`; `held_out` are
-    the server's own rows, and `validation`, an index again, those it chooses settings by; `labels`
-    the names of the classes, in the order of their ids; `tasks` the ids of each task's labels, if
-    labels arrive over time."""
+    """The rows, and their owners.
+
+    `clients` and `client_held_out`: the indices in `rows` of each client's training and held-out rows;
+    `held_out`: the server's held-out rows; `validation`: the indices of the server's rows for the choice of
+    settings; `labels`: the names of the classes, in the order of their ids; `tasks`: the ids of each task's
+    labels, if labels arrive over time.
+    """
 
     rows: Rows
     clients: dict[str, Indices]
@@ -47,8 +50,8 @@ class Shards:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The same as model inputs, by client. `dropped`: rows without room for a completion;
-    `truncated`: rows that lost their end."""
+    """The rows of `Shards` as model inputs. `dropped`: the number of rows without room for a completion;
+    `truncated`: the number of rows that lost their end."""
 
     train: dict[str, list[Example]]
     client_held_out: dict[str, list[Example]]
@@ -105,9 +108,9 @@ def read(config: Config) -> Shards:
 def client_shards(
     config: Config, client: str, source: str, fields: Sequence[str] | None = None
 ) -> Shards:
-    """The rows of a client that has data of its own: all of `source` that `data.where` wants, less those
-    it keeps to evaluate on. `fields`: those that it lets a config use, unless all. `labels` are those of
-    its own rows. Raises UserError as `read` does."""
+    """The shards of a client with data of its own: the rows of `source` that `data.where` selects, without
+    the rows that it holds out. `fields`: the fields that a config may use (default: all). `labels` of the
+    result are those of its own rows. Raises UserError as `read` does."""
     data = config.data.model_copy(update={"source": source, "split": None})
     config = config.model_copy(update={"data": data})
     rows = load_rows(source)
@@ -126,30 +129,30 @@ def client_shards(
 
 
 def server_shards(config: Config, labels: Sequence[str] | None) -> Shards:
-    """What the server of clients with data of their own has: held-out rows, if `data.held_out` names a
-    source. Raises UserError if they were to be a part of `data.source`."""
+    """The shards of a server whose clients have data of their own: held-out rows, if `data.held_out` names a
+    source. Raises UserError if the held-out rows would be a part of `data.source`."""
     rule, nobody = config.data.held_out, np.arange(0)
     names = None if labels is None else list(labels)
     if rule is None:
         return Shards([], {}, {}, [], nobody, names, CLIENTS_OWN)
     if rule.source is None:
         raise UserError(
-            "data.held_out: where clients bring their own data, the server's held-out rows need a source "
-            "of their own: set data.held_out.source, or held_out: null"
+            "data.held_out: when clients have their own data, the server's held-out rows need a source "
+            "of their own; set data.held_out.source, or data.held_out: null"
         )
     held = load_rows(rule.source, split=rule.split, limit=rule.count)
     return Shards([], {}, {}, held, nobody, names, f"{CLIENTS_OWN} {fingerprint(rule.source)}")
 
 
 def with_tasks(config: Config, shards: Shards) -> Shards:
-    """The shards with the labels of each task. Raises UserError if the labels do not fit the config,
-    or if nobody has rows of a task to train on, or the server none to evaluate it on."""
+    """The shards with the labels of each task. Raises UserError if the labels do not fit the config, if no
+    client has training rows of a task, or if the server has no held-out rows of it."""
     rule, labels = config.tasks, shards.labels
     assert rule is not None and labels is not None
     if rule.count is not None and len(labels) < 2 * rule.count:
         raise UserError(
             f"tasks.count: {rule.count} tasks of at least two labels each need {2 * rule.count} "
-            f"labels, the data has {len(labels)}"
+            f"labels, the data has {len(labels)}; lower tasks.count"
         )
     if rule.count is not None:
         groups = split_labels(len(labels), rule.count, config.seed)
@@ -166,18 +169,19 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
         names = ", ".join(labels[k] for k in group)
         if not training & set(group):
             raise UserError(
-                f"tasks: no client has rows to train on of the task with labels {names}"
+                f"tasks: no client has training rows of the task with labels {names}; change "
+                "the tasks or the data"
             )
         if held_out and not held_out & set(group):
             raise UserError(
-                f"tasks: the server has no row to evaluate the task with labels {names} on; hold out "
+                f"tasks: the server has no held-out row of the task with labels {names}; hold out "
                 "more rows (data.held_out)"
             )
     return replace(shards, tasks=groups)
 
 
 def ids_by_task(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[list[int]]:
-    """`tasks.groups` as label ids. Raises UserError unless each of the labels is in one of them."""
+    """`tasks.groups` as label ids. Raises UserError unless each label of the data is in a group."""
     named = [[str(label) for label in group] for group in groups]
     everything = [name for group in named for name in group]
     for name in everything:
@@ -189,34 +193,35 @@ def ids_by_task(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[
 
 
 def check_fields(config: Config, rows: Rows) -> None:
-    """Raises UserError unless every row has the fields of the task, and texts where texts belong."""
+    """Raises UserError unless every row has the fields of the task, with texts in the text fields."""
     where = config.data.where
     config.task.check(rows, config.data.source + (f" (the rows where {where})" if where else ""))
 
 
 def rows_where(config: Config, rows: Rows) -> Rows:
-    """The rows of `data.source` that `data.where` wants."""
+    """The rows of `data.source` that `data.where` selects."""
     for field, wanted in config.data.where.items():
         rows = rows_with(rows, field, wanted, config.data.source)
     return rows
 
 
 def rows_with(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
-    """The rows whose `field` is `wanted`, or one of these values. Raises UserError if none is."""
+    """The rows whose `field` has the value `wanted`, or one of these values. Raises UserError if there is no
+    such row."""
     values = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
     found = [str(value) for value in column(rows, field, source)]
     chosen = [row for row, value in zip(rows, found, strict=True) if value in values]
     if not chosen:
         seen = sorted(set(found))
         raise UserError(
-            f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; it is one of "
+            f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; its values are "
             f"{', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}"
         )
     return chosen
 
 
 def partition_training(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
-    """Positions in `training` of each client's rows."""
+    """Each client's rows, as positions in `training`."""
     rule, source = config.partition, config.data.source
     seed = derive(config.seed, "partition")
     if isinstance(rule, ColumnPartition):
@@ -224,15 +229,15 @@ def partition_training(config: Config, rows: Rows, training: Indices) -> dict[st
         lost = {str(name) for name in names} - {str(names[k]) for k in training}
         if lost:
             raise UserError(
-                f"partition.column: every row of client {min(lost)!r} was held out by the server, so it "
-                "has nothing to train on; hold out fewer rows (data.held_out) or give it more"
+                f"partition.column: the server holds out every row of client {min(lost)!r}, so that it has "
+                "nothing to train on; hold out fewer rows (data.held_out), or give the client more"
             )
         return by_column([names[k] for k in training])
     if isinstance(rule, DirichletPartition):
         by = rule.by or config.task.class_field
         if by is None:
             raise UserError(
-                f"partition.by: a Dirichlet split of {config.task.kind} rows needs a field to go by"
+                f"partition.by is missing: a Dirichlet split of {config.task.kind} rows needs a field to split by"
             )
         values = column(rows, by, source)
         skewed = [values[k] for k in training]
@@ -259,7 +264,7 @@ def hold_out_client(config: Config, client: str, part: Indices) -> tuple[Indices
     if round(fraction * len(part)) in (0, len(part)):
         raise UserError(
             f"evaluation.client_fraction: client {client!r} has {len(part)} rows, and holding out "
-            f"{fraction:g} of them leaves one side empty; change the fraction (it is 0.1 unless given where "
+            f"{fraction:g} of them leaves one side empty; change the fraction (its default is 0.1 when "
             "data.held_out is null; 0: none), or give every client more rows (in a Dirichlet split with "
             "partition.min_examples)"
         )
@@ -285,7 +290,8 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
         if not held.examples:
             raise UserError(
-                f"data.held_out: none of the rows of {held_source} fits task.max_length"
+                f"data.held_out: none of the rows of {held_source} fits task.max_length = "
+                f"{config.task.max_length} tokens; raise task.max_length"
             )
     train = {
         name: [by_row[k] for k in part if k in by_row] for name, part in shards.clients.items()
@@ -294,7 +300,7 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         if not examples:
             raise UserError(
                 f"client {name!r} has no row left: the prompts of all its {len(shards.clients[name])} "
-                f"rows fill task.max_length = {config.task.max_length} tokens; raise it"
+                f"rows fill task.max_length = {config.task.max_length} tokens; raise task.max_length"
             )
     own = {
         name: [by_row[k] for k in part if k in by_row]
@@ -304,8 +310,8 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         if not examples:
             raise UserError(
                 f"evaluation.client_fraction: none of the {len(shards.client_held_out[name])} rows held "
-                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise one "
-                "of the two"
+                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise "
+                "the fraction or task.max_length"
             )
     validation = [by_row[k] for k in shards.validation if k in by_row]
     dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)

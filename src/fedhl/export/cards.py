@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what it was trained on."""
+"""The model card of an export: its kind, how to load it, and how it was trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def model_card(
 ) -> str:
     """The README.md of an export: metadata, how to load it, and how it was made.
 
-    `summary` is the content of a run's summary.json, `rank` that of an adapter, `base` the base
-    model's name, `labels` those of a classifier, in order.
+    `summary`: the content of a run's summary.json; `rank`: the rank of an adapter; `base`: the base model's
+    name; `labels`: the labels of a classifier, in order.
     """
     what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
     front = {
@@ -81,7 +81,7 @@ def how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list
 
 
 def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader must know to judge or to repeat it, from a run's summary.json."""
+    """The facts needed to judge or to repeat a run, from its summary.json."""
     clients = summary["clients"]
     ranks = sorted(client["rank"] for client in clients)
     counts = ", ".join(f"{ranks.count(r)} of rank {r}" for r in sorted(set(ranks)))

@@ -21,10 +21,10 @@ from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
 
 
 class Merge(NamedTuple):
-    """What `merge_folders` did, for printing.
+    """The result of `merge_folders`.
 
-    `weights` as used; `ranks` of the result by layer; `errors[layer]` and `error` (all layers) are
-    the share of the energy, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1], that truncation lost.
+    `weights`: those that were used; `ranks`: of the result, by layer; `errors[layer]` and `error` (of all
+    layers): the share of the energy that truncation lost, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1].
     """
 
     weights: tuple[float, ...]
@@ -42,7 +42,7 @@ def merge_adapters(
     finite weight for each.
     """
     if not adapters:
-        raise UserError("no adapters to merge")
+        raise UserError("no adapters to merge; give at least one")
     if len(weights) != len(adapters):
         raise UserError(f"expected one weight per adapter, got {len(weights)} for {len(adapters)}")
     if not all(math.isfinite(w) for w in weights):
@@ -53,8 +53,8 @@ def merge_adapters(
         if different:
             shown = ", ".join(different[:4]) + (", ..." if len(different) > 4 else "")
             raise UserError(
-                f"adapters 1 and {i} do not adapt the same layers; only one of them has {shown}. "
-                "Merge adapters that were trained with the same target modules"
+                f"adapters 1 and {i} do not adapt the same layers; only one of them has {shown}; "
+                "merge adapters that were trained with the same target modules"
             )
         for name in sorted(first):
             if adapter[name].shape != first[name].shape:
@@ -151,10 +151,10 @@ def common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force:
             expected, got = getattr(first, field), getattr(part.config, field)
             if got == expected or (force and field in ("base_model_name_or_path", "revision")):
                 continue
-            advice = "; --force merges them all the same" if field.startswith("base") else ""
+            advice = "; to merge them anyway, add --force" if field.startswith("base") else ""
             raise UserError(
-                f"{folder} and {folders[0]} do not belong together: {field} is {got!r} in the one "
-                f"and {expected!r} in the other{advice}"
+                f"{folder} and {folders[0]} do not belong together: {field} is {got!r} in the first "
+                f"and {expected!r} in the second{advice}"
             )
     return first
 
@@ -168,8 +168,8 @@ def average_heads(
         expected = {name: tuple(t.shape) for name, t in first.items()}
         if shapes != expected:
             raise UserError(
-                f"{folder} and {folders[0]} were trained with different heads: {shapes} against "
-                f"{expected}; merge adapters of one task and the same labels"
+                f"{folder} and {folders[0]} have different heads, {shapes} and "
+                f"{expected}; merge adapters of the same task and labels"
             )
     return {
         name: torch.stack(

@@ -1,7 +1,7 @@
 """A federation in one process: the loop to read first, and the oracle for every other engine.
 
 One base model stays in memory with one adapter slot per distinct rank. A client is a set of rows
-and a rank: what it is sent is copied into the slot of its rank, trained there, and copied out.
+and a rank: the adapter that it is sent is copied into the slot of its rank, trained there, and copied out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from fedhl.server import Client, Outcome, Reply, ServerState
 
 
 class Returned(NamedTuple):
-    """What came back from a cohort: replies; what each client keeps for itself, by id; those that sent
-    none, each with its `id` and the `reason`; bytes down and up, by id; and seconds per phase."""
+    """What came back from a cohort.
+
+    `replies`; `kept`: the tensors that each client keeps for itself, by client id; `missing`: the clients
+    without a reply, each with its `id` and the `reason`; `traffic`: bytes down and up, by client id;
+    `seconds`: by phase.
+    """
 
     replies: list[Reply]
     kept: dict[str, dict[str, Tensor]]
@@ -35,7 +39,7 @@ class Returned(NamedTuple):
 
 
 class Engine(Protocol):
-    """Where the clients of a federation are: in this process, or somewhere else."""
+    """The place of a federation's clients: in this process, or somewhere else."""
 
     def present(self, federation: Federation, round: int) -> Federation:
         """The federation with the clients that can be reached in this round."""
@@ -52,14 +56,18 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
-        """The metrics of each client on its own held-out rows, by id; {} if there are none."""
+        """The metrics of each client on its own held-out rows, by client id; {} if no client has such
+        rows."""
         ...
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """All clients in this process, one after the other, on one model. `answered`: whether this client
-    answers in this round, as one on another machine may not; who does not is as if absent."""
+    """All clients in this process, one after the other, on one model.
+
+    `answered(client id, round)`: whether the client answers in this round. A client on another machine may
+    not answer; a client that does not counts as absent.
+    """
 
     answered: Callable[[str, int], bool] = lambda id, round: True
 

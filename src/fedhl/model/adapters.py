@@ -31,7 +31,7 @@ def cpu_copy(parameter: Tensor) -> Tensor:
 
 
 class AdapterFolder(NamedTuple):
-    """What a PEFT LoRA folder holds: the adapter, the head trained beside it, and its config."""
+    """The contents of a PEFT LoRA folder: the adapter, the head trained beside it, and the config."""
 
     adapter: dict[str, LoRA]
     head: dict[str, Tensor]
@@ -51,12 +51,14 @@ def save_adapter(
     """Write the PEFT adapter folder of `adapter` and `head`; ranks may differ between layers.
 
     The scale goes into B, and `lora_alpha = r`, so that PEFT's own scaling is 1 in every layer.
-    `base` and `revision` say which model it belongs to, `task_type` is PEFT's name for its kind of task.
+    `base` and `revision` name the model of the adapter, `task_type` is PEFT's name for its kind of task.
     """
     ranks = {name: adapter[name].rank for name in sorted(adapter)}
     if not ranks or min(ranks.values()) < 1:
         empty = [name for name, rank in ranks.items() if rank < 1]
-        raise ValueError(f"an adapter needs at least one component in every layer; none in {empty}")
+        raise ValueError(
+            f"an adapter needs at least one component in every layer; without one: {empty}"
+        )
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # Anchored, or PEFT would take the pattern for any layer that ends in this name.
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
@@ -92,7 +94,9 @@ def head_modules(head: Mapping[str, Tensor]) -> list[str]:
     for name in head:
         parts = name.split(".")[:-1]
         if not parts:
-            raise ValueError(f"head parameter {name} belongs to no module, PEFT cannot save it")
+            raise ValueError(
+                f"head parameter {name!r} belongs to no module, so that PEFT cannot save it"
+            )
         ends = [i for i, part in enumerate(parts, 1) if part.endswith(("classifier", "score"))]
         modules.add(".".join(parts[: ends[0] if ends else len(parts)]))
     return sorted(m for m in modules if not any(m.startswith(other + ".") for other in modules))
@@ -139,7 +143,9 @@ def load_adapter(folder: Path) -> AdapterFolder:
 
 def read_layer(folder: Path, layer: str, factors: Mapping[str, Tensor], config: LoraConfig) -> LoRA:
     if factors.keys() != {"A", "B"}:
-        raise UserError(f"{folder}: layer {layer} has only lora_{next(iter(factors))}, not both")
+        raise UserError(
+            f"{folder}: layer {layer} has only lora_{next(iter(factors))}, expected lora_A and lora_B"
+        )
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)

@@ -1,4 +1,4 @@
-"""Load the frozen base model, wherever it lives: a hub id, a folder, a package or a GGUF file.
+"""Load the frozen base model from a hub id, a folder, a package or a GGUF file.
 
 A GGUF file is dequantised once into a cache folder (`$FEDHL_CACHE`, or `~/.cache/fedhl`); from then
 on it loads like any other folder.
@@ -40,10 +40,10 @@ HEAD_MODULES = (
 
 
 class Loaded(NamedTuple):
-    """A frozen base model, and what a run must know about it.
+    """A frozen base model, and the facts about it that a run needs.
 
     `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
-    `source_for_adapter` is what an exported adapter gives as its base model; `hash` identifies the
+    `source_for_adapter` is the name of the base model in an exported adapter; `hash` identifies the
     weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
     before it was switched off for training.
     """
@@ -76,7 +76,7 @@ def load_model(
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
     at `revision`; `task` is the name of a kind. A classification head that the checkpoint lacks, or
     holds for another number of labels, is drawn from `seed` alone: the global random state is neither
-    used nor changed. `dropout`, if given, replaces every dropout probability of the model.
+    used nor changed. `dropout` replaces every dropout probability of the model; None leaves them.
     Raises UserError for a source, device or setting that cannot work.
     """
     kind, target = KINDS[task], device_named(device)
@@ -120,13 +120,13 @@ def load_model(
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone. Raises UserError as `load_model` does."""
+    """The tokenizer alone of a model. Raises UserError as `load_model` does."""
     return read_tokenizer(find_weights(source)[0], source, revision)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256 of what decides the tokens of a text: vocabulary, special tokens, chat template, and
-    the rules of a fast tokenizer."""
+    """The sha256 of everything that decides the tokens of a text: vocabulary, special tokens, chat template,
+    and the rules of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
     rules = {key: rules[key] for key in rules if key not in ("truncation", "padding")}  # set by use
@@ -176,8 +176,8 @@ def cannot_load(what: str, source: str, error: Exception) -> str:
     reason = lines[0] if lines else type(error).__name__
     if locate(source) is None:
         advice = (
-            "it is no file or folder here, so it was looked up on the Hugging Face hub; check the "
-            "name, the revision and the connection, or give the path of a folder"
+            "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
+            "the name, the revision and the connection, or give the path of a folder"
         )
     else:
         advice = (
@@ -209,7 +209,7 @@ def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
     shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     return (
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
-        "another shape; check that config.json belongs to these weights and that the task is right"
+        "another shape; check that config.json belongs to these weights, and that the task is right"
     )
 
 
@@ -228,7 +228,7 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sour
         if tokenizer.eos_token is None:
             raise UserError(
                 f"model {source!r}: its tokenizer has neither a padding nor an end-of-text token, "
-                "so examples cannot be batched; add a pad_token to tokenizer_config.json"
+                "so that rows cannot be batched; add a pad_token to tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
@@ -248,7 +248,8 @@ def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its loading report and progress bars: what it says of is checked here."""
+    """Inside the block transformers prints no loading report and no progress bars; its errors are raised
+    here."""
     from transformers.utils import logging as noise
 
     verbosity, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
@@ -266,7 +267,7 @@ def quiet() -> Iterator[None]:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of this name. Raises UserError unless it is here."""
+    """The device of this name. Raises UserError unless this machine has it."""
     available = ["cpu"]
     available += ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
@@ -285,7 +286,7 @@ def device_named(name: str) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:
-        raise UserError(f"device {name!r} does not exist; there are cuda:0 to cuda:{count - 1}")
+        raise UserError(f"device {name!r} does not exist, expected cuda:0 to cuda:{count - 1}")
     return torch.device(
         "cuda", torch.cuda.current_device() if device.index is None else device.index
     )
@@ -320,7 +321,7 @@ def four_bit_settings(kind: type[Kind], device: torch.device) -> dict[str, Any]:
 
 
 def find_weights(source: str) -> tuple[str, str | None]:
-    """Where to load `source` from; and the hash of a GGUF file, which names its folder in the cache."""
+    """The folder or hub id of `source`; and the hash of a GGUF file, which names its folder in the cache."""
     path = locate(source)
     if path is None:
         return source, None
@@ -336,7 +337,7 @@ def hash_folder(folder: Path) -> str:
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise UserError(
             f"model folder {folder} holds no weights (*.safetensors); found "
-            f"{', '.join(found) if found else 'nothing'}. Give the folder that holds config.json and "
+            f"{', '.join(found) if found else 'nothing'}; give the folder that holds config.json and "
             "the weights, or a .gguf file"
         )
     return hash_files(files)
@@ -358,7 +359,7 @@ def gguf_folder(file: Path) -> tuple[str, str]:
     folder = cache().resolve() / "gguf" / digest[:16]
     if not folder.is_dir():
         logger.info(
-            "converting %s to %s; this happens once and takes about half a minute",
+            "converting %s to %s, once; this takes about half a minute",
             file.name,
             folder,
         )
@@ -372,7 +373,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     try:
         with whole_folder(folder, staging), quiet():
             dequantise(file, staging)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         if not folder.is_dir():  # unless another process has just made the same folder
             raise UserError(no_cache(folder, error)) from error
 
@@ -380,7 +381,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def no_cache(folder: Path, error: Exception) -> str:
     return (
         f"cannot write the converted model to {folder}: {error}; it needs four "
-        "bytes per parameter. Make room, or point FEDHL_CACHE at another folder"
+        "bytes per parameter: make room, or point FEDHL_CACHE at another folder"
     )
 
 

@@ -1,9 +1,9 @@
-"""PEFT at the edge: adapter slots in a live model, and adapter folders. Nothing else imports peft.
+"""PEFT at the edge: adapter slots in a live model. Only `fedhl.model` imports peft.
 
 One base model stays in memory with one slot per rank. `write` copies an adapter into its slot,
 `activate` makes that slot the one that runs and trains; nothing is reloaded between clients.
 
-Everywhere an update is `(out, in)`, also for the transposed weights of `Conv1D` (GPT-2).
+Updates are `(out, in)` everywhere, also for the transposed weights of `Conv1D` (GPT-2).
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def index_slots(
     modules = {name: adapted[name] for name in sorted(adapted)}
     if list(modules) != sorted(names):
         surplus = sorted(set(modules) ^ set(names))
-        raise UserError(f"PEFT did not adapt the layers that were asked for: {', '.join(surplus)}")
+        raise UserError(
+            f"PEFT did not adapt the layers of lora.targets alone; the difference: {', '.join(surplus)}"
+        )
     factors: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
     scales: dict[int, float] = {}
     for rank in ranks:
@@ -205,7 +207,7 @@ def activate(
     by_layer = train if isinstance(train, Mapping) else dict.fromkeys(slots.modules, train)
     for name, factors in by_layer.items():
         if name not in slots.modules:
-            raise ValueError(f"layer {name}: not an adapted layer of this model")
+            raise ValueError(f"layer {name!r} is not an adapted layer of this model")
         if not factors <= {"A", "B"}:
             raise ValueError(f"train must be a subset of {{'A', 'B'}}, got {sorted(factors)}")
     slot = slot_name(rank)
@@ -228,7 +230,7 @@ def activate(
 
 
 def read_head(slots: Slots) -> dict[str, Tensor]:
-    """The head: float32 copies on the CPU, by parameter name."""
+    """The parameters of the head: float32 copies on the CPU, by name."""
     return {name: cpu_copy(parameter) for name, parameter in slots.head.items()}
 
 
@@ -331,8 +333,8 @@ def direction_hook(A: Tensor, B: Tensor, alpha: nn.Parameter) -> Any:
 
 
 def output_layer(slots: Slots) -> str:
-    """The layer of the head that makes the logits: the last in the model. Raises UserError unless its
-    parameters have a row for each label."""
+    """The layer of the head that computes the logits: the last in the model. Raises UserError unless its
+    parameters have one row for each label."""
     name = [name for name, _ in slots.model.named_parameters() if name in slots.head][-1]
     owner, labels = name.rpartition(".")[0], slots.model.config.num_labels
     if len(slots.head[name]) != labels:
@@ -351,7 +353,8 @@ def label_rows(slots: Slots, labels: Sequence[int]) -> dict[str, list[int]]:
 
 @contextmanager
 def only_labels(slots: Slots, labels: Sequence[int]) -> Iterator[None]:
-    """Inside the block the model knows no other labels: their logits are -inf, without a gradient."""
+    """Inside the block the model knows only these labels: the logits of others are -inf, without a
+    gradient."""
     output = output_layer(slots)
     weight = slots.head[f"{output}.weight"]
     others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
@@ -367,7 +370,7 @@ def only_labels(slots: Slots, labels: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def base_only(slots: Slots) -> Iterator[None]:
-    """Inside the block no slot contributes; the head is as it is."""
+    """Inside the block no slot contributes; the head stays."""
     parameters = [p for slot in slots.factors.values() for pair in slot.values() for p in pair]
     trainable = [p.requires_grad for p in parameters]
     for module in slots.modules.values():

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter, and which ranks they can have."""
+"""The layers of a model that get an adapter, and the ranks that fit them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedhl.names import meant
 def find_targets(
     model: nn.Module, targets: Sequence[str] | Literal["all-linear"], head: Sequence[str] = ()
 ) -> list[str]:
-    """The names, sorted, of the layers of an un-adapted `model` that `targets` mean.
+    """The names, sorted, of the layers of an un-adapted `model` that match `targets`.
 
-    Modules that hold parameters of `head` are never among them: those are trained whole.
+    Modules that hold parameters of `head` are never among them: the head is trained whole.
     Raises UserError for a target that matches nothing, or a layer that is not linear.
     """
     whole = {name.rpartition(".")[0] for name in head}
@@ -27,7 +27,7 @@ def find_targets(
     linear = [n for n, m in modules.items() if is_linear(m) and m is not output]
     if targets == "all-linear":
         if not linear:
-            raise UserError(f"{type(model).__name__} has no linear layer that could be adapted")
+            raise UserError(f"{type(model).__name__} has no linear layer to adapt")
         return sorted(linear)
     if isinstance(targets, str) or not targets:
         raise UserError(f"LoRA targets must be 'all-linear' or a list of names, got {targets!r}")
@@ -45,7 +45,7 @@ def find_targets(
             if modules[name] is output and is_tied(model, modules[name]):
                 raise UserError(
                     f"LoRA target {target!r}: {name} shares its weight with the input embedding, so "
-                    f"an update of one would change the other; choose from {suffixes_of(linear)}"
+                    f"that an update of one would change the other; choose from {suffixes_of(linear)}"
                 )
         found.update(matched)
     return sorted(found)

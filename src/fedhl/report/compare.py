@@ -1,6 +1,6 @@
 """A comparison as JSON, as one self-contained page, and as tables for the terminal.
 
-The runs and their places are those of `comparison.json`; what they have come to is written back into it.
+`comparison.json` names the runs and their folders; the results of the runs are written back into it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Comparison", "Trial", "comparison_tables", "read_comparison", "write
 
 
 def results(comparison: Comparison) -> Json:
-    """The plan with what its runs have come to: statistics by variant, and facts by run."""
+    """The plan with the results of its runs: statistics by variant, and facts by run."""
     variants = []
     for entry, variant in zip(comparison.plan["variants"], comparison.variants, strict=True):
         grid = zip(entry["grid"], variant.grid, strict=True)
@@ -95,7 +95,7 @@ def trial_facts(trial: Trial) -> Json:
 
 
 def comparison_tables(folder: Path) -> list[Table]:
-    """What the final models of each variant are worth, and what they cost; a row per variant."""
+    """The scores of each variant's final models, and their costs; a row per variant."""
     comparison = read_comparison(folder)
     metric, kinds = comparison.metric, comparison.kinds
     quality, costs = [], []

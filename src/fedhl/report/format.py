@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as text for readers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def difference_text(metric: str, mean: float, half: float | None) -> str:
 
 
 def settings(choice: Mapping[str, Any]) -> str:
-    """{"name": "truncation", "power": 2, "share": None} as "power 2": what is off or not set goes unsaid."""
+    """{"name": "truncation", "power": 2, "share": None} as "power 2": settings that are off or unset are left
+    out."""
     said = {k: x for k, x in choice.items() if k != "name" and x is not None and x is not False}
     return ", ".join(f"{key} {value}" for key, value in said.items())
 

@@ -2,7 +2,7 @@
 
 Every plot is a function `draw(figure)`. `svg` renders it with Matplotlib and then replaces a few reserved
 colours by CSS variables, so that one drawing follows the light and the dark scheme of the page around it.
-Text stays text. Nothing here knows what a federation is or reads a file.
+Text stays text. Nothing here knows about federations, or reads a file.
 """
 
 from __future__ import annotations

@@ -40,21 +40,21 @@ from fedhl.watch import SILENT, Watcher
 def start_run(
     config: Config, folder: Path, watcher: Watcher = SILENT, examined: Examined | None = None
 ) -> None:
-    """Run from the first round into a new folder. Raises UserError if there is a run already.
+    """Run from the first round into a new folder. Raises UserError if the folder is taken.
 
-    `examined`: the rows and ranks, if they have been read already.
+    `examined`: the rows and the ranks, if they have been read already.
     """
     refuse_taken(folder)
     start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
-    """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
+    """Continue after the newest good checkpoint, to the same end as an uninterrupted run."""
     config = load_run_config(folder)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
         raise UserError(
-            f"the clients of {folder} were other processes, with rows or factors of their own: go on as it "
-            "was begun, with --ray, or with fedhl serve"
+            f"the clients of {folder} were other processes, with rows or factors of their own; continue the "
+            "run as it was started, with fedhl run --ray or fedhl serve"
         )
     with alone(folder):
         resume_prepared(prepare(config, watcher), folder, watcher)
@@ -63,12 +63,14 @@ def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
 def start_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
 ) -> None:
-    """All rounds, into a new run folder."""
+    """`start_run` for a prepared federation and any engine."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         if (folder / "config.yaml").exists():
-            raise UserError(f"{folder} has been taken by another process in the meantime")
+            raise UserError(
+                f"{folder}: another process has started a run here in the meantime; choose another folder"
+            )
         with writing(folder):
             write_text(folder / "config.yaml", dump_config(prepared.config))
             (folder / "state").mkdir()
@@ -79,10 +81,10 @@ def start_prepared(
 def resume_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
 ) -> None:
-    """The rounds that are left after the newest good checkpoint."""
+    """`resume_run` for a prepared federation and any engine."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
-        watcher.say("no checkpoint yet: starting from the first round")
+        watcher.say("there is no checkpoint yet; starting from the first round")
         run_rounds(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
@@ -102,7 +104,7 @@ def run_rounds(
     best: dict[str, Any] | None = None,
     engine: Engine = IN_PROCESS,
 ) -> None:
-    """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
+    """The remaining rounds, after `state` or from the start; each round is on disk before the next begins."""
     rounds = prepared.config.rounds
     with writing(folder):
         prepared = with_secret(prepared, folder)
@@ -131,7 +133,7 @@ def run_rounds(
 
 
 def with_secret(prepared: Prepared, folder: Path) -> Prepared:
-    """With privacy, the secret of this run in place of a new one."""
+    """With privacy: the same, with the secret of this run in place of a new secret."""
     federation = prepared.federation
     if federation.privacy is None:
         return prepared
@@ -199,7 +201,7 @@ def finish_round(
     for refused in outcome.refused:
         watcher.say(f"warning: client {refused['id']!r} does not count: {refused['reason']}")
     if not outcome.clients and round:
-        left = "only moves by its noise" if spent else "stays as it was"
+        left = "moves by the noise alone" if spent else "stays as it was"
         watcher.say(f"warning: no update was accepted in this round; the model {left}")
     effective = outcome.diagnostics.get("effective_clients")
     if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):

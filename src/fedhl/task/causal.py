@@ -101,7 +101,7 @@ def encode_completion(
         return encode_chat(tokenizer, conversations, max_length)
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError("the tokenizer has no end-of-text token, so a completion could never end.")
+        raise UserError("the tokenizer has no end-of-text token, so a completion could never end")
     bos = [tokenizer.bos_token_id]
     if bos != tokenizer("")["input_ids"][:1]:
         bos = []
@@ -127,7 +127,7 @@ def encode_chat(
     if not tokenizer.chat_template:
         raise UserError(
             "the model's tokenizer has no chat template; use prompt and completion fields instead "
-            "of messages, or a chat model."
+            "of messages, or a chat model"
         )
     texts: list[str] = []
     spans: list[list[Span]] = []
@@ -249,17 +249,17 @@ def _render(
 def _check_conversation(messages: Sequence[Message], row: int) -> None:
     where = f"row {row} (counted from 0)"
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}.")
+        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise UserError(
                 f"{where}, message {i}: expected {{'role': ..., 'content': ...}} with texts, "
-                f"got {message!r:.60}."
+                f"got {message!r:.60}"
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)}).")
     if roles[0] == "assistant":
-        raise UserError(f"{where}: it starts with the assistant; put what it answers before it.")
+        raise UserError(f"{where}: it starts with the assistant; put what it answers before it")
