@@ -237,7 +237,8 @@ def partition_training(config: Config, rows: Rows, training: Indices) -> dict[st
         by = rule.by or config.task.class_field
         if by is None:
             raise UserError(
-                f"partition.by is missing: a Dirichlet split of {config.task.kind} rows needs a field to split by"
+                f"partition.by is missing: a Dirichlet split of {config.task.kind} rows needs a field to "
+                "split by"
             )
         values = column(rows, by, source)
         skewed = [values[k] for k in training]

@@ -164,7 +164,7 @@ def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> E
     if starts and not examples:
         raise UserError(
             f"max_length {max_length} leaves no room for a completion in any of {len(starts)} rows: "
-            f"the shortest prompt has {min(starts)} tokens with its template. Raise max_length."
+            f"the shortest prompt has {min(starts)} tokens with its template; raise max_length"
         )
     return Encoded(examples, kept, truncated)
 
@@ -217,7 +217,7 @@ def _render_turns(
                 f"row {row} (counted from 0): the chat template renders message {i} differently "
                 "once the conversation goes on, so the assistant's tokens cannot be told apart. "
                 "Train on rows with one answer each (prompt and completion), or use a chat "
-                "template whose output only grows."
+                "template whose output only grows"
             )
         done = len(turn)
         spans.append((len(head), done))
@@ -240,7 +240,7 @@ def _render(
         )
     except TemplateError as error:
         raise UserError(
-            f"row {row} (counted from 0): the model's chat template refuses it: {error}."
+            f"row {row} (counted from 0): the model's chat template refuses it: {error}"
         ) from error
     assert isinstance(text, str)
     return text

@@ -29,7 +29,7 @@ def label_ids(
         if name not in index:
             raise UserError(
                 f"row {row} (counted from 0) has label {name!r}, which was not in training; "
-                f"known labels: {', '.join(known)}."
+                f"known labels: {', '.join(known)}"
             )
     return [index[name] for name in names], list(known)
 
@@ -60,7 +60,7 @@ def _label_name(value: Any, row: int) -> str:
     if value is None or (isinstance(value, float) and not value.is_integer()):
         raise UserError(
             f"row {row} (counted from 0): {value!r} is no class label; "
-            "expected a name or a whole number."
+            "expected a name or a whole number"
         )
     if isinstance(value, (list, dict)):
         raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}.")
