@@ -260,6 +260,6 @@ def _check_conversation(messages: Sequence[Message], row: int) -> None:
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)}).")
+        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)})")
     if roles[0] == "assistant":
         raise UserError(f"{where}: it starts with the assistant; put what it answers before it")
