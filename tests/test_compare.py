@@ -259,7 +259,7 @@ REFUSALS: dict[str, tuple[Json, list[str], Json, str]] = {
     "no name": ({}, [""], {}, "expected the name of a method"),
     "a seed of its own": ({}, ["fedhl@seed=3"], {}, "seed follows from --seeds"),
     "another method": ({}, ["fedhl@method.name=fedit"], {}, "method.name follows from its name"),
-    "a setting of the method": ({}, ["hetlora@gamma=1"], {}, r": hetlora@method\.gamma=1$"),
+    "a setting of the method": ({}, ["hetlora@gamma=1"], {}, r"; write hetlora@method\.gamma=1$"),
     "nothing to evaluate": (
         {"evaluation": {"client_fraction": 0.0}},
         ["fedsa_lora@lora.ranks=2"],
@@ -317,14 +317,14 @@ def test_the_command_line_refuses_too(project: Path, compared: Path) -> None:
     assert "weighting.name = 'truncation', and this comparison needs 'examples'" in weighting
     assert written(compared) == before
     assert "cannot write to rows.jsonl" in refused(*ARGUMENTS, "--out", "rows.jsonl")
-    with pytest.raises(UserError, match="--seeds '0;1': expected numbers with commas"):
+    with pytest.raises(UserError, match="--seeds '0;1': expected numbers separated by commas"):
         parse_numbers("--seeds", "0;1", int)
 
 
 def test_variants_that_are_not_named_again_are_missed(compared: Path) -> None:
     said: list[str] = []
     warn_of_left_out([parse_variant("flexlora")], compared, Watcher(say=said.append))
-    assert len(said) == 1 and "the report leaves out fedhl, which" in said[0]
+    assert len(said) == 1 and "the report leaves out fedhl, whose runs" in said[0]
     warn_of_left_out([parse_variant(text) for text in METHODS], compared, Watcher(say=said.append))
     warn_of_left_out([], compared / "elsewhere", Watcher(say=said.append))
     assert len(said) == 1

@@ -77,7 +77,7 @@ def layer(tensors: dict[str, Tensor]) -> str:
 KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
     # what is done to the reply of a round, and what the server's reason says of it
     (missing, "is missing"),
-    (surplus, "'lora::bert.nowhere' is not one of these"),
+    (surplus, "'lora::bert.nowhere' is not expected"),
     (shape, "expected F32 [6, 64]"),
     (rank, "expected F32 [6, 64]"),
     (scale, "its scale is"),
@@ -87,7 +87,7 @@ KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
     (another_sender, "its client id is 'client-0', not 'client-5'"),
     (another_model, "its base model is '000"),
     (another_tokenizer, "its tokenizer is '000"),
-    (another_protocol, "it has protocol version 999, this is version 1"),
+    (another_protocol, "it has protocol version 999, expected version 1"),
     ("damaged", "it does not match its own checksum"),
     ("garbage", "it is not a safetensors file"),
     ("nothing", "its reply has no payload"),

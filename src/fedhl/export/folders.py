@@ -60,7 +60,7 @@ def export_merged(
     with publish(out) as staging, torch.no_grad():
         for name in sorted(deltas):
             if name not in modules:
-                raise ValueError(f"layer {name!r} is not in this {type(model).__name__}")
+                raise ValueError(f"layer {name}: not in this {type(model).__name__}")
             base = modules[name]
             base.weight.data = shifted(base, deltas[name])  # pyright: ignore
         for name in loaded.head:

@@ -72,7 +72,9 @@ def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
             f"method {name!r} lacks {', '.join(missing)}; see fedhl.method.Method and "
             "docs/adding-a-method.md"
         )
+    from fedhl import method as contract  # imports torch
+
     for part in OPTIONAL:
         if not hasattr(cls, part):
-            setattr(cls, part, getattr(Method, part))
+            setattr(cls, part, getattr(contract.Method, part))
     return construct("method", name, cls, hyperparameters)

@@ -207,7 +207,7 @@ def activate(
     by_layer = train if isinstance(train, Mapping) else dict.fromkeys(slots.modules, train)
     for name, factors in by_layer.items():
         if name not in slots.modules:
-            raise ValueError(f"layer {name!r} is not an adapted layer of this model")
+            raise ValueError(f"layer {name}: not an adapted layer of this model")
         if not factors <= {"A", "B"}:
             raise ValueError(f"train must be a subset of {{'A', 'B'}}, got {sorted(factors)}")
     slot = slot_name(rank)
