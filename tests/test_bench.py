@@ -28,7 +28,7 @@ FIGURES = {
 def test_every_part_reports_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(problems, "SIDE", 288)
+    monkeypatch.setattr(problems, "SIDE", 256)
     monkeypatch.setattr(problems, "BLOCKS", {"smollm2": 1, "llama2": 1})
     said: list[str] = []
     file = tmp_path / "new/figures.json"
@@ -54,7 +54,7 @@ def test_every_part_reports_what_it_measured(
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "SIDE", 288)
+    monkeypatch.setattr(problems, "SIDE", 256)
     monkeypatch.setattr(checks, "dense_step", lambda state, updates: state.W.double() * 1.001)
     with pytest.raises(AssertionError):
         server.one_layer(1, lambda line: None, "cpu")

@@ -191,7 +191,7 @@ def test_a_terminal_gets_progress_bars(project: Path) -> None:
     while chunk := read(ours):
         said += chunk
     os.close(ours)
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
     shown = said.decode()
     assert "round 1: training" in shown and "/160" in shown and "\x1b" in shown
     assert summary(project / "runs/terminal")["status"] == "finished"

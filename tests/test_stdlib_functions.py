@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "stdlib_functions.py"
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=600
     )
 
 

@@ -224,7 +224,7 @@ class Command:
     folder: Path
     output: Path
 
-    def wait(self, timeout: float = 120) -> Done:
+    def wait(self, timeout: float = 600) -> Done:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"no end after {timeout} s"
         out, err = (self.output.with_suffix(s).read_text("utf-8") for s in (".out", ".err"))
@@ -235,7 +235,7 @@ class Command:
         file = self.output.with_suffix(".out")
         return file.read_text("utf-8") if file.exists() else ""
 
-    def wait_until(self, happened: Callable[[], bool], timeout: float = 60) -> None:
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 600) -> None:
         """Until `happened()`, or until the command ends."""
         end = monotonic() + timeout
         while self.process.is_alive() and not (

@@ -213,7 +213,8 @@ def introduction(header: Mapping[str, Any]) -> Member:
         raise Malformed("its labels must be a list of texts")
     if len(labels or ()) > LABELS or not all(writable(name, LABEL) for name in labels or ()):
         raise Malformed(
-            f"its labels must be at most {LABELS:,}, each of at most {LABEL:,} characters"
+            f"its labels are too many or too long, expected at most {LABELS:,} labels, each of "
+            f"at most {LABEL:,} characters"
         )
     for name in ("rank", "examples"):
         if not 1 <= header[name] < WHOLE:

@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -68,7 +69,8 @@ def svg(draw: Draw, width: int, height: int, prefix: str, label: str) -> str:
         draw(figure)
         out = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(out, format="svg", metadata=nothing)
+        # not savefig, which draws everything once more before this, to find the layout
+        FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :].rstrip()
     text = re.sub(r"<[^>]*>", lambda tag: inline_tag(tag.group(), prefix), text)
