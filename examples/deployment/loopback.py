@@ -84,14 +84,14 @@ class Loopback:
         for one in family(process.pid):
             with suppress(psutil.NoSuchProcess):
                 one.send_signal(number)
-        process.wait(30)
+        process.wait(300)
 
     def leave(self, process: subprocess.Popen[bytes]) -> None:
         """Stop a node as an operator would, so that the SuperLink knows at once that it has left: until
         then, for about a minute, it lets no other in with the same key."""
         others = family(process.pid)
         process.terminate()
-        process.wait(30)
+        process.wait(300)
         for one in others:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -130,7 +130,7 @@ class Loopback:
             except OSError:
                 return False
 
-        wait_until(up, 60, lambda: self.log("superlink"))
+        wait_until(up, 300, lambda: self.log("superlink"))
         return process
 
     def register(self, node: str) -> None:
@@ -169,7 +169,7 @@ class Loopback:
             cwd=self.cwd,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
