@@ -204,8 +204,8 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
         if found is not None:
             key, before, now = found
             raise UserError(
-                f"{job.folder} was made with {key} = {before!r}, expected {now!r}; "
-                "change the setting back, remove the folder, or choose another one with --out"
+                f"{job.folder} was made with {key} = {before!r}, and this comparison needs {now!r}; "
+                "change the setting back, remove that folder, or choose another one with --out"
             )
 
 
