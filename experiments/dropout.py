@@ -24,7 +24,7 @@ from fedhl.federation.engine import InProcess
 from fedhl.federation.prepare import prepare
 from fedhl.record import read_metrics, read_summary
 from fedhl.run.folder import alone
-from fedhl.run.loop import begin, go_on
+from fedhl.run.loop import resume_prepared, start_prepared
 from fedhl.seeds import generator
 from fedhl.watch import Watcher
 
@@ -48,9 +48,9 @@ def finish(seed: int, chance: float, threads: int) -> Path:
 
     if (folder / "config.yaml").exists():
         with alone(folder):
-            go_on(prepared, folder, watcher, InProcess(arrives))
+            resume_prepared(prepared, folder, watcher, InProcess(arrives))
     else:
-        begin(prepared, folder, watcher, InProcess(arrives))
+        start_prepared(prepared, folder, watcher, InProcess(arrives))
     return folder
 
 

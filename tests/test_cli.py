@@ -133,7 +133,10 @@ def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
             ["--set", "data.source=no-prompt.jsonl"],
             "field 'prompt' of row 9 (counted from 0) is list",
         ),
-        (["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"], "needs a field to go by"),
+        (
+            ["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"],
+            "needs a field to split by",
+        ),
         (["--set", "task.completion=reply"], "has no field 'reply'"),
     ],
 )

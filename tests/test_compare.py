@@ -17,7 +17,7 @@ from support.fake_run import EVIL, Page, evil, evil_metric, fake_run
 from support.tiny import classification, fedhl, start, write_config
 
 from fedhl.compare import compare
-from fedhl.compare.study import Study, choose, difference, tell_of_others
+from fedhl.compare.study import Study, best_rate, difference, warn_of_left_out
 from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
 from fedhl.config import Config, load_config
 from fedhl.config.ranks import RankShares
@@ -259,7 +259,7 @@ REFUSALS: dict[str, tuple[Json, list[str], Json, str]] = {
     "no name": ({}, [""], {}, "expected the name of a method"),
     "a seed of its own": ({}, ["fedhl@seed=3"], {}, "seed follows from --seeds"),
     "another method": ({}, ["fedhl@method.name=fedit"], {}, "method.name follows from its name"),
-    "a setting of the method": ({}, ["hetlora@gamma=1"], {}, r": hetlora@method\.gamma=1$"),
+    "a setting of the method": ({}, ["hetlora@gamma=1"], {}, r"; write hetlora@method\.gamma=1$"),
     "nothing to evaluate": (
         {"evaluation": {"client_fraction": 0.0}},
         ["fedsa_lora@lora.ranks=2"],
@@ -317,16 +317,16 @@ def test_the_command_line_refuses_too(project: Path, compared: Path) -> None:
     assert "weighting.name = 'truncation', and this comparison needs 'examples'" in weighting
     assert written(compared) == before
     assert "cannot write to rows.jsonl" in refused(*ARGUMENTS, "--out", "rows.jsonl")
-    with pytest.raises(UserError, match="--seeds '0;1': expected numbers with commas"):
+    with pytest.raises(UserError, match="--seeds '0;1': expected numbers separated by commas"):
         parse_numbers("--seeds", "0;1", int)
 
 
 def test_variants_that_are_not_named_again_are_missed(compared: Path) -> None:
     said: list[str] = []
-    tell_of_others([parse_variant("flexlora")], compared, Watcher(say=said.append))
-    assert len(said) == 1 and "the report leaves out fedhl, which" in said[0]
-    tell_of_others([parse_variant(text) for text in METHODS], compared, Watcher(say=said.append))
-    tell_of_others([], compared / "elsewhere", Watcher(say=said.append))
+    warn_of_left_out([parse_variant("flexlora")], compared, Watcher(say=said.append))
+    assert len(said) == 1 and "the report leaves out fedhl, whose runs" in said[0]
+    warn_of_left_out([parse_variant(text) for text in METHODS], compared, Watcher(say=said.append))
+    warn_of_left_out([], compared / "elsewhere", Watcher(say=said.append))
     assert len(said) == 1
 
 
@@ -452,9 +452,9 @@ def test_the_best_rate_is_the_first_of_equals_and_never_one_that_diverged(tmp_pa
         grid.append({"rate": rate, "folder": f"r{rate}"})
     write_plan(tmp_path, {"a": []}, grid=grid, rates=[*means], chosen_on="clients")
     read = read_comparison(tmp_path)
-    assert choose(read, "a", read.variants[0].grid) == 0.3
+    assert best_rate(read, "a", read.variants[0].grid) == 0.3
     with pytest.raises(UserError, match="a: no learning rate of --rates gave a finite loss"):
-        choose(read, "a", read.variants[0].grid[:1])
+        best_rate(read, "a", read.variants[0].grid[:1])
 
 
 def test_statistics_are_those_of_the_runs(compared: Path) -> None:

@@ -80,7 +80,7 @@ def test_locate_inside_a_package_without_importing_it(
         ("dta/train.jsonl", r"there is no 'dta' in the current folder.*did you mean 'data'"),
         ("./nothing", r"no file or folder 'nothing'; the current folder has data"),
         ("data/train.jsonl/deeper.csv", r"'data/train\.jsonl' is a file"),
-        ("", "an empty source"),
+        ("", "the source is empty"),
         ("package:no_such_package_here/x", r"pip install no-such-package-here"),
         ("package:numpyy/x", r"did you mean 'numpy'.*pip install"),
         ("package:numpy.linalg/x", "not the import name"),
@@ -187,7 +187,7 @@ def test_settings_that_cannot_apply(write: Write) -> None:
 
 def test_column() -> None:
     assert column(ROWS, "label", "f.csv") == ["1", "0"]
-    with pytest.raises(UserError, match=r"f\.csv: row 0 .*'lable' \(did you mean 'label'\?\)\. "):
+    with pytest.raises(UserError, match=r"f\.csv: row 0 .*'lable' \(did you mean 'label'\?\); "):
         column(ROWS, "lable", "f.csv")
     with pytest.raises(UserError, match=r"row 1 .* has no field 'b'.*fields: a"):
         column([{"a": 1, "b": 1}, {"a": 1}], "b", "f.csv")

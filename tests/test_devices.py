@@ -24,7 +24,7 @@ from torch import Tensor
 from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting, server
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
-from fedhl.federation.local import measure as metrics
+from fedhl.federation.local import evaluate_rows as metrics
 from fedhl.federation.scores import evaluate_round
 from fedhl.lora import LoRA, initial
 from fedhl.model import peft

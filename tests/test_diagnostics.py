@@ -171,7 +171,7 @@ def test_what_was_sent_is_taken_once_however_little_is_held(
             waiting += u.sent.lora.rank * (read % 2)  # its twin adds nothing
             yield u
 
-    for weight, sent in diagnostics.besides(counted(), most):
+    for weight, sent in diagnostics.remaining_terms(counted(), most):
         waiting = 0
         total += weight * exact(sent)
     want = torch.stack([u.weight * exact(u.sent.lora) for u in twice]).sum(0)

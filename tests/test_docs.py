@@ -89,12 +89,38 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert "64, 48" in capsys.readouterr().out
 
 
-def test_the_tree_of_the_readme_names_every_module() -> None:
+def tree_of_the_readme() -> tuple[set[str], set[str]]:
+    """The files and the folders below src/fedhl that README's annotated tree names, as paths.
+
+    Every level is two spaces further in; a line has names, several with commas between, and then a comment.
+    """
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme[readme.index("```\nsrc/fedhl/") :]
-    for path in (ROOT / "src" / "fedhl").glob("*"):
-        if path.name not in ("__init__.py", "py.typed", "__pycache__"):
-            assert path.name in tree, f"README's tree does not name {path.name}"
+    block = readme[readme.index("```\nsrc/fedhl/\n") :].split("```")[1]
+    files: set[str] = set()
+    folders: set[str] = set()
+    above: list[str] = []
+    for line in block.removeprefix("\nsrc/fedhl/\n").splitlines():
+        if line and not line.startswith(" "):
+            break  # what stands beside src
+        names = re.match(r"\s*((?:[\w.]+/?(?:, |(?=\s|$)))+)", line)
+        if names is None:
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in names[1].split(", "):
+            path = "/".join([*above[: depth - 1], name.strip()])
+            (folders if path.endswith("/") else files).add(path.rstrip("/"))
+            above[depth - 1 :] = [name.strip("/ ")]
+    return files, folders
+
+
+def test_the_tree_of_the_readme_is_the_file_system() -> None:
+    """Both ways, and below the root: each file has its line, and each line its file."""
+    source = ROOT / "src" / "fedhl"
+    files, folders = tree_of_the_readme()
+    there = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
+    assert files == {path for path in there if not path.endswith("__init__.py")}
+    packages = {str(Path(path).parent) for path in there} - {"."}
+    assert folders == packages | {"report/templates"}
 
 
 CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "examples/deployment/own-data.yaml"]

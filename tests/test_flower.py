@@ -23,7 +23,7 @@ from fedhl.config import load_config
 from fedhl.federation.engine import InProcess
 from fedhl.federation.prepare import prepare
 from fedhl.record import read_metrics
-from fedhl.run.loop import begin
+from fedhl.run.loop import start_prepared
 from fedhl.watch import Watcher
 
 TESTS = Path(__file__).parent
@@ -68,7 +68,7 @@ def alone(
     monkeypatch.chdir(project)
     folder = project / "runs" / f"{name}-alone"
     settings = load_config(tiny.write_config(project / f"{name}.yaml", config))
-    begin(prepare(settings), folder, Watcher(), InProcess(answered))
+    start_prepared(prepare(settings), folder, Watcher(), InProcess(answered))
     return folder
 
 

@@ -129,8 +129,8 @@ def test_a_right_introduction():
         ({"examples": 10.0}, "its examples is 10.0"),
         ({"own": 1}, "its own is 1"),
         ({"tokenizer": None}, "its tokenizer is None"),
-        ({"labels": "cat"}, "not a list of texts"),
-        ({"labels": ["cat", 1]}, "not a list of texts"),
+        ({"labels": "cat"}, "must be a list of texts"),
+        ({"labels": ["cat", 1]}, "must be a list of texts"),
         ({"labels": [str(k) for k in range(1_000_000)]}, f"at most {LABELS:,} labels"),
         ({"labels": ["x" * (LABEL + 1)]}, f"at most {LABEL:,} characters"),
         ({"labels": ["half \ud83d"]}, "labels"),
@@ -178,7 +178,7 @@ def test_an_error_of_flowers_has_a_reason_in_one_line(question: Message, reason:
 
 @pytest.mark.parametrize("said", ["no\nround 9/9: all is well", "\ud800", "\x1b[31m", ["a"], None])
 def test_what_a_client_says_stays_in_its_line(question: Message, said: Any):
-    with pytest.raises(Malformed, match="it says") as refused:
+    with pytest.raises(Malformed, match="its node says") as refused:
         answer(Message(pack({"error": said}), reply_to=question))
     assert str(refused.value).isprintable()
 
@@ -299,7 +299,7 @@ def test_the_app_serves_the_run_that_its_config_describes(
     settings: Config, tmp_path: Path, oracle: Path
 ):
     folder = tmp_path / "run"
-    told = {"config": settings.model_dump_json(), "folder": str(folder)}
+    told: Any = {"config": settings.model_dump_json(), "folder": str(folder)}
     app(InProcessGrid(NAMED), Context(1, 0, {}, RecordDict(), run_config=told))
     assert read_summary(folder)["status"] == "finished"
     assert same(folder, oracle)
@@ -332,7 +332,7 @@ SPOILT: list[tuple[Callable[..., Answers], str]] = [
     ),
     (without_content, "its node reports an error (0): unknown"),
     (content(lambda payload: RecordDict()), "no readable header"),
-    (content(lambda payload: pack({"error": "\ud800\x1b[2J"})), "it says:   [2J"),
+    (content(lambda payload: pack({"error": "\ud800\x1b[2J"})), "its node says:   [2J"),
     (unasked, "no reply within"),
     (lambda asked, reply: [], "no reply within"),
     (content(lambda payload: pack({})), "its reply has no payload"),
@@ -475,12 +475,12 @@ def test_a_node_that_flower_takes_no_message_for_is_missing(settings: Config, tm
     grid = InProcessGrid(NODES)
 
     def listen(line: str) -> None:
-        if "'client-2' is here" in line:
+        if "'client-2' has joined" in line:
             grid.deaf.add(2)
 
     lines = run(settings, tmp_path / "run", grid, watcher=Watcher(say=listen))
     assert accepted(lines) == [["client-0", "client-1"]] * 2
-    assert all("has not taken the message" in found["client-2"] for found in reasons(lines))
+    assert all("did not accept the message" in found["client-2"] for found in reasons(lines))
 
 
 # --- hostile introductions ----------------------------------------------------------------------
@@ -488,12 +488,12 @@ def test_a_node_that_flower_takes_no_message_for_is_missing(settings: Config, tm
 
 LIES: list[tuple[dict[str, Any], str]] = [
     ({"examples": 10**400}, "expected 1 to 2"),
-    ({"examples": 10**9}, "has 1000000000 rows, the server makes"),
+    ({"examples": 10**9}, "has 1000000000 rows, expected"),
     ({"rank": 10**6}, "has rank 1000000, but began with 2"),
-    ({"client": "mallory", "rank": 10**6}, "'mallory' has no part in the config's data"),
-    ({"client": "client-0"}, "another node is client 'client-0' already"),
+    ({"client": "mallory", "rank": 10**6}, "'mallory' is not a client of the config's partition"),
+    ({"client": "client-0"}, "client 'client-0' is connected already, from another node"),
     ({"tokenizer": "0" * 64}, "another tokenizer than the server"),
-    ({"own": True}, "has its own data, the others not so"),
+    ({"own": True}, "has its own data, unlike the other clients"),
 ]
 
 
@@ -551,7 +551,7 @@ def test_a_machine_that_was_started_again_is_let_in_when_its_old_node_has_left(
     grid = InProcessGrid(NODES | {9: NODES[1]})
     roster = roster_of(settings, grid, said)
     assert roster.look() == {f"client-{k}": k for k in range(3)}
-    assert any("another node is client 'client-1' already" in line for line in said)
+    assert any("client 'client-1' is connected already, from another node" in line for line in said)
     asked = len(grid.asked)
     assert roster.look()["client-1"] == 1
     assert len(grid.asked) == asked  # it is not asked again and again
@@ -808,7 +808,9 @@ def test_after_a_restart_clients_must_be_as_they_were(
     }
     lines = run(own_settings.model_copy(deep=True), torn, InProcessGrid(changed), said)
     assert accepted(lines)[1] == sorted(ODD)  # the reply that it had sent before counts
-    assert any("'clients' has rank 1, but began with 3; it must stay" in line for line in said)
+    assert any(
+        "'clients' has rank 1, expected rank 3, with which it began" in line for line in said
+    )
     assert any("'larger' has rank 8, expected at most 3" in line for line in said)
 
 
@@ -832,7 +834,7 @@ def test_a_config_that_cannot_be_served_is_refused_before_anything_is_sent(
     by_column = settings_of(
         project, "refused", partition={"kind": "by-column", "column": "site"}, lora={"ranks": 2}
     )
-    with pytest.raises(UserError, match=r"federation.clients: say how many"):
+    with pytest.raises(UserError, match=r"federation.clients is missing: give the number"):
         submit(by_column, project / "runs" / "refused", "nowhere")
     assert clients_needed(by_column, nodes=3) == 3
 
@@ -903,5 +905,5 @@ def test_a_client_says_why_it_does_not_understand(header: dict[str, Any], reason
     grid = InProcessGrid({1: {"client": "a", "data": "rows.jsonl"}})
     (id,) = grid.push_messages([Message(pack(header), 1, "query")])
     (reply,) = grid.pull_messages([id])
-    with pytest.raises(Malformed, match=f"it says: .*{reason}"):
+    with pytest.raises(Malformed, match=f"its node says: .*{reason}"):
         answer(reply)

@@ -20,7 +20,7 @@ from fedhl import server
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
-from fedhl.federation.federation import as_now
+from fedhl.federation.federation import at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
 from fedhl.method import Broadcast, flatten
@@ -73,7 +73,9 @@ def test_a_simulated_node_is_a_client_by_its_number(shared: Config):
     for k in range(3):
         numbered = {"partition-id": k, "num-partitions": 3}
         assert node_of(numbered, shared) == Node(f"client-{k}", SHARED)
-    with pytest.raises(UserError, match=r"there are 3 clients, but this is node 3 \(from 0\)"):
+    with pytest.raises(
+        UserError, match=r"partition-id 3 is too large: the config has 3 clients, numbered from 0"
+    ):
         node_of({"partition-id": 3, "num-partitions": 4}, shared)
 
 
@@ -81,7 +83,10 @@ def test_a_simulated_node_is_a_client_by_its_number(shared: Config):
     ("settings", "reason"),
     [
         ({}, "client must be text, got None; start the node with, e.g., --node-config"),
-        ({"client": "a"}, r"data must be text, got None.*'partition': its part of the config"),
+        (
+            {"client": "a"},
+            r"data must be text, got None.*'partition' stands for its part of the config",
+        ),
         ({"client": "", "data": "x"}, "client must be text, got ''"),
         ({"client": 3, "data": "x"}, "client must be text, got 3"),
         ({"client": "a", "data": True}, "data must be text, got True"),
@@ -97,7 +102,10 @@ def test_a_simulated_node_is_a_client_by_its_number(shared: Config):
         ({"client": "a", "data": "x", "model": ""}, "model must be text, got ''"),
         ({"client": "a", "data": "x", "state": 5}, "state must be text, got 5"),
         ({"client": "a", "data": "x", "fields": 5}, "fields must be text, got 5"),
-        ({"client": "a", "data": SHARED, "fields": "text"}, "fields is for a file of its own rows"),
+        (
+            {"client": "a", "data": SHARED, "fields": "text"},
+            "fields goes with a file of the client's own rows",
+        ),
     ],
 )
 def test_a_mistake_in_a_node_config_is_named(shared: Config, settings: Any, reason: str):
@@ -126,7 +134,9 @@ def test_a_shared_client_has_the_rank_and_rows_of_the_config(shared: Config):
 def test_a_shared_client_must_be_one_of_the_config(shared: Config):
     with pytest.raises(UserError, match="unknown client 'client-9'; did you mean 'client-"):
         introduce(shared, Node("client-9", SHARED))
-    with pytest.raises(UserError, match=r"client 'client-1' has rank 2 in the config, got 4"):
+    with pytest.raises(
+        UserError, match=r"rank of client 'client-1': expected 2, as in the config, got 4"
+    ):
         introduce(shared, Node("client-1", SHARED, rank=4))
     assert introduce(shared, Node("client-1", SHARED, rank=2))["rank"] == 2
 
@@ -170,7 +180,7 @@ def test_what_is_wrong_with_its_own_rows_is_in_the_nodes_log_and_not_told(
         caplog.clear()
         with pytest.raises(UserError) as caught:
             introduce(config, node)
-        assert str(caught.value) == "its rows do not fit the config; its own log says why"
+        assert str(caught.value) == "its rows do not fit the config; the client's own log says why"
         return caplog.text
 
     assert "nowhere.jsonl" in refused(Node("a", "nowhere.jsonl", rank=1))
@@ -194,7 +204,7 @@ def test_a_config_can_use_only_the_fields_that_the_owner_names(
     assert introduce(shared, node) == introduce(shared, Node("a", file, rank=1))
     nosy = shared.model_copy(update={"task": shared.task.model_copy(update={"label": "name"})})
     assert introduce(nosy, Node("a", file, rank=1))["labels"] == ["patient 0", "patient 1"]
-    with pytest.raises(UserError, match="its own log says why"):
+    with pytest.raises(UserError, match="the client's own log says why"):
         introduce(nosy, node)
     assert "name" in caplog.text and "patient" not in caplog.text
 
@@ -290,7 +300,7 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
     post = Post(config, prepared, nodes, together)
     ranks = []
     for _ in range(2):
-        for client in (as_now(client, state) for client in federation.clients):
+        for client in (at_current_rank(client, state) for client in federation.clients):
             own = state.clients.get(client.id, {})
             sent = post.sent(state, client)
             local = train_client(federation, client, sent, state.head, state.round + 1, own=own)

@@ -176,7 +176,7 @@ def test_a_client_that_trains_some_layers_returns_exactly_those():
     method = get_method("fedhl")
     assert (
         refusals.refusal(Layers(method, state, SEED), full)
-        == f"layer {first!r} is not one it trains"
+        == f"layer {first!r} is not a layer that the client trains"
     )
     assert refusals.refusal(Layers(method, state, SEED), without(full, first)) is None
     assert refusals.refusal(Layers(method, state, SEED), without(full, first, others[0])) == (
@@ -211,7 +211,7 @@ def test_a_frozen_factor_that_came_back_changed_is_refused():
     x = good.adapter[first]
     bad = replace(good, adapter={**good.adapter, first: replace(x, A=x.A * 1.01)})
     assert refusals.refusal(Layers(method, state, SEED), bad) == (
-        f"layer {first!r}: factor A was not to be changed, but came back different"
+        f"layer {first!r}: factor A is frozen, but came back changed"
     )
 
 

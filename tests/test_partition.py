@@ -85,7 +85,7 @@ def test_names_sort_as_numbers() -> None:
 
 
 def test_dirichlet_that_cannot_work_names_the_smallest_client() -> None:
-    with pytest.raises(UserError, match=r"alpha 0\.001 .*'client-\d\d' has 0.*Raise alpha"):
+    with pytest.raises(UserError, match=r"alpha 0\.001 .*'client-\d\d' has 0.*raise alpha"):
         dirichlet(["a", "b"] * 100, clients=50, alpha=0.001, seed=0)
 
 

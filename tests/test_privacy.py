@@ -550,7 +550,10 @@ def test_check_says_what_will_be_spent(project: Path) -> None:
     assert (done.code, done.err) == (0, ""), done
     said = " ".join(done.out.split())
     assert f"epsilon {epsilon(0.5, 0.8, 3, 1e-5):.2f} at delta 1e-05 after 3 rounds" in said
-    assert f"{epsilon(1.0, 0.8, 3, 1e-5):.2f} if it is seen who takes part" in said
+    assert (
+        f"{epsilon(1.0, 0.8, 3, 1e-5):.2f} against an observer who sees which clients take part"
+        in said
+    )
     robust = "robust={clip: 2.0, reject: {kind: trimmed, share: 0.25}}"
     done = tiny.fedhl(project, "check", "tiny.yaml", "--set", robust)
     assert "the furthest 25% refused, clipped to 2" in " ".join(done.out.split())

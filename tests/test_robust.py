@@ -181,7 +181,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
 def test_the_norms_of_the_weighting_are_those_of_what_is_left(state: ServerState) -> None:
     """`||ΔW(sent) + c (ΔW - ΔW(sent))||`, which is not c times the norm of the update."""
     answers, factors = [reply(state, client) for client in CLIENTS], [0.0, 0.3, 1.0, 0.9]
-    cohort = measures.measure(Layers(FEDHL, state, SEED), answers, factors=factors)
+    cohort = measures.measure_cohort(Layers(FEDHL, state, SEED), answers, factors=factors)
     want = []
     for c, answer in zip(factors, answers, strict=True):
         sent = server.broadcast(FEDHL, state, answer.client, SEED)
@@ -204,11 +204,13 @@ def test_who_is_rejected() -> None:
     assert out(Median(7.0)(norms)) == []
     assert out(Median(2.0)([1.0, 1.0, 2.0])) == [], "exactly as far as is allowed"
     assert out(Median(1.0)([0.0, 0.0, 0.0])) == [], "nobody moved"
-    assert "moved by 7, more than 5 times the median of 1.1" in str(Median(5.0)(norms)[3])
+    assert "its update has norm 7, more than 5 times the median of 1.1" in str(
+        Median(5.0)(norms)[3]
+    )
     assert out(Trimmed(0.4)(norms)) == [1, 3]
     assert out(Trimmed(0.19)(norms)) == [], "rounded down"
     assert out(Trimmed(0.5)([2.0, 2.0])) == [1], "of equals the last"
-    assert "among the 2 of 5 who moved furthest" in str(Trimmed(0.4)(norms)[1])
+    assert "among the 2 largest of 5" in str(Trimmed(0.4)(norms)[1])
     assert Median(5.0)([]) == Trimmed(0.5)([]) == []
 
 

@@ -15,7 +15,7 @@ from fedhl.errors import UserError
 from fedhl.files import write_text
 from fedhl.record import better, headline, read_metrics
 from fedhl.run.folder import keep_metrics, uninterrupted, writing
-from fedhl.run.telling import describe
+from fedhl.run.progress import describe
 
 
 def evaluation(metric: str, full: float | None, truncated: float | None, mean: float | None) -> Any:
@@ -154,7 +154,7 @@ def test_a_run_that_nobody_evaluates(project: Path, tmp_path: Path) -> None:
     summary = json.loads((project / "runs/unseen/summary.json").read_text())
     assert summary["best"] is None and summary["status"] == "finished"
     done = fedhl(project, "eval", "runs/unseen")
-    assert done.code == 2 and "no held-out rows; name some with --data" in done.err
+    assert done.code == 2 and "no held-out rows; name a file of rows with --data" in done.err
     done = fedhl(project, "eval", "runs/unseen", "--data", "rows.jsonl")
     assert done.code == 0 and " 400 " in done.out
     export = ["export", "runs/unseen", "--rank", "2", "--out", tmp_path / "adapter"]

@@ -149,7 +149,7 @@ def test_truncation_errors_are_the_dense_tails(state: ServerState) -> None:
     by no more than δ, and its square by `2 ||R|| ||δ|| + ||δ||²`.
     """
     replies = [reply(state, client) for client in CLIENTS]
-    cohort = measures.measure(Layers(FEDHL, state, SEED), replies)
+    cohort = measures.measure_cohort(Layers(FEDHL, state, SEED), replies)
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy)
     tails = torch.zeros_like(error)
     for column, name in enumerate(SHAPES):
@@ -348,7 +348,7 @@ WRONG = {
     ),
     "surplus layer": (
         lambda r: replace(r, adapter={**r.adapter, "block.9": r.adapter[NAME]}),
-        r"^layer 'block\.9' is not one of this model$",
+        r"^layer 'block\.9' is not in this model$",
     ),
     "transposed": (
         with_layer(NAME, lambda x: LoRA(x.B.T, x.A.T, x.scale)),
@@ -372,32 +372,32 @@ WRONG = {
     ),
     "NaN in A": (
         with_layer(NAME, lambda x: LoRA(poisoned(x.A, math.nan), x.B, x.scale)),
-        LAYER + "it has a non-finite value",
+        LAYER + "got a non-finite value",
     ),
     "infinity in B": (
         with_layer(NAME, lambda x: LoRA(x.A, poisoned(x.B, -math.inf), x.scale)),
-        LAYER + "it has a non-finite value",
+        LAYER + "got a non-finite value",
     ),
     "absurd size": (  # finite, but the product is not
         with_layer(NAME, lambda x: LoRA(x.A + 1e25, x.B + 1e25, x.scale)),
-        LAYER + r"its update may be as large as inf, expected at most 2e\+19",
+        LAYER + r"got an update that may be as large as inf, expected at most 2e\+19",
     ),
     "absurd factor beside one that is zero": (  # no update at all, but methods may average factors
         with_layer(NAME, lambda x: LoRA(0 * x.A + 3e38, 0 * x.B, x.scale)),
-        LAYER + r"its update may be as large as inf, expected at most 2e\+19",
+        LAYER + r"got an update that may be as large as inf, expected at most 2e\+19",
     ),
     "absurd head": (
         with_head("classifier.bias", lambda t: poisoned(t, 3e38)),
-        r"^head parameter 'classifier\.bias': its norm is (3e\+38|inf), expected at most 2e\+19$",
+        r"^head parameter 'classifier\.bias': got norm (3e\+38|inf), expected at most 2e\+19$",
     ),
-    "absurd loss": (lambda r: replace(r, loss=1e300), r"^it reports a loss of 1e\+300"),
+    "absurd loss": (lambda r: replace(r, loss=1e300), r"^the reply reports loss 1e\+300"),
     "missing head": (
         lambda r: replace(r, head=without(r.head, "classifier.bias")),
         r"^head parameter 'classifier\.bias' is missing$",
     ),
     "surplus head": (
         lambda r: replace(r, head={**r.head, "pooler.weight": torch.zeros(2)}),
-        r"^head parameter 'pooler\.weight' is not one of this model$",
+        r"^head parameter 'pooler\.weight' is not in this model$",
     ),
     "head shape": (
         with_head("classifier.weight", lambda t: t.T),
@@ -405,12 +405,15 @@ WRONG = {
     ),
     "NaN in the head": (
         with_head("classifier.bias", lambda t: poisoned(t, math.nan)),
-        r"^head parameter 'classifier\.bias': it has a non-finite value",
+        r"^head parameter 'classifier\.bias': got a non-finite value",
     ),
-    "stale": (lambda r: replace(r, round=r.round - 1), r"^it is for round 2, this is round 3$"),
+    "stale": (
+        lambda r: replace(r, round=r.round - 1),
+        r"^the reply is for round 2, expected round 3$",
+    ),
     "from the future": (
         lambda r: replace(r, round=r.round + 1),
-        r"^it is for round 4, this is round 3$",
+        r"^the reply is for round 4, expected round 3$",
     ),
 }
 
@@ -491,7 +494,7 @@ def test_a_second_reply_of_a_client_does_not_count(state: ServerState) -> None:
     twice = [replies[0], reply(state, CLIENTS[0], seed=1), *replies[1:]]
     got, outcome = play(state, twice)
     assert same(got, play(state, replies)[0])
-    reason = "another reply of this client was accepted already"
+    reason = "another reply of this client has been accepted already"
     assert outcome.refused == [{"id": "ada", "reason": reason}]
     # but one that is refused does not stand in the way of a good one
     bad = replace(replies[0], round=0)

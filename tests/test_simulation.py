@@ -25,7 +25,7 @@ from fedhl import METHODS, server
 from fedhl.config import Config
 from fedhl.federation import local, scores
 from fedhl.federation.engine import run_round
-from fedhl.federation.federation import Federation, as_now, initial_state
+from fedhl.federation.federation import Federation, at_current_rank, initial_state
 from fedhl.federation.prepare import prepare
 from fedhl.lora import LoRA, add_products, dense, initial, own, prefix
 from fedhl.method import Broadcast, Method, Traffic, Update, checked
@@ -194,7 +194,7 @@ def test_every_method_trains_as_separate_fresh_models_would(name: str) -> None:
         following, outcome = run_round(federation, state)
         assert not outcome.refused
         cohort = sorted(federation.clients, key=lambda client: client.id)
-        cohort = [as_now(client, state) for client in cohort]
+        cohort = [at_current_rank(client, state) for client in cohort]
         if name in PENALISED:
             # another loss than that of the fresh models; that it trains at all is seen here
             assert all(client["drift"] > 0 for client in outcome.clients)

@@ -43,7 +43,7 @@ from fedhl.lora import dense
 from fedhl.model import peft
 from fedhl.model.training import batches, learning_rate
 from fedhl.report import final_table, write_report
-from fedhl.run.telling import steps
+from fedhl.run.progress import steps
 from fedhl.seeds import derive
 from fedhl.server import ServerState
 from fedhl.task.examples import collate
@@ -196,7 +196,7 @@ def test_a_task_without_rows(held_out: int, tmp_path: Path) -> None:
         read = replace(
             read, clients={n: p[[k in keep for k in p]] for n, p in read.clients.items()}
         )
-    said = "the server has no row to evaluate" if held_out else "no client has rows to train on"
+    said = "the server has no held-out row" if held_out else "no client has training rows"
     with pytest.raises(UserError, match=f"tasks: {said} .*herbs, trees"):
         shards.with_tasks(Config.model_validate(config), read)
 

@@ -516,7 +516,7 @@ def test_moment_bounds_are_attained():
 @pytest.mark.parametrize(
     ("losses", "radius", "match"),
     [
-        ([], 1.0, "without losses"),
+        ([], 1.0, "expected at least one loss"),
         ([1.0, float("nan")], 1.0, "not finite"),
         ([1.0, float("inf")], 1.0, "not finite"),
         ([1.0, 1e200], 1.0, "too large to square"),
@@ -583,7 +583,7 @@ GOOD: dict[str, Any] = {"examples": [1, 2], "error": [[0.1, 0.2], [0.3, 0.4]], "
         ({"norms": [1, 2, 3]}, r"norms must be of shape \(2,\), got \(3,\)"),
         ({"losses": [1]}, "losses must be of shape"),
         ({"bounds": [[1, 2]]}, "bounds must be of shape"),
-        ({"examples": [], "error": torch.zeros(0, 2)}, "no client arrived"),
+        ({"examples": [], "error": torch.zeros(0, 2)}, "expected at least one client"),
     ],
 )
 def test_a_wrong_cohort_is_refused(change: dict[str, Any], match: str):

@@ -37,7 +37,7 @@ from fedhl.network.wire import (
 )
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
-from fedhl.server.carried import carried_reply, leaving
+from fedhl.server.carried import carried_reply, returned_factors
 from fedhl.server.layers import Layers
 from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora
 
@@ -72,7 +72,10 @@ def trained(sent: Mapping[str, Broadcast], client: Client, state: ServerState) -
         name: replace(
             b.lora,
             scale=client.scale,
-            **{f: getattr(b.lora, f) + draw(k, *getattr(b.lora, f).shape) for f in leaving(b)},
+            **{
+                f: getattr(b.lora, f) + draw(k, *getattr(b.lora, f).shape)
+                for f in returned_factors(b)
+            },
         )
         for name, b in sent.items()
     }
@@ -382,11 +385,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "not JSON": (lambda: raw(b"{nothing}"), "its safetensors header is not JSON"),
     "not UTF-8": (lambda: raw(b'{"\xff": 1}'), "its safetensors header is not JSON"),
     "a list": (lambda: raw([1, 2]), "its safetensors header is a list, expected a mapping"),
-    "no metadata": (lambda: save({"x": torch.ones(2)}), "not one text, 'fedhl'"),
-    "metadata": (lambda: raw({"__metadata__": {"fedhl": 1}}), "not one text, 'fedhl'"),
+    "no metadata": (lambda: save({"x": torch.ones(2)}), "must be one text, 'fedhl'"),
+    "metadata": (lambda: raw({"__metadata__": {"fedhl": 1}}), "must be one text, 'fedhl'"),
     "more metadata": (
         lambda: raw({"__metadata__": {"fedhl": "", "more": ""}}),
-        "not one text, 'fedhl'",
+        "must be one text, 'fedhl'",
     ),
     "many dimensions": (
         lambda: forged(tensors=put(**{"lora::x": torch.ones([1] * 9)})),
@@ -395,7 +398,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "an endless field": (lambda: forged(put(**{"x" * 900: 1})), r"field 'xxx.*\.\.\. is unknown"),
     "an endless name": (
         lambda: forged(tensors=put(**{"x" * 900: torch.ones(1)}), payload="int8"),
-        r"tensor 'xxx.*\.\.\. is not one",
+        r"tensor 'xxx.*\.\.\. is not expected",
     ),
     "damaged": (lambda: valid()[0][:-1] + b"\x55", "does not match its own checksum"),
     "cut": (lambda: valid()[0][:-1], "does not match its own checksum"),
@@ -405,8 +408,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "header deep": (lambda: with_text("[" * 2000 + "]" * 2000), "its header is"),
     "header huge": (lambda: with_text('{"round": 1' + "0" * 3900 + "}"), "it has protocol version"),
     "header twice": (lambda: with_text('{"a": 1, "a": 2}'), "a key is given twice"),
-    "header empty": (lambda: with_text("{}"), "it has protocol version None, this is version 1"),
-    "another version": (lambda: forged(put(protocol=2)), "protocol version 2, this is version 1"),
+    "header empty": (lambda: with_text("{}"), "it has protocol version None, expected version 1"),
+    "another version": (lambda: forged(put(protocol=2)), "protocol version 2, expected version 1"),
     "version true": (lambda: forged(put(protocol=True)), "protocol version True"),
     "field missing": (lambda: forged(drop("loss")), "header field 'loss' is missing"),
     "field surplus": (lambda: forged(put(extra=1)), "header field 'extra' is unknown"),
@@ -424,24 +427,30 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "'loss' is inf, expected a finite number",
     ),
     "null": (lambda: forged(put(scale=None)), "'scale' is None, expected a number"),
-    "another payload": (lambda: forged(put(payload="float16")), "payload type is 'float16', not"),
-    "another run": (lambda: forged(put(run="other")), "its run is 'other', not 'a-run'"),
-    "another model": (lambda: forged(put(model="gpt")), "its base model is 'gpt', not"),
-    "another tokenizer": (lambda: forged(put(tokenizer="t")), "its tokenizer is 't', not"),
-    "another client": (lambda: forged(put(client="bob")), "its client id is 'bob', not 'ada'"),
-    "another rank": (lambda: forged(put(rank=3)), "its rank is 3, not 2"),
-    "another scale": (lambda: forged(put(scale=7.0)), "its scale is 7, not 0.7"),
-    "more rows": (lambda: forged(put(examples=10**9)), "training rows is 1000000000, not 12"),
+    "another payload": (
+        lambda: forged(put(payload="float16")),
+        "payload type is 'float16', expected",
+    ),
+    "another run": (lambda: forged(put(run="other")), "its run is 'other', expected 'a-run'"),
+    "another model": (lambda: forged(put(model="gpt")), "its base model is 'gpt', expected"),
+    "another tokenizer": (lambda: forged(put(tokenizer="t")), "its tokenizer is 't', expected"),
+    "another client": (lambda: forged(put(client="bob")), "its client id is 'bob', expected 'ada'"),
+    "another rank": (lambda: forged(put(rank=3)), "its rank is 3, expected 2"),
+    "another scale": (lambda: forged(put(scale=7.0)), "its scale is 7, expected 0.7"),
+    "more rows": (lambda: forged(put(examples=10**9)), "training rows is 1000000000, expected 12"),
     "surplus layer": (
         lambda: forged(tensors=put(**{"lora::x": torch.ones(2, 2)})),
-        "tensor 'lora::x' is not one of these",
+        "tensor 'lora::x' is not expected",
     ),
     "no steps": (lambda: forged(tensors=drop(STEPS)), "tensor 'lora.steps::block.0.query' is miss"),
-    "steps alone": (lambda: forged(tensors=drop(LORA)), "'lora.steps::block.0.query' is not one"),
+    "steps alone": (
+        lambda: forged(tensors=drop(LORA)),
+        "'lora.steps::block.0.query' is not expected",
+    ),
     "no head": (lambda: forged(tensors=drop("head::classifier.bias")), "'head::.*bias' is missing"),
     "surplus head": (
         lambda: forged(tensors=put(**{"head::x": torch.ones(2)})),
-        "tensor 'head::x' is not one of these",
+        "tensor 'head::x' is not expected",
     ),
     "another dtype": (
         lambda: forged(tensors=put(**{LORA: torch.ones(2, 22)})),
@@ -481,14 +490,14 @@ def test_a_scale_may_differ_by_what_a_float32_of_it_does() -> None:
     for off in (1e-6, -1e-6):
         near, far = (client.scale * (1 + k * off) for k in (0.9, 1.1))
         assert read(forged(put(scale=near)), state, client, "fedhl").client == client
-        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, not 0\.7$"):
+        with pytest.raises(Malformed, match=r"its scale is 0\.\d+, expected 0\.7$"):
             read(forged(put(scale=far)), state, client, "fedhl")
         one, other = (
             replace(reply, adapter={n: replace(x, scale=scale) for n, x in reply.adapter.items()})
             for scale in (near, far)
         )
         encode_reply(RUN, one, sent)
-        with pytest.raises(ValueError, match=rf"has scale {far}, its client 0\.7"):
+        with pytest.raises(ValueError, match=rf"has scale {far}, expected 0\.7"):
             encode_reply(RUN, other, sent)
 
 
@@ -574,7 +583,8 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
     method = get_method("fedhl")
     stale = read(forged(put(round=1)), state, client, "fedhl")
     assert (
-        refusals.refusal(Layers(method, state, SEED), stale) == "it is for round 1, this is round 3"
+        refusals.refusal(Layers(method, state, SEED), stale)
+        == "the reply is for round 1, expected round 3"
     )
     twice = [read(message, state, client, "fedhl") for _ in range(2)]
     _, outcome = server.aggregate(method, get_weighting("examples"), state, twice, SEED)
@@ -584,7 +594,7 @@ def test_a_stale_round_and_a_second_reply_are_the_servers_to_refuse() -> None:
         tensors=put(**{STEPS: torch.full((2, 2), 1e30, dtype=torch.bfloat16)}), payload="int8"
     )
     reason = refusals.refusal(Layers(method, state, SEED), read(absurd, state, client, "fedhl"))
-    assert reason and "its update may be as large as" in reason
+    assert reason and "got an update that may be as large as" in reason
 
 
 def mutated(message: bytes, data: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut; their hashes; where the cache is."""
+"""Files that exist whole or not at all, also after a power cut; hashes of files; the place of the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 
 def flush(path: Path) -> None:
-    """Make what was written to this file or folder survive a power cut."""
+    """Flush this file or folder to the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +26,7 @@ def flush(path: Path) -> None:
 def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """The path of another file to write, which replaces `path` when the block ends well.
 
-    It is flushed before, and the folder after. `mode`: who may read it, from the first byte on.
+    The file is flushed before, and its folder after. `mode`: the file's permissions, from its first byte on.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -62,9 +62,8 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 def whole_folder(path: Path, staging: Path, replace: bool = False) -> Iterator[Path]:
     """The empty folder `staging` to fill, in the same parent, which becomes `path` when the block ends well.
 
-    Everything in it is flushed before, and the parent after. `staging` is removed in any case, also one that
-    a killed process has left. Raises OSError if there is a folder at `path` that is not empty, unless
-    it is to be replaced.
+    Everything in it is flushed before, and the parent after. `staging` is removed in any case, also if a
+    killed process has left it. Raises OSError if `path` is a folder that is not empty, unless `replace`.
     """
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -92,11 +91,12 @@ def sha256_of(text: str) -> str:
 
 
 def cache() -> Path:
-    """Where fedhl keeps what it can make again: `$FEDHL_CACHE`, or `~/.cache/fedhl`."""
+    """The folder for files that fedhl can make again: `$FEDHL_CACHE`, or `~/.cache/fedhl`."""
     return Path(os.environ.get("FEDHL_CACHE") or Path.home() / ".cache" / "fedhl")
 
 
 def file_name(text: str) -> str:
-    """A text of somebody else's as the name of a file, in ASCII: no separator, and no dot, since `..` is
-    the folder above. Two texts never have the same name. Raises ValueError for half a character."""
+    """A text from another machine as the name of a file, in ASCII: without separators, and without dots,
+    since `..` is the folder above. Two texts never have the same name. Raises ValueError for an unpaired
+    surrogate."""
     return quote(text, safe="").replace(".", "%2E")

@@ -1,5 +1,5 @@
-"""Public names that are imported when they are first used (PEP 562): a command that needs no tensor must not
-wait for torch."""
+"""Public names that are imported at their first use (PEP 562): a command that needs no tensor must not wait
+for torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 def lazy(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package whose public names live elsewhere: name -> module. A module
-    that is given as its own home is itself the value, as `lora` in `{"lora": "fedhl.lora"}`."""
+    """`__getattr__` and `__dir__` for a package whose public names are defined in other modules; `homes`:
+    name -> module. A submodule of the package can be such a name, as `lora` in `{"lora": "fedhl.lora"}`."""
     module = sys.modules[package]
 
     def get(name: str) -> Any:

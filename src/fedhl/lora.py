@@ -56,7 +56,7 @@ def dense(delta: LoRA | Tensor) -> Tensor:
 
 
 def working(x: Tensor) -> Tensor:
-    """`x` in the precision of the server's arithmetic: float64 stays, anything narrower is float32."""
+    """`x` in the precision of the server's arithmetic: float64 stays, narrower types become float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -80,7 +80,7 @@ def prefix(lora: LoRA, rank: int, scale: float) -> LoRA:
 
 
 def pad(lora: LoRA, rank: int) -> LoRA:
-    """The same update with zero components up to `rank`. Raises ValueError if it has more already."""
+    """The same update with zero components up to `rank`. Raises ValueError if its rank is higher."""
     extra = rank - lora.rank
     if extra < 0:
         raise ValueError(f"cannot pad rank {lora.rank} down to {rank}")
@@ -99,7 +99,7 @@ def concat(terms: Iterable[tuple[float, LoRA]]) -> LoRA:
     """
     terms = list(terms)
     if not terms:
-        raise ValueError("nothing to concatenate")
+        raise ValueError("nothing to concatenate: expected at least one adapter")
     A = torch.cat([working(lora.A) for _, lora in terms])
     B = torch.cat([working(lora.B) * (w * lora.scale) for w, lora in terms], dim=1)
     return LoRA(A, B, 1.0)
@@ -184,12 +184,13 @@ def trainable_truncation(W: LoRA | Tensor, rank: int, seed: int) -> LoRA:
 
 
 def refill(cut: LoRA, rank: int, seed: int) -> LoRA:
-    """`B = U S`, `A = Vᵀ` with as many components that can learn, A (rank, n), B (m, rank), scale 1.
+    """The truncation `cut`, `B = U S` and `A = Vᵀ`, with `rank` components that can all learn: A (rank, n),
+    B (m, rank), scale 1.
 
     Where σ_j is numerically zero, `B` is zero and the row of `A` is replaced by a seeded random
     unit vector orthogonal to the other rows: with both factors zero neither would ever get a
-    gradient. The product is unchanged, to the rounding that W itself has: the energy of what is
-    replaced is at most `(8 eps)²` of the whole, which for float32 is the floor of `leading`.
+    gradient. The product is unchanged up to the rounding of W itself: the energy of the replaced
+    components is at most `(8 eps)²` of the whole, which for float32 is the floor of `leading`.
     """
     m, n = cut.shape
     energy = cut.B.double().square().sum(0)

@@ -1,7 +1,7 @@
-"""What an aggregation method is: how the updates of one layer are combined, and what is sent back.
+"""The contract of an aggregation method: how the updates of one layer are combined, and what is sent back.
 
 The aggregation-broadcast view (arXiv 2508.01348) with a server memory: a method turns a state and
-a cohort's updates into the next state, and a state into what each client starts from. Methods are
+a cohort's updates into the next state, and a state into each client's start. Methods are
 frozen dataclasses whose fields are the hyperparameters; states are frozen dataclasses of tensors,
 numbers and LoRAs, so that a checkpoint can hold them. A method is abstract (`Method`, or a family in
 `fedhl.methods`) or final. A complete one, averaging dense updates:
@@ -64,15 +64,15 @@ STARTS = {
     "mean": "delta on average over the keys, whatever the client's rank",
     "other": "what a reference of the method's own says",
 }
-"""What a client starts from, `base + ΔW(lora)`; each method names one, and a dense reference tests it."""
+"""A client's start, `base + ΔW(lora)`, by name; each method names one, and a dense reference tests it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
-    """What one client starts a round from: the model `W0 + base + ΔW(lora)`.
+    """The broadcast to one client, its start of a round: the model `W0 + base + ΔW(lora)`.
 
-    `train`: the factors the client trains; `keep`: the factors that never leave it; `index`: which
-    components of the server's state these are, for methods that do not send a prefix.
+    `train`: the factors the client trains; `keep`: the factors that never leave it; `index`: the
+    components of the server's state that are sent, for methods that do not send a prefix.
     `past`: k frozen directions of equal rank, one after the other, and `magnitudes` (k,): the number
     α_k that the client trains for each. They add `s Σ_k α_k D_k` to the model.
     """
@@ -93,8 +93,8 @@ class Broadcast:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one client returned: the adapter it was sent, the adapter it trained, its weight p_i; and
-    its magnitudes of the frozen directions, if it was sent some.
+    """One client's update: the broadcast that it was sent, the adapter that it trained, its weight p_i; and
+    its magnitudes of the frozen directions, if it was sent any.
 
     The server normalises the weights over the updates that arrived; a method never does.
     """
@@ -106,7 +106,7 @@ class Update:
 
     @property
     def components(self) -> Tensor:
-        """Which components of the server's adapter these are, shape (r,)."""
+        """The components of the server's adapter that the update is of, shape (r,)."""
         index = self.sent.index
         return torch.arange(self.lora.rank) if index is None else index
 
@@ -160,23 +160,23 @@ class Reference:
 class Method(Protocol[State]):
     """The contract of every aggregation method, on one layer; see the toy in the module's docstring.
 
-    What has a value here may be left out. It is inherited from here or from a family of
+    A part that has a value here may be left out. It is inherited from here or from a family of
     `fedhl.methods`; `fedhl.get_method` completes a class that inherits from neither.
     """
 
     mixed_ranks: ClassVar[bool]
-    """False: refuses clients of different ranks or scales."""
+    """Whether clients may have different ranks or scales."""
     laws: ClassVar[frozenset[str]]
-    """The names of `LAWS` that it claims."""
+    """The names of `LAWS` that the method claims."""
     weighting: ClassVar[str] = "examples"
     """The weighting of its paper, taken when a run names none."""
     per_client: ClassVar[bool] = True
-    """Whether what a client is sent depends on its key, so that each broadcast is built for one client.
-    False: clients of one rank and scale are sent the same, which the server builds once for all."""
+    """Whether a broadcast depends on the client's key, so that the server builds one for each client. False:
+    clients of one rank and scale are sent the same broadcast, which the server builds once."""
     starts: ClassVar[str] = "other"
-    """The name in `STARTS` of what a client starts from."""
+    """The name in `STARTS` of a client's start."""
     formula: ClassVar[Formula] = Formula(down="r (m + n)", up="r (m + n)")
-    """What `traffic` computes at the default hyperparameters, for the tables."""
+    """The formula of `traffic` at the default hyperparameters, for the tables."""
     reference: ClassVar[Reference] = Reference("unpublished", "")
 
     @abstractmethod
@@ -185,9 +185,9 @@ class Method(Protocol[State]):
 
     @abstractmethod
     def broadcast(self, state: State, rank: int, scale: float, key: int = 0) -> Broadcast:
-        """What a client of this rank and scale is sent; the same for the same state and key.
+        """The broadcast to a client of this rank and scale; the same for the same state and key.
 
-        Raises ValueError for a rank or scale it cannot serve.
+        Raises ValueError for a rank or scale that the method cannot serve.
         """
 
     @abstractmethod
@@ -199,7 +199,7 @@ class Method(Protocol[State]):
 
     @abstractmethod
     def delta(self, state: State) -> LoRA | Tensor | None:
-        """The global change of this layer in effective units; None: there is no global model."""
+        """The global change of this layer in effective units; None without a global model."""
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
         """Numbers down and up for one client of `rank` in a cohort of these ranks."""
@@ -208,21 +208,21 @@ class Method(Protocol[State]):
 
 @runtime_checkable
 class SelfPruning(Protocol):
-    """What a method adds if its clients may give up some of their own rank while they train."""
+    """The part of a method whose clients may prune their own rank while they train."""
 
     def penalty(self, lora: LoRA) -> Tensor:
         """A differentiable 0-d term that the client adds to its loss, for one layer."""
         ...
 
     def pruned_rank(self, before: Mapping[str, LoRA], after: Mapping[str, LoRA]) -> int:
-        """The rank that the client goes on with, from its adapters before and after training."""
+        """The client's next rank, from its adapters before and after training."""
         ...
 
 
 @runtime_checkable
 class Truncating(Protocol):
-    """What a method adds if it knows how much of the global change a client of some rank is not sent,
-    so that the server need not form the difference, a dense matrix for every rank."""
+    """The part of a method that knows how much of the global change a client of some rank is not sent, so
+    that the server need not form the difference, a dense matrix for every rank."""
 
     def lost(self, state: Any, rank: int) -> float:
         """`||delta - base - ΔW(sent)||_F²`, in float64."""
@@ -231,7 +231,7 @@ class Truncating(Protocol):
 
 @runtime_checkable
 class TaskSequence(Protocol[State]):
-    """What a method adds if it begins something new when new labels arrive."""
+    """The part of a method that changes its state when new labels arrive."""
 
     def next_task(self, state: State) -> State:
         """The state in which the next task begins; it must leave `delta` as it is."""
@@ -247,7 +247,7 @@ def check_broadcast(rank: int, scale: float, top: int) -> None:
 
 
 def check_alike(method: str, rank: int, scale: float, state: LoRA) -> None:
-    """Raises ValueError unless `rank` and `scale` are those of `state`, for a method that needs that."""
+    """Raises ValueError unless `rank` and `scale` are those of `state`, for a method without mixed ranks."""
     if rank != state.rank or abs(scale - state.scale) > 1e-6 * state.scale:
         raise ValueError(
             f"{method} needs rank {state.rank} and scale {state.scale:g} of every client, got rank "
@@ -256,8 +256,8 @@ def check_alike(method: str, rank: int, scale: float, state: LoRA) -> None:
 
 
 def finite(lora: LoRA) -> bool:
-    """Whether every value of both factors is. One pass, in which a value that is not spoils the norm;
-    a norm may overflow for values that are, hence the second look."""
+    """Whether every value of both factors is finite. One pass over the norm finds any non-finite value; since
+    the norm of finite values may overflow, a second pass follows if it is not finite."""
     return all(
         math.isfinite(float(torch.linalg.vector_norm(x))) or bool(x.isfinite().all())
         for x in (lora.A, lora.B)
@@ -288,7 +288,9 @@ def checked(updates: Iterable[Update], shape: tuple[int, int]) -> Iterator[Updat
             raise ValueError(f"update {k} has weight {update.weight}, expected a number >= 0")
         yield update
     if k < 0:
-        raise ValueError("the cohort is empty: a round without updates leaves the state as it is")
+        raise ValueError(
+            "the cohort is empty, expected at least one update; after a round without updates keep the state"
+        )
 
 
 def scaled(update: Update, c: float) -> Update:
@@ -298,8 +300,8 @@ def scaled(update: Update, c: float) -> Update:
 
 
 def changes(updates: Iterable[Update]) -> Iterator[tuple[float, LoRA]]:
-    """The terms of `Σ p_i (ΔW_i - ΔW(sent_i))`: every adapter with its weight, and then what they were
-    sent, once for all who were sent the same object, with minus the sum of their weights."""
+    """The terms of `Σ p_i (ΔW_i - ΔW(sent_i))`: every adapter with its weight, and then each broadcast,
+    once for all clients that were sent the same object, with minus the sum of their weights."""
     held: dict[int, tuple[float, Broadcast]] = {}  # by identity
     for update in updates:
         yield update.weight, update.lora

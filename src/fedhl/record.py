@@ -1,7 +1,7 @@
-"""What a run folder says of itself: its rounds, its summary, and which round is best.
+"""The record in a run folder: its rounds, its summary, and the best round.
 
-The files may be of a process that was killed, or is still writing. Only plain files are read here; the states
-beside them are `fedhl.run.checkpoint`'s.
+The process that wrote the files may have been killed, or may still be writing. Only plain files are read
+here; `fedhl.run.checkpoint` reads the states beside them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ Json = dict[str, Any]
 
 
 def round_name(round: int) -> str:
-    """`round-000012`: what belongs to one round, in an order that is that of the rounds."""
+    """`round-000012`: the name of a file or folder of one round; names sort as rounds do."""
     return f"round-{round:06d}"
 
 
 def rounds_in(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """What belongs to one round each in `folder`, by round, the newest first; `suffix`: of files."""
+    """The files or folders of single rounds in `folder`, by round, the newest first; `suffix`: their
+    ending."""
     known = {
         int(path.name.removeprefix("round-").removesuffix(suffix)): path
         for path in folder.glob(f"round-[0-9]*{suffix}")
@@ -33,14 +34,14 @@ def rounds_in(folder: Path, suffix: str = "") -> dict[int, Path]:
     return dict(sorted(known.items(), reverse=True))
 
 
-# --- what was written ---------------------------------------------------------------------------
+# --- reading the record -------------------------------------------------------------------------
 
 
 def read_metrics(folder: Path) -> list[Json]:
-    """The lines of metrics.jsonl, one a round; a last line that a kill has cut short is left out. None before
-    the first round.
+    """The lines of metrics.jsonl, one per round, without a last line that a killed process left incomplete.
+    Empty before the first round.
 
-    Raises UserError for anything else that is malformed, naming the line.
+    Raises UserError for any other malformed line, naming it.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -79,11 +80,11 @@ def read_summary(folder: Path) -> Json:
         summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise UserError(
-            f"{folder} has no readable summary.json ({error}); was the run ever started?"
+            f"{folder} has no readable summary.json ({error}); was a run started in this folder?"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{path}: not JSON ({error}); fedhl resume {folder} writes it anew"
+            f"{path}: not JSON ({error}); `fedhl resume {folder}` writes it anew"
         ) from None
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(summary).__name__}")
@@ -94,16 +95,16 @@ def read_summary(folder: Path) -> Json:
 
 
 def headline(evaluation: Mapping[str, Any]) -> float | None:
-    """The number that a round is judged by: of the full model, else of what the top rank is sent, else
-    the mean over the clients."""
+    """The number by which a round is judged: of the full model, else of the model of the top rank, else the
+    mean over the clients."""
     clients = evaluation.get("clients")
     metrics = evaluation.get("full") or evaluation.get("truncated") or (clients and clients["mean"])
     return metrics and metrics[evaluation["metric"]]
 
 
 def better(best: Json | None, evaluation: Mapping[str, Any], round: int) -> Json | None:
-    """The better of the best round so far and this one, as `{"round": ..., "value": ...}`; the earlier of
-    equals."""
+    """The better of the best round so far and this one, as `{"round": ..., "value": ...}`; of equal
+    ones, the earlier."""
     value = headline(evaluation)
     if value is None:
         return best

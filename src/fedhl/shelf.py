@@ -1,7 +1,7 @@
 """Layer states and adapters that stay on disk, of which a server holds one layer at a time.
 
-A full-rank update is as large as the layers it changes: 4.3 GB in float32 for the q and v projections of a
-7B model, and the adapters of a hundred clients are as much again. Neither has to be in memory.
+A full-rank update is as large as the layers that it changes: 4.3 GB in float32 for the q and v projections of
+a 7B model, and the adapters of a hundred clients take as much again. Neither has to be in memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SUFFIX = ".safetensors"
 class Shelf(MutableMapping[str, Any]):
     """Method states by layer name, each in a file of its own: `ServerState.layers` that is not in memory.
 
-    `like` is any state of the method, for its structure. What is read is a copy that the caller may keep;
-    what is written replaces the file whole or not at all. Give `server.aggregate` another shelf to write
-    to than the one it reads from, and a round that is cut short can be done again.
+    `like`: any state of the method, for its structure. A state that is read is a copy that the caller may
+    keep; a state that is written replaces the file whole or not at all. If `server.aggregate` writes to
+    another shelf than it reads from, an interrupted round can be repeated.
     """
 
     def __init__(self, folder: Path, like: Any) -> None:
@@ -64,7 +64,8 @@ class Shelf(MutableMapping[str, Any]):
 
 class AdapterFile(Mapping[str, LoRA]):
     """One client's adapters in a safetensors file, `LAYER.A (r, n)` and `LAYER.B (m, r)`, read a layer at
-    a time; `scale` is that of all of them. Raises SafetensorError or OSError for a file that is not one.
+    a time; `scale`: the scale of all of them. Raises SafetensorError or OSError for a file that is not a
+    safetensors file.
     """
 
     def __init__(self, file: Path, scale: float) -> None:
@@ -87,7 +88,7 @@ class AdapterFile(Mapping[str, LoRA]):
 
 
 def save_adapter(file: Path, adapter: Mapping[str, LoRA]) -> None:
-    """Write what `AdapterFile` reads."""
+    """Write the file that `AdapterFile` reads."""
     tensors: dict[str, torch.Tensor] = {}
     for layer, lora in adapter.items():
         tensors |= {f"{layer}.A": lora.A.contiguous(), f"{layer}.B": lora.B.contiguous()}

@@ -15,13 +15,13 @@ from torch import Tensor
 from fedhl.seeds import generator
 
 EXACT = 512
-"""Up to this `min(m, n)` a full SVD is as fast, and it is taken."""
+"""Up to this `min(m, n)` a full SVD is as fast, and is taken."""
 TOLERANCE, FLOOR = 1e-3, 1e-12
-"""The tail energy may exceed the optimum by `TOLERANCE` of itself, or by `FLOOR · ||W||_F²`: what a
+"""The tail energy may exceed the optimum by `TOLERANCE` of itself, or by `FLOOR · ||W||_F²`, which a
 float32 W does not resolve."""
 FRESH = 32
-"""Random columns at least. A direction is overlooked if it is nearly orthogonal to all of them, which
-is the rarer the more there are; with one or two it happens."""
+"""The least number of random columns. A direction is overlooked if it is nearly orthogonal to all of them:
+the more columns, the rarer; with one or two it happens."""
 LIMIT = 64
 """Iterations after which a full SVD is taken."""
 
@@ -38,13 +38,13 @@ class Leading(NamedTuple):
 def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = False) -> Leading:
     """`T_rank(W)` as `B A`, of which every prefix `B[:, :r] A[:r]` is `T_r(W)`.
 
-    W is (m, n). `start` (k, n), k <= rank: rows whose span is near that of A, say the A of the last
-    round; it saves iterations and changes the result within the tolerance only. The tail energy
-    `||W - T_r(W)||_F²` is within 1e-3 of the optimum, or within `1e-12 ||W||_F²`, for every r <= rank.
-    `exact`, small or hardly wider matrices, and those on which the iteration does not settle: a full SVD
-    in W's own precision. Its own rounding, up to `(max(m, n) eps)² ||W||_F²`, stands in place of the
-    floor there: of a constant float32 matrix it is the larger one. Raises ValueError unless rank is in
-    1..min(m, n).
+    W is (m, n). `start` (k, n), k <= rank: rows whose span is near that of A, e.g. the A of the last round;
+    they save iterations, and change the result within the tolerance only. The tail energy `||W - T_r(W)||_F²`
+    is within 1e-3 of the optimum, or within `1e-12 ||W||_F²`, for every r <= rank. A full SVD in W's own
+    precision is taken with `exact`, for small matrices, for matrices that are hardly wider than the
+    iteration, and where the iteration does not settle. Then its rounding error, up to `(max(m, n) eps)²
+    ||W||_F²`, stands in place of the floor: for a constant float32 matrix it is larger. Raises ValueError
+    unless rank is in 1..min(m, n).
 
     Source: arXiv 0909.4061, Algorithm 4.4; the estimate is Kato's and Temple's, from residuals.
     """
@@ -63,7 +63,7 @@ def check_rank(rank: int, m: int, n: int) -> None:
 
 
 def full(W: Tensor, rank: int) -> Leading:
-    """The same from the full SVD."""
+    """`leading` by the full SVD."""
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     # Copies in row-major order: a slice would keep all of Vᵀ in memory, and LAPACK's column-major
     # order, lost in a checkpoint, would make a resumed run differ in the last bits.
@@ -74,15 +74,16 @@ def full(W: Tensor, rank: int) -> Leading:
 
 
 def columns(rank: int) -> int:
-    """How many columns to iterate on. The more, the fewer iterations: each shrinks the error by
-    `(σ_columns / σ_rank)⁴`. `FRESH` at least are not from `start`, so that something finds what is new."""
+    """The number of columns of the iteration. The more columns, the fewer iterations: each iteration shrinks
+    the error by `(σ_columns / σ_rank)⁴`. At least `FRESH` columns are not from `start`, to find new
+    directions."""
     return rank + max(rank, FRESH)
 
 
 def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
     """Subspace iteration; None if it has not settled after `LIMIT` iterations.
 
-    What is as tall as W is in float64: only the products with W are in W's own precision.
+    Bases are in float64: only the products with W are in W's own precision.
     """
     n, known = W.shape[1], 0 if start is None else len(start)
     V = torch.randn(
@@ -91,7 +92,7 @@ def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
     if start is not None:
         V[:known] = start
     V = torch.linalg.qr(V.T).Q
-    # What the start does not know can only come of the random columns: they go ahead by an iteration.
+    # Directions that the start lacks can only come from the random columns: these go ahead by an iteration.
     Q = torch.linalg.qr(times(W, V[:, known:])).Q
     V = torch.linalg.qr(torch.cat([V[:, :known], times(W.T, Q)], dim=1)).Q
     U = S = None
@@ -120,9 +121,9 @@ def settled(W: Tensor, whole: float, V: Tensor, S: Tensor, U: Tensor, Y: Tensor,
     """Whether all tail energies up to `rank` are within tolerance, by estimate.
 
     For Ritz triplets with `Wᵀu_j = σ_j v_j` and `ρ_j = ||W v_j - σ_j u_j||²`, the eigenvalue of `W Wᵀ`
-    exceeds σ_j² by about `σ_j² ρ_j / (σ_j² - d)`, d being the largest that is left out, for which the
-    smallest Ritz value stands (Kato and Temple). Their sum is what the tail is too large by. A quarter
-    of the tolerance is asked for, since d is an estimate.
+    exceeds σ_j² by about `σ_j² ρ_j / (σ_j² - d)`, where d is the largest eigenvalue that is left out; the
+    smallest Ritz value stands for d (Kato and Temple). The tail is too large by their sum. The bound is a
+    quarter of the tolerance, since d is an estimate.
 
     A pair beyond `rank` may be an eigenvector on its way to the front. So the tail must also be within
     tolerance if each of these turned out as large as its residual allows, `σ_j² + σ_j √ρ_j` (Weinstein).

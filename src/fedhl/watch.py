@@ -1,4 +1,4 @@
-"""Who looks on while something runs: lines of text, and how far a phase is."""
+"""Reports from something that runs: lines of text, and the progress of a phase."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Watcher:
-    """`say` gets lines of text; `step` gets the name of a phase, and its steps done and to do."""
+    """`say` receives lines of text; `step` receives the name of a phase, its steps done and its steps in
+    all."""
 
     say: Callable[[str], None] = lambda line: None
     step: Callable[[str, int, int], None] = lambda phase, done, total: None
@@ -19,4 +20,4 @@ class Watcher:
 
 
 SILENT = Watcher()
-"""Nobody looks on."""
+"""A watcher that ignores everything."""

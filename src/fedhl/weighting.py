@@ -1,13 +1,13 @@
-"""How clients are weighted: one number p_i per client and round, over all layers at once.
+"""The weights of the clients: one number p_i per client and round, over all layers at once.
 
 Separate from the methods because the weights need every layer, and because any weighting can go
 with any method that has a global change. There are two kinds:
 
 - `uniform`, `examples`, `truncation` and `balanced` depend on the server's state, on ranks and on
   data shares alone: they are known before any update arrives, and no update changes them.
-- `norm`, `loss` and `generalization_bound` need what a client sends in this round: its update, its
-  losses, its bounds. A client that lies about them picks its own weight, and every other client's
-  with it. They need each client's numbers in the clear, so they do not go with secure aggregation,
+- `norm`, `loss` and `generalization_bound` need the numbers that a client sends in this round: its
+  update, its losses, its bounds. A client that lies about them picks its own weight, and every other
+  client's with it. They need each client's numbers in the clear, so they do not go with secure aggregation,
   nor with differential privacy that accounts for the clipped updates alone.
 """
 
@@ -27,10 +27,10 @@ from fedhl.weightings import WEIGHTINGS
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """What a weighting may ask about the K clients whose updates arrived, over L layers.
+    """The facts about the K clients whose updates arrived, over L layers, that a weighting may use.
 
-    `examples` (K,): training rows. `error` (K, L): `e_il = ||W_l - base - ΔW(sent_il)||_F²`, what
-    client i's start lacks of the global change. `energy` (L,): `||W_l||_F²`. Optional, (K,):
+    `examples` (K,): training rows. `error` (K, L): `e_il = ||W_l - base - ΔW(sent_il)||_F²`, the
+    part of the global change that client i's start lacks. `energy` (L,): `||W_l||_F²`. Optional, (K,):
     `norms` of the updates, `||ΔW_i||_F` over all layers; the training `losses` that clients report;
     the `bounds` they estimate, upper minus lower (see `moment_bounds`).
     Raises ValueError if the shapes disagree or a value is negative or not finite.
@@ -53,7 +53,7 @@ class Cohort:
                     raise ValueError(f"cohort: {field.name} has a negative or non-finite value")
         K, L = torch.as_tensor(self.examples).numel(), torch.as_tensor(self.energy).numel()
         if K == 0:
-            raise ValueError("cohort: no client arrived, so there is nothing to weight")
+            raise ValueError("cohort: expected at least one client, got none")
         for field in fields(self):
             value = getattr(self, field.name)
             expected = {"error": (K, L), "energy": (L,)}.get(field.name, (K,))
@@ -65,8 +65,8 @@ class Cohort:
 
 
 def relative_error(cohort: Cohort) -> Tensor:
-    """`ê_i = Σ_l e_il / Σ_l ||W_l||_F²`, shape (K,), in float64; 0 where `W = 0`. At most 1: what is
-    further from W than nothing (a random sketch may be) counts as nothing."""
+    """`ê_i = Σ_l e_il / Σ_l ||W_l||_F²`, shape (K,), in float64; 0 where `W = 0`. At most 1: a start
+    that is further from W than zero is (as a random sketch may be) counts as zero."""
     error, energy = torch.as_tensor(cohort.error), torch.as_tensor(cohort.energy).sum()
     if energy == 0:
         return torch.zeros(error.shape[0], dtype=torch.float64)
@@ -86,7 +86,7 @@ def reported(weighting: str, cohort: Cohort, field: str) -> Tensor:
     value = getattr(cohort, field)
     if value is None:
         raise ValueError(
-            f"{weighting}: the cohort has no {field}; it needs one number of every client"
+            f"{weighting}: the cohort has no {field}; give one number for every client"
         )
     return torch.as_tensor(value)
 
@@ -98,12 +98,12 @@ class Weighting(Protocol):
     """
 
     norms: ClassVar[bool] = True
-    """Whether it asks for the norms of the updates, which cost the server a pass over all of them."""
+    """Whether it uses the norms of the updates, which cost the server a pass over all of them."""
 
     def __call__(self, cohort: Cohort) -> Tensor: ...
 
 
-# What no update has a say in
+# --- weights that no update changes -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Truncation:
 
         if self.share is None:
             return weights(self.epsilon)
-        return evened(weights, self.epsilon, float(error.max()), self.share)
+        return weights_for_share(weights, self.epsilon, float(error.max()), self.share)
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ class Balanced:
 
         if self.share is None:
             return weights(self.lam)
-        return evened(weights, self.lam, float(error.max()), self.share)
+        return weights_for_share(weights, self.lam, float(error.max()), self.share)
 
 
-# What clients send
+# --- weights by what the clients send -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,14 +314,14 @@ def moment_bounds(losses: Iterable[float], radius: float = 1.0) -> tuple[float, 
         raise ValueError(f"moment_bounds: radius must be >= 0 and finite, got {radius}")
     squares = torch.tensor([*losses], dtype=torch.float64).square()
     if squares.numel() == 0:
-        raise ValueError("moment_bounds: a client without losses has no bounds")
+        raise ValueError("moment_bounds: expected at least one loss, got none")
     mean, spread = float(squares.mean()), math.sqrt(radius * float(squares.var(correction=0)))
     if not math.isfinite(mean + spread):
         raise ValueError("moment_bounds: a loss is not finite, or too large to square twice")
     return max(0.0, mean - spread), mean + spread
 
 
-# What they share
+# --- shared by several weightings ---------------------------------------------------------------
 
 
 def proportional(x: Tensor, power: float = 1.0) -> Tensor:
@@ -347,15 +347,15 @@ def check_share(weighting: str, share: float | None) -> None:
         raise ValueError(f"{weighting}: share must be in (0, 1], got {share}")
 
 
-def evened(
+def weights_for_share(
     weights: Callable[[float], Tensor], least: float, turning: float, share: float
 ) -> Tensor:
-    """`weights(x)` at the smallest `x >= least` where `1/Σp² >= share · K`; at the x where it is
-    largest, if none will do.
+    """`weights(x)` at the smallest `x >= least` where `1/Σp² >= share · K`; if there is no such x, at the x
+    where `1/Σp²` is largest.
 
-    `turning` is the largest value that x is added to in the weights: at 2⁵³ times as much only the
-    last bits of the weights still change. Up to there x grows by an eighth of an octave at a time;
-    from the first that will do it is halved back, in log x, to rounding.
+    `turning`: the largest value to which the weights add x; at 2⁵³ times this value only the last bits of
+    the weights still change. Up to there x grows by an eighth of an octave at a time; from the first x that
+    suffices, bisection in log x finds the smallest, to rounding.
     """
     start = math.log2(least)
     end = min(math.log2(turning) + 53, 1023) if turning > 0 else start  # 2¹⁰²³ is a number yet

@@ -15,4 +15,4 @@ WEIGHTINGS = Table(
         "generalization_bound": "fedhl.weighting:GeneralizationBound",
     }
 )
-"""Name -> class. A class is imported when it is first asked for: a name can be refused without torch."""
+"""Name -> class. A class is imported at its first use: a wrong name can be refused without torch."""

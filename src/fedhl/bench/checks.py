@@ -1,4 +1,4 @@
-"""What a timed step must come to: the same as dense arithmetic in float64."""
+"""Checks of a timed step: its result must be that of dense arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedhl.server import Outcome, Reply, ServerState
 
 
 def dense_step(state: FullRank, updates: Sequence[Update]) -> Tensor:
-    """The same in float64, with what was sent."""
+    """The next W of FedHL in dense float64 arithmetic, with the broadcasts as they were sent."""
     total = state.W.double()
     for u in updates:
         for sign, x in ((1, u.lora), (-1, u.sent.lora)):
@@ -23,8 +23,8 @@ def dense_step(state: FullRank, updates: Sequence[Update]) -> Tensor:
 
 
 def difference(W: Tensor, state: FullRank, updates: Sequence[Update]) -> float:
-    """How far the next W is from that of float64, relative. Raises AssertionError beyond what float32
-    sums of inner size `Σ r_i` lose, their rounding errors being of either sign."""
+    """The relative difference of the next W from that of float64. Raises AssertionError if it is larger than
+    the rounding error of float32 sums of inner size `Σ r_i`."""
     want = dense_step(state, updates)
     off = float((W.double() - want).norm() / want.norm())
     assert off < 1e-7 * sum(u.lora.rank for u in updates) ** 0.5, off
@@ -34,7 +34,7 @@ def difference(W: Tensor, state: FullRank, updates: Sequence[Update]) -> float:
 def check_layer(
     name: str, before: ServerState, after: ServerState, replies: Sequence[Reply], outcome: Outcome
 ) -> None:
-    """`difference` of one layer of a whole round, of which every reply was accepted."""
+    """Check one layer of a whole round, in which every reply was accepted, by `difference`."""
     method, weights = get_method("fedhl"), [record["weight"] for record in outcome.clients]
     updates = [
         Update(server.broadcast_layer(method, before, name, r.client, 0), r.adapter[name], p)

@@ -1,4 +1,4 @@
-"""The server step with states and adapters on disk: seconds, and the memory that it takes."""
+"""The server step with states and adapters on disk: its seconds, and its memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from fedhl import server
 from fedhl.bench import problems
 from fedhl.bench.checks import check_layer
-from fedhl.bench.problems import TOP, drawn, llama_block
+from fedhl.bench.problems import TOP, draw_ranks, llama_block
 from fedhl.bench.timing import Row, Say, describe, timed
 from fedhl.lora import LoRA, initial
 from fedhl.methods import get_method
@@ -28,7 +28,7 @@ from fedhl.weighting import get_weighting
 
 
 def reply_to(state: ServerState, client: Client, seed: int) -> Reply:
-    """A client that moved every layer a little."""
+    """The reply of a client that moved every layer a little."""
     method, g = get_method("fedhl"), generator(seed, "reply")
     adapter = {}
     for name, sent in server.broadcast(method, state, client, 0).items():
@@ -40,8 +40,8 @@ def reply_to(state: ServerState, client: Client, seed: int) -> Reply:
 
 
 def from_disk(say: Say, folder: Path | None) -> list[Row]:
-    """Rounds of a 7B model with W and the adapters on disk, in `folder` while it runs, and how much
-    anonymous memory the server takes: all q and v projections, and all linear layers of one block."""
+    """Rounds of a 7B model with W and the adapters on disk (in `folder`), and the anonymous memory of the
+    server: for all q and v projections, and for all linear layers of one block."""
     block = llama_block()
     q_and_v = {
         f"layers.{k}.{name}": block[name]
@@ -73,7 +73,7 @@ def rounds_from_disk(model: str, shapes: Mapping[str, tuple[int, int]], folder: 
     state, rows = ServerState(0, shelves[0], {}), []
     for round, clients in enumerate((10, 100)):
         replies, size = [], 0
-        for k, rank in enumerate(drawn(clients)):
+        for k, rank in enumerate(draw_ranks(clients)):
             client, g = Client(f"{k:03d}", rank, 2.0, 100), generator(k, "disk")
             pairs = {  # near the span that was sent, which is that of the first A
                 name: LoRA(

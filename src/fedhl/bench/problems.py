@@ -1,4 +1,4 @@
-"""What is timed: states of given spectra, cohorts, and the layer shapes of real models."""
+"""The problems to time: states of given spectra, cohorts, and the layer shapes of real models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCKS = {"smollm2": 30, "llama2": 32}
 
 
 def orthogonal(n: int, seed: int, columns: int | None = None) -> Tensor:
-    """Orthonormal columns (n, columns), as many as rows unless given."""
+    """Orthonormal columns (n, columns); by default n columns."""
     return torch.linalg.qr(torch.randn(n, columns or n, generator=generator(seed, "bench"))).Q
 
 
@@ -51,14 +51,14 @@ def state_of(W: Tensor) -> FullRank:
     return FullRank(W, refill(LoRA(A, B, 1.0), TOP, 0), tail, 0, 0)
 
 
-def drawn(clients: int, seed: int = 0) -> list[int]:
-    """A rank for each client."""
+def draw_ranks(clients: int, seed: int = 0) -> list[int]:
+    """A random rank for each client."""
     g = generator(seed, "ranks")
     return [RANKS[int(torch.randint(len(RANKS), (1,), generator=g))] for _ in range(clients)]
 
 
 def cohort(state: FullRank, ranks: Sequence[int], seed: int) -> list[Update]:
-    """Clients that each moved by about a fifth of the length of what they were sent."""
+    """The updates of clients that each moved by about a fifth of the norm of their broadcast."""
     method, g = FedHL(), generator(seed, "moves")
     m, n = state.shape
     size = 0.2 * float(state.sent.B.norm())
@@ -79,7 +79,8 @@ def to(state: FullRank, device: str) -> FullRank:
 
 
 def llama_block(side: int | None = None) -> dict[str, tuple[int, int]]:
-    """The linear layers of one of Llama-2-7B's blocks, or of one with square matrices of another side."""
+    """The linear layers of one of Llama-2-7B's blocks, or of such a block with square matrices of another
+    side."""
     side = side or SIDE
     wide = 11008 * side // 4096
     return {

@@ -26,7 +26,7 @@ from fedhl.bench.problems import (
     SPECTRA,
     TOP,
     cohort,
-    drawn,
+    draw_ranks,
     harmonic,
     llama_block,
     orthogonal,
@@ -50,7 +50,7 @@ from fedhl.weighting import get_weighting
 
 
 def step(method: FedHL, state: FullRank, updates: Sequence[Update]) -> FullRank:
-    """What a round costs the server for one layer: sum, truncate, and write what every rank is sent."""
+    """The server's work for one layer in a round: sum, truncate, and build the broadcast of every rank."""
     following = method.aggregate(state, updates)
     for rank in RANKS:
         method.broadcast(following, rank, 2.0)
@@ -68,7 +68,7 @@ def literal(state: FullRank, updates: Sequence[Update]) -> Tensor:
 
 
 def bare(state: FullRank, total_rank: int) -> Callable[[], Tensor]:
-    """The product `B A` that no server can do without."""
+    """The product `B A`, which no server can do without."""
     (m, n), device = state.shape, state.W.device
     B, A = torch.randn(m, total_rank).to(device), torch.randn(total_rank, n).to(device)
     return lambda: B @ A
@@ -84,7 +84,7 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
     for name, spectrum in SPECTRA.items():
         state = to(state_of(with_spectrum(spectrum(j), bases)), device)
         for clients in (10, 100):
-            updates = cohort(state, drawn(clients), clients)
+            updates = cohort(state, draw_ranks(clients), clients)
             total_rank = sum(u.lora.rank for u in updates)
             works: dict[str, Callable[[], object]] = {
                 "bare product": bare(state, total_rank),
@@ -147,7 +147,7 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
         found, cold = timed(partial(iterate, W, top, None))
         full = timed(partial(svd, W))[1]
         if found is None:
-            raise AssertionError(f"{name}: it did not settle")
+            raise AssertionError(f"{name}: the subspace iteration did not settle")
         tails = torch.linalg.svdvals(W.double()).square().flip(0).cumsum(0).flip(0)
         excess: dict[int, float] = {}
         for r in (r for r in RANKS if r <= top):
@@ -195,22 +195,22 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
             problems.SIDE, [rank] * clients + [TOP], f"{clients} of rank {rank}, and one of {TOP}"
         )
     for clients in (10, 30, 100, 300):
-        measure(problems.SIDE, drawn(clients), "clients")
+        measure(problems.SIDE, draw_ranks(clients), "clients")
     for side in (problems.SIDE // 4, problems.SIDE // 2):
-        measure(side, drawn(100), "side")
+        measure(side, draw_ranks(100), "side")
     return rows
 
 
 def ceilings(
     repeats: int, say: Say, device: str, cohorts: Sequence[int] = (100,), side: int | None = None
 ) -> list[Row]:
-    """A step of each layer shape of Llama-2-7B, or of one with matrices of another side, against the product
-    and the copy of W that no server can do without, for so many clients; last, all linear layers together,
-    one after the other."""
+    """A step of each layer shape of Llama-2-7B, or of such a model with matrices of another side, against the
+    product and the copy of W that no server can do without, for each number of clients in `cohorts`; last,
+    the sum over all linear layers."""
     rows: list[Row] = []
     for (m, n), layers in Counter(llama_block(side).values()).items():
         state = to(state_of(harmonic(m, n)), device)
-        for ranks in map(drawn, cohorts):
+        for ranks in map(draw_ranks, cohorts):
             updates = cohort(state, ranks, len(ranks))
             taken = interleaved(
                 {
@@ -251,7 +251,7 @@ def ceilings(
 
 
 def against_ceiling(taken: Mapping[str, float]) -> Row:
-    """The seconds of each, and the step's against those of the product and the copy."""
+    """The seconds of each work, and the step's relative to those of the product and the copy."""
     ratio = taken["step"] / (taken["bare product"] + taken["copy of W"])
     return {f"{work}, s": value for work, value in taken.items()} | {
         "step / (product + copy)": ratio
@@ -268,7 +268,7 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
     method, weighting = get_method("fedhl"), get_weighting("truncation")
     adapter = {n: initial(*shape, rank=TOP, scale=2.0, seed=0) for n, shape in shapes.items()}
     state = server.init(method, adapter, {}, seed=0)
-    clients = [Client(f"{k:03d}", rank, 2.0, 100) for k, rank in enumerate(drawn(100))]
+    clients = [Client(f"{k:03d}", rank, 2.0, 100) for k, rank in enumerate(draw_ranks(100))]
     state, _ = server.aggregate(
         method,
         weighting,
@@ -315,9 +315,9 @@ def bench_server(
     cohorts: Sequence[int] = (100,),
     side: int | None = None,
 ) -> dict[str, Any]:
-    """All figures of the server step, as data; see docs/performance.md. `file`: where they go as soon as
-    a part is done, beside the parts that are there already; `cohorts`, `side`: of `ceilings`. Raises
-    AssertionError where a result is not that of the float64 reference."""
+    """All figures of the server step, as data; see docs/performance.md. `file`: the file to which each part
+    is added when it is done; `cohorts`, `side`: for `ceilings`. Raises AssertionError if a result is not that
+    of the float64 reference."""
     machine = {
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

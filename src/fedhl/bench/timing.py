@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def timed(work: Callable[[], T], device: str = "cpu") -> tuple[T, float]:
-    """What `work` returns, and its wall time, with what it left running on an accelerator."""
+    """The result of `work`, and its wall time, including work that it left running on an accelerator."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = perf_counter()
@@ -27,7 +27,7 @@ def timed(work: Callable[[], T], device: str = "cpu") -> tuple[T, float]:
 def interleaved(
     works: Mapping[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, float]:
-    """Median seconds of each, after one call of each to warm up."""
+    """The median seconds of each work, after one call of each to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():

@@ -32,7 +32,7 @@ from fedhl.watch import SILENT, Watcher
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what to call it, its settings, its folder."""
+    """One run: its label, its settings, its folder."""
 
     label: str
     config: Config
@@ -41,7 +41,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and where; with `rates`, a learning rate is chosen for each variant first."""
+    """The variants and seeds of a comparison, and its folder; with `rates`, a learning rate is chosen for
+    each variant first."""
 
     config: Config
     variants: Sequence[Variant]
@@ -51,8 +52,8 @@ class Study:
 
     @property
     def later(self) -> Sequence[int]:
-        """The seeds to run when the learning rates are known: the run that chose one is that of the
-        first seed."""
+        """The seeds to run once the learning rates are known: without the first seed, whose run has chosen
+        the rate."""
         return self.seeds[1:] if self.rates else self.seeds
 
     @property
@@ -83,7 +84,7 @@ class Study:
         ]
 
     def plan(self, chosen: Mapping[str, float]) -> dict[str, Any]:
-        """`comparison.json` without results: which run folder is whose."""
+        """`comparison.json` without results: the run folders of each variant."""
         return {
             "name": self.config.name,
             "seeds": [*self.seeds],
@@ -114,7 +115,7 @@ class Study:
 
 
 def seed_folder(variant: Variant, seed: int, rate: float | None) -> str:
-    """With a rate that was chosen: with others to choose from, another may be."""
+    """The folder of a run. Its name has a chosen rate, since other `--rates` may lead to another choice."""
     return f"{variant.folder}/seed-{seed}" + ("" if rate is None else f"-rate-{rate!r}")
 
 
@@ -129,15 +130,15 @@ def rate_change(rate: float | None) -> list[str]:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def refuse_twins(option: str, given: Sequence[Any]) -> None:
-    """Raises UserError if something is given twice: it would be counted twice, or share a folder."""
+def refuse_duplicates(option: str, given: Sequence[Any]) -> None:
+    """Raises UserError if a value is given twice: it would be counted twice, or share a folder."""
     for one in given:
         if given.count(one) > 1:
             raise UserError(f"{option}: {one} is given twice; leave one out")
 
 
 def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
-    """Raises UserError for a method of one rank on mixed ones, with the variant that would do."""
+    """Raises UserError for a method of one rank on mixed ranks, suggesting a variant with one rank."""
     ranks = config.lora.ranks.named
     if not config.method.build().mixed_ranks and len(set(ranks)) > 1:
         shown = ", ".join(str(rank) for rank in sorted(set(ranks)))
@@ -149,16 +150,16 @@ def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
 
 
 def refuse_own_rate(variant: Variant) -> None:
-    """Raises UserError for a variant that names the learning rate which is to be chosen for it."""
+    """Raises UserError for a variant that sets the learning rate although `--rates` chooses it."""
     own = ("training.learning_rate=", "training=")
     if any(change.startswith(own) for change in variant.changes):
         raise UserError(
-            f"--methods {variant.text}: --rates chooses training.learning_rate; leave out one of them"
+            f"--methods {variant.text}: --rates chooses training.learning_rate; leave out one of the two"
         )
 
 
-def examined(variant: Variant, config: Config) -> None:
-    """Raises UserError for what shows without the model, naming the variant."""
+def check_variant(variant: Variant, config: Config) -> None:
+    """Raises UserError for mistakes that show without the model, naming the variant."""
     try:
         check_config(config)
         examine(config)
@@ -166,8 +167,8 @@ def examined(variant: Variant, config: Config) -> None:
         raise UserError(f"--methods {variant.text}: {error}") from None
 
 
-def tell_of_others(variants: Sequence[Variant], folder: Path, watcher: Watcher) -> None:
-    """Say so if this folder holds runs of variants that are not named now."""
+def warn_of_left_out(variants: Sequence[Variant], folder: Path, watcher: Watcher) -> None:
+    """Warn if this folder holds runs of variants that are not named now."""
     try:
         before = json.loads((folder / "comparison.json").read_text("utf-8"))["variants"]
     except (OSError, ValueError, KeyError):
@@ -175,27 +176,27 @@ def tell_of_others(variants: Sequence[Variant], folder: Path, watcher: Watcher) 
     named = {variant.text for variant in variants}
     if others := [entry["variant"] for entry in before if entry["variant"] not in named]:
         watcher.say(
-            f"warning: the report leaves out {', '.join(others)}, which {folder} holds as well; name them "
-            "too to keep them in"
+            f"warning: the report leaves out {', '.join(others)}, whose runs are in {folder} as well; to "
+            "keep them in the report, name them with --methods"
         )
 
 
 def rows_to_choose_by(config: Config) -> str:
-    """Where a learning rate is chosen: on the server's `validation` rows, or on those of the `clients`,
-    but never on rows that are reported. Raises UserError if there are no such rows."""
+    """The rows on which a learning rate is chosen: the server's "validation" rows, or the held-out rows of
+    the "clients", but never rows that are reported. Raises UserError if there are no such rows."""
     if config.data.validation is not None:
         return "validation"
     if config.evaluation.client_fraction and config.data.held_out is not None:
         return "clients"
     raise UserError(
-        "--rates: a learning rate is chosen on other rows than those that are reported; keep some for "
+        "--rates: a learning rate must not be chosen on the rows that are reported; keep other rows for "
         "the server with --set data.validation=500, or for each client, beside data.held_out, with "
         "--set evaluation.client_fraction=0.1"
     )
 
 
 def refuse_other_settings(jobs: Sequence[Job]) -> None:
-    """Raises UserError for a run folder that was made with other settings, naming the first of them."""
+    """Raises UserError for a run folder that was made with other settings, naming the first difference."""
     for job in jobs:
         if not (job.folder / "config.yaml").is_file():
             continue
@@ -204,12 +205,12 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
             key, before, now = found
             raise UserError(
                 f"{job.folder} was made with {key} = {before!r}, and this comparison needs {now!r}; "
-                "change it back, remove that folder, or choose another one with --out"
+                "change the setting back, remove that folder, or choose another one with --out"
             )
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every setting, as a run folder tells it."""
+    """Every setting, as in the config of a run folder."""
     return config.model_copy(update={"weighting": config.weighting_used}).model_dump(mode="json")
 
 
@@ -235,15 +236,15 @@ def compare(
     watcher: Watcher = SILENT,
     rates: Sequence[float] = (),
 ) -> Comparison:
-    """Every variant with every seed: runs what is missing, resumes what was stopped, leaves the rest.
+    """Compare every variant with every seed: start missing runs, resume stopped ones, keep finished ones.
 
     With `rates`, each variant first chooses its learning rate among them with the first seed. The
-    report is written anew after every seed. Raises UserError, for mistakes before anything is run.
+    report is written anew after every seed. Raises UserError for mistakes before any run starts.
     """
     made = [parse_variant(text) for text in variants]
-    refuse_twins("--methods", [variant.folder for variant in made])
-    refuse_twins("--seeds", seeds)
-    refuse_twins("--rates", rates)
+    refuse_duplicates("--methods", [variant.folder for variant in made])
+    refuse_duplicates("--seeds", seeds)
+    refuse_duplicates("--rates", rates)
     for variant in made:
         for seed in seeds:
             refuse_mixed_ranks(variant, variant.config(config, seed))
@@ -255,30 +256,31 @@ def compare(
         rows_to_choose_by(config)
     refuse_other_settings(grid or study.sweep(seeds[0], chosen))
     for variant in made:
-        examined(variant, variant.config(config, seeds[0]))
-    tell_of_others(made, folder, watcher)
+        check_variant(variant, variant.config(config, seeds[0]))
+    warn_of_left_out(made, folder, watcher)
     if rates:
         # what is complete stays as it is, unless it is that of other variants or rates
         known = planned(folder) == ([variant.text for variant in made], [*rates])
         if not known or not all(finished(job.folder) for job in grid):
-            store(folder, study.plan(chosen))
+            write_plan(folder, study.plan(chosen))
         finish(study, grid, 1, watcher)
         read = read_comparison(folder)
         chosen = {
-            v.text: choose(read, v.text, of.grid) for v, of in zip(made, read.variants, strict=True)
+            v.text: best_rate(read, v.text, of.grid)
+            for v, of in zip(made, read.variants, strict=True)
         }
         for text, rate in chosen.items():
             watcher.say(f"{text}: learning rate {rate}")
     sweeps = [study.sweep(seed, chosen) for seed in study.later]
     refuse_other_settings([job for sweep in sweeps for job in sweep])
-    store(folder, study.plan(chosen))
+    write_plan(folder, study.plan(chosen))
     for k, sweep in enumerate(sweeps):  # seed by seed: soon there is something to compare
         finish(study, sweep, len(made) * (len(rates) + k) + 1, watcher)
     return read_comparison(folder)
 
 
-def store(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, and the report of the runs that are there."""
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, and the report of the existing runs."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "comparison.json", json.dumps(plan))
@@ -286,7 +288,7 @@ def store(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def planned(folder: Path) -> tuple[list[str], list[float]] | None:
-    """The variants and rates of the comparison in this folder; None if there is none to be read."""
+    """The variants and rates of the comparison in this folder; None if it cannot be read."""
     try:
         plan = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -296,18 +298,18 @@ def planned(folder: Path) -> tuple[list[str], list[float]] | None:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Turn a failure to write the comparison itself into a message; finished runs stay."""
+    """Turn a failure to write the comparison into a message; finished runs stay."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder}: {error}; finished runs stay as they are: make room and give the "
-            "same command again, or choose another folder with --out"
+            f"cannot write to {folder}: {error}; finished runs are kept; make room and give the same "
+            "command again, or choose another folder with --out"
         ) from None
 
 
 def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> None:
-    """Start, resume or leave each run, then report; `first` is the number of the first of them."""
+    """Start, resume or keep each run, then write the report; `first`: the number of the first run."""
     left = [(number, job) for number, job in enumerate(jobs, first) if not finished(job.folder)]
     try:
         for number, job in left:
@@ -332,9 +334,9 @@ def finished(run: Path) -> bool:
     return read_summary(run)["status"] == "finished" and (run / "report.html").is_file()
 
 
-def choose(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
-    """The rate whose final model is best on the rows to choose by: by accuracy where there is one, then
-    by loss, then the smaller rate. Raises UserError if no loss is finite."""
+def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
+    """The rate whose final model is best on the rows of the choice: by accuracy if there is one, then by
+    loss, then the smaller rate. Raises UserError if no loss is finite."""
 
     def quality(trial: Trial) -> tuple[float, ...]:
         metrics, rate = comparison.validation(trial), trial.rate or 0.0
@@ -344,6 +346,6 @@ def choose(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float
     best = max(grid, key=quality)
     if not quality(best) or best.rate is None:
         raise UserError(
-            f"{variant}: no learning rate of --rates gave a finite loss; name smaller ones"
+            f"{variant}: no learning rate of --rates gave a finite loss; give smaller ones"
         )
     return best.rate

@@ -23,10 +23,7 @@ DECIDED = {
     "method": "its name",
     "method.name": "its name",
 }
-"""Settings that a variant cannot name, and what decides them."""
-
-
-# --- variants -----------------------------------------------------------------------------------
+"""Settings that a variant cannot change, and the option that decides them."""
 
 
 EITHER = {
@@ -34,7 +31,7 @@ EITHER = {
     for section in ("participation", "data.held_out")
     for one, other in (("count", "fraction"), ("fraction", "count"))
 }
-"""Settings of which a config has one; a variant's is in place of the other."""
+"""Pairs of settings of which a config has one: a variant that sets one unsets the other."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Variant:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.text).strip("-.")
 
     def config(self, base: Config, seed: int, *more: str) -> Config:
-        """The settings of one run, `more` of them last. Raises UserError, naming the variant."""
+        """The settings of one run; `more` settings are applied last. Raises UserError, naming the variant."""
         raw = base.model_dump(mode="json")
         raw["name"], raw["seed"] = f"{base.name}-{self.folder}-seed-{seed}", seed
         if raw["method"]["name"] != self.method:  # else it keeps the config's hyperparameters
@@ -68,7 +65,7 @@ class Variant:
 
 
 def parse_variants(text: str) -> list[str]:
-    """The parts between commas; those inside brackets, as in `lora.ranks=[4, 8]`, belong to a value."""
+    """The parts between commas; commas inside brackets, as in `lora.ranks=[4, 8]`, belong to a value."""
     return [part.strip() for part in split(text, ",")]
 
 
@@ -96,20 +93,22 @@ def parse_variant(text: str) -> Variant:
         settings = hyperparameters(name)
         if key in settings:
             raise UserError(
-                f"--methods {text!r}: {key} is a setting of the method: {name}@method.{change}"
+                f"--methods {text!r}: {key} is a setting of the method; write {name}@method.{change}"
             )
         if key in DECIDED:
             raise UserError(f"--methods {text!r}: {key} follows from {DECIDED[key]}; leave it out")
     variant = Variant(text, name, tuple(changes))
     if not variant.folder:
-        raise UserError(f"--methods {text!r}: expected the name of a method; see `fedhl methods`")
+        raise UserError(
+            f"--methods {text!r}: expected the name of a method; `fedhl methods` lists them"
+        )
     if name not in METHODS and ":" not in name:
         raise UserError(f"--methods {text}: method: {unknown('method', name, METHODS)}")
     return variant
 
 
 def hyperparameters(method: str) -> set[str]:
-    """The names of a method's settings; none if there is no such method."""
+    """The names of a method's settings; empty if there is no such method."""
     return {field.name for field in fields(METHODS[method])} if method in METHODS else set()
 
 
@@ -120,5 +119,5 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"{option} {text!r}: expected numbers with commas, e.g. {example}"
+            f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
         ) from None

@@ -1,7 +1,7 @@
-"""New labels over time: which labels make a task, which task a round belongs to, what was forgotten.
+"""New labels over time: the labels of each task, the task of each round, and the forgetting.
 
-A run with N tasks divides its rounds among them equally. In a round clients train on rows of the
-current task's labels only, so that what they knew of earlier ones may fade.
+A run with N tasks divides its rounds among them equally. In a round clients train only on rows of the
+current task's labels, so that they may forget earlier tasks.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def task_of(round: int, period: int) -> int:
 
 
 def begins(round: int, period: int) -> bool:
-    """Whether labels change in this round: it is the first of a task that is not the first."""
+    """Whether the labels change in this round: it is the first round of a task after the first."""
     return round > 1 and (round - 1) % period == 0
 
 
 def mean_accuracy(accuracy: Accuracy) -> float:
-    """The mean over the tasks, after the last of them."""
+    """The mean accuracy over the tasks, after the last task."""
     return sum(accuracy[-1]) / len(accuracy[-1])
 
 

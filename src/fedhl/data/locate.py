@@ -1,4 +1,4 @@
-"""Where a model or a data file is: a path, a file inside an installed package, or a hub id."""
+"""The place of a model or a data file: a path, a file inside an installed package, or a hub id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE_SUFFIXES = tuple(
         *("gguf", "safetensors", "bin", "pt", "npz", "yaml", "yml", "toml", "py"),
     )
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 def locate(source: str) -> Path | None:
@@ -33,59 +33,61 @@ def locate(source: str) -> Path | None:
 
     `source` is a path (relative to the current folder; `~` is expanded), or
     `package:import_name/inner/path`, or a hub id `owner/name`, `owner/name:config` or `name`.
-    Whatever exists locally comes first; a package is found without importing it.
+    A local file of the same name comes first; a package is found without importing it.
 
     Raises UserError for a file, package or inner path that does not exist.
     """
     if not source.strip():
-        raise UserError(f"an empty source; {FORMS}.")
+        raise UserError(f"the source is empty; {FORMS}")
     if source.startswith(PACKAGE):
-        return _inside_package(source)
+        return inside_package(source)
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return None
-    raise UserError(f"{_missing(path)}; {FORMS}.")
+    raise UserError(f"{missing_part(path)}; {FORMS}")
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     name = source.rpartition("/")[2]
-    return bool(_HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+    return bool(HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES
 
 
-def _inside_package(source: str) -> Path:
+def inside_package(source: str) -> Path:
     name, _, inner = source.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier():
         raise UserError(
             f"{source!r}: {name!r} is not the import name of a package; "
-            "write package:import_name/inner/path."
+            "write package:import_name/inner/path"
         )
-    spec = _spec(name)
+    spec = spec_of(name)
     if spec is None:
         raise UserError(
             f"{source!r}: no package {name!r} in this Python environment"
-            f"{meant(name, packages_distributions())}. Install it with "
-            f"`pip install {name.replace('_', '-')}` (its name on the index may differ)."
+            f"{meant(name, packages_distributions())}; install it with "
+            f"`pip install {name.replace('_', '-')}` (its name on the index may differ)"
         )
     if not spec.submodule_search_locations:
-        raise UserError(f"{source!r}: {name!r} is a single module, it has no files inside.")
+        raise UserError(
+            f"{source!r}: {name!r} is a single module, without files inside; name a package"
+        )
     candidates = [Path(root) / inner.lstrip("/") for root in spec.submodule_search_locations]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise UserError(f"{source!r}: {_missing(candidates[0])}.")
+    raise UserError(f"{source!r}: {missing_part(candidates[0])}")
 
 
-def _spec(name: str) -> ModuleSpec | None:
+def spec_of(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
     except ValueError:  # a module already loaded without a spec, such as __main__
         return None
 
 
-def _missing(path: Path) -> str:
-    """Which part of `path` does not exist, where, and what there is instead."""
+def missing_part(path: Path) -> str:
+    """A message that says which part of `path` does not exist, and what its folder has instead."""
     part, folder = path, path.parent
     while not folder.exists():
         part, folder = folder, folder.parent

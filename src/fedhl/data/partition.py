@@ -1,4 +1,4 @@
-"""Who holds which rows: every row goes to exactly one client, reproducibly from a seed."""
+"""The rows of each client: every row goes to exactly one client, reproducibly from a seed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def iid(n: int, clients: int, seed: int) -> Partition:
 
     Raises UserError when there are fewer rows than clients.
     """
-    _check_sizes(n, clients, 1)
+    check_sizes(n, clients, 1)
     shuffled = np.random.default_rng(seed).permutation(n)
-    return _named([np.sort(part) for part in np.array_split(shuffled, clients)])
+    return named_clients([np.sort(part) for part in np.array_split(shuffled, clients)])
 
 
 def dirichlet(
@@ -40,29 +40,32 @@ def dirichlet(
     A small α gives every client few labels, a large one approaches `iid`. All shares are drawn
     again until every client has `min_examples` rows. (Hsu et al. 2019; Li et al. 2022.)
 
-    Raises UserError when no draw of 1000 does, or there are too few rows.
+    Raises UserError when none of 1000 draws gives that, or there are too few rows.
     """
-    _check_sizes(len(labels), clients, min_examples)
+    check_sizes(len(labels), clients, min_examples)
     if not (alpha > 0 and np.isfinite(alpha)):
-        raise UserError(f"Dirichlet alpha is {alpha}, expected a number above 0 such as 0.5.")
+        raise UserError(f"Dirichlet alpha is {alpha}, expected a number above 0, e.g. 0.5")
     _, group, totals = np.unique([str(v) for v in labels], return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
-    cuts = _draw_cuts(totals, clients, alpha, min_examples, rng)
+    cuts = draw_cuts(totals, clients, alpha, min_examples, rng)
     owned: list[list[Indices]] = [[] for _ in range(clients)]
     for label, positions in enumerate(cuts):
         rows = rng.permutation(np.flatnonzero(group == label))
         for client, part in enumerate(np.split(rows, positions[:-1])):
             owned[client].append(part)
-    return _named([np.sort(np.concatenate(parts)) for parts in owned])
+    return named_clients([np.sort(np.concatenate(parts)) for parts in owned])
 
 
 def by_column(values: Sequence[Any]) -> Partition:
     """Natural clients: one per distinct value, named `str(value)`, sorted by name."""
     if not len(values):
-        raise UserError("no rows to split between clients.")
+        raise UserError("there are no rows to split between clients")
     for row, value in enumerate(values):
         if value is None:
-            raise UserError(f"row {row} (counted from 0) names no client: its value is empty.")
+            raise UserError(
+                f"row {row} (counted from 0) names no client: its value is empty; "
+                "fill it in or remove the row"
+            )
     names, group = np.unique([str(value) for value in values], return_inverse=True)
     return {str(name): np.flatnonzero(group == index) for index, name in enumerate(names)}
 
@@ -72,8 +75,8 @@ def partition_table(
     labels: Sequence[Any] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Table:
-    """A table of clients, their ranks, if given, their sizes and, when `labels` (one per row) are given,
-    label counts.
+    """A table of the clients: their ranks, with `ranks`; their numbers of rows; and, with `labels` (one per
+    row), their label counts.
 
     More than 8 labels: the number of labels, the commonest and its share instead. More than 30
     clients: the first 10, the last 3, and the smallest, median and largest size.
@@ -84,7 +87,7 @@ def partition_table(
     from rich.table import Table
 
     if empty := [client for client, rows in partition.items() if not len(rows)]:
-        raise UserError(f"client {empty[0]!r} has no rows; use fewer clients or more data.")
+        raise UserError(f"client {empty[0]!r} has no rows; use fewer clients or more data")
     texts = None if labels is None else [str(label) for label in labels]
     names = sorted(set(texts or []))
     wide = len(names) > MAX_LABEL_COLUMNS
@@ -98,7 +101,7 @@ def partition_table(
     ]:
         table.add_column(escape(heading), justify="right")
     lines = [
-        [client, *([str(ranks[client])] if ranks else []), *_cells(rows, texts, names, wide)]
+        [client, *([str(ranks[client])] if ranks else []), *client_cells(rows, texts, names, wide)]
         for client, rows in partition.items()
     ]
     many = len(lines) > MAX_CLIENT_ROWS
@@ -112,7 +115,9 @@ def partition_table(
     return table
 
 
-def _cells(rows: Indices, labels: list[str] | None, names: list[str], wide: bool) -> list[str]:
+def client_cells(
+    rows: Indices, labels: list[str] | None, names: list[str], wide: bool
+) -> list[str]:
     cells = [str(len(rows))]
     if labels is None:
         return cells
@@ -123,7 +128,7 @@ def _cells(rows: Indices, labels: list[str] | None, names: list[str], wide: bool
     return [*cells, str(len(counts)), top, f"{counts[top] / len(rows):.0%}"]
 
 
-def _draw_cuts(
+def draw_cuts(
     totals: NDArray[np.int64],
     clients: int,
     alpha: float,
@@ -143,27 +148,29 @@ def _draw_cuts(
         best = max(best, (int(sizes[smallest]), smallest))
     raise UserError(
         f"no Dirichlet split with alpha {alpha:g} gives all {clients} clients at least "
-        f"{min_examples} examples: in the best of {MAX_DRAWS} draws {_name(best[1], clients)!r} "
-        f"has {best[0]}. Raise alpha, use fewer clients or more rows, or lower min_examples."
+        f"{min_examples} examples: in the best of {MAX_DRAWS} draws {client_name(best[1], clients)!r} "
+        f"has {best[0]}; raise alpha, use fewer clients or more rows, or lower min_examples"
     )
 
 
-def _check_sizes(n: int, clients: int, min_examples: int) -> None:
+def check_sizes(n: int, clients: int, min_examples: int) -> None:
     if clients < 1:
-        raise UserError(f"the number of clients is {clients}, expected at least 1.")
+        raise UserError(f"the number of clients is {clients}, expected at least 1")
     if min_examples < 1:
-        raise UserError(f"min_examples is {min_examples}, but an empty client cannot train.")
+        raise UserError(
+            f"min_examples is {min_examples}, expected at least 1, since a client without rows cannot train"
+        )
     if n < clients * min_examples:
         raise UserError(
             f"{n} rows cannot give {clients} clients {min_examples} or more each; "
-            "use fewer clients or more rows."
+            "use fewer clients or more rows"
         )
 
 
-def _named(parts: Sequence[Indices]) -> Partition:
-    return {_name(index, len(parts)): rows for index, rows in enumerate(parts)}
+def named_clients(parts: Sequence[Indices]) -> Partition:
+    return {client_name(index, len(parts)): rows for index, rows in enumerate(parts)}
 
 
-def _name(index: int, clients: int) -> str:
+def client_name(index: int, clients: int) -> str:
     """ "client-07" of 100: padded, so that names sort as numbers do."""
     return f"client-{index:0{len(str(clients - 1))}d}"

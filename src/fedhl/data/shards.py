@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 
 CLIENTS_OWN = "clients' own"
-"""How the hash of data begins that the clients bring, of which the server knows nothing."""
+"""The begin of the hash of data that the clients have, and that the server does not know."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The rows, and whose they are. `clients` and `client_held_out` index `rows`; `held_out` are
-    the server's own rows, and `validation`, an index again, those it chooses settings by; `labels`
-    the names of the classes, in the order of their ids; `tasks` the ids of each task's labels, if
-    labels arrive over time."""
+    """The rows, and their owners.
+
+    `clients` and `client_held_out`: the indices in `rows` of each client's training and held-out rows;
+    `held_out`: the server's held-out rows; `validation`: the indices of the server's rows for the choice of
+    settings; `labels`: the names of the classes, in the order of their ids; `tasks`: the ids of each task's
+    labels, if labels arrive over time.
+    """
 
     rows: Rows
     clients: dict[str, Indices]
@@ -47,8 +50,8 @@ class Shards:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The same as model inputs, by client. `dropped`: rows without room for a completion;
-    `truncated`: rows that lost their end."""
+    """The rows of `Shards` as model inputs. `dropped`: the number of rows without room for a completion;
+    `truncated`: the number of rows that lost their end."""
 
     train: dict[str, list[Example]]
     client_held_out: dict[str, list[Example]]
@@ -61,7 +64,7 @@ class Tokenised:
 def read(config: Config) -> Shards:
     """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
     data = config.data
-    rows = chosen(config, load_rows(data.source, split=data.split))
+    rows = rows_where(config, load_rows(data.source, split=data.split))
     check_fields(config, rows)  # before rows are drawn, while their numbers are those of the file
     if data.limit is not None and data.limit < len(rows):
         rng = np.random.default_rng(derive(config.seed, "limit"))
@@ -73,7 +76,7 @@ def read(config: Config) -> Shards:
         held_out = load_rows(rule.source, split=rule.split, limit=rule.count)
         hash += f" {fingerprint(rule.source)}"
     elif rule is not None and rule.split is not None:
-        held_out = chosen(config, load_rows(data.source, split=rule.split))[: rule.count]
+        held_out = rows_where(config, load_rows(data.source, split=rule.split))[: rule.count]
     elif rule is not None:
         training, held = hold_out(
             len(rows),
@@ -85,37 +88,39 @@ def read(config: Config) -> Shards:
         held_out = [rows[k] for k in held]
     validation: Indices = np.arange(0)
     if data.validation is not None:
-        training, validation = keep_validation(config, training, classes)
+        training, validation = hold_out_validation(config, training, classes)
     labels = None
     if classes is not None:
         ids, names = named_labels(classes, data.source)
         labels = [names[k] for k in sorted({ids[j] for j in training})]
-    clients = {name: training[part] for name, part in split(config, rows, training).items()}
+    clients = {
+        name: training[part] for name, part in partition_training(config, rows, training).items()
+    }
     client_held_out: dict[str, Indices] = {}
     if config.evaluation.client_fraction:
         for name, part in clients.items():
-            kept, held = keep_back(config, name, part)
+            kept, held = hold_out_client(config, name, part)
             clients[name], client_held_out[name] = kept, held
     shards = Shards(rows, clients, client_held_out, held_out, validation, labels, hash)
     return with_tasks(config, shards) if config.tasks else shards
 
 
-def brought(
+def client_shards(
     config: Config, client: str, source: str, fields: Sequence[str] | None = None
 ) -> Shards:
-    """The rows of a client that has data of its own: all of `source` that `data.where` wants, less those
-    it keeps to evaluate on. `fields`: those that it lets a config use, unless all. `labels` are those of
-    its own rows. Raises UserError as `read` does."""
+    """The shards of a client with data of its own: the rows of `source` that `data.where` selects, without
+    the rows that it holds out. `fields`: the fields that a config may use (default: all). `labels` of the
+    result are those of its own rows. Raises UserError as `read` does."""
     data = config.data.model_copy(update={"source": source, "split": None})
     config = config.model_copy(update={"data": data})
     rows = load_rows(source)
     if fields is not None:
         rows = [{name: row[name] for name in fields if name in row} for row in rows]
-    rows = chosen(config, rows)
+    rows = rows_where(config, rows)
     check_fields(config, rows)
     part, held = np.arange(len(rows)), {}
     if config.evaluation.client_fraction:
-        part, held[client] = keep_back(config, client, part)
+        part, held[client] = hold_out_client(config, client, part)
     labels = None
     classes = config.task.classes(rows, source)
     if classes is not None:
@@ -123,36 +128,36 @@ def brought(
     return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
 
 
-def of_server(config: Config, labels: Sequence[str] | None) -> Shards:
-    """What the server of clients with data of their own has: held-out rows, if `data.held_out` names a
-    source. Raises UserError if they were to be a part of `data.source`."""
+def server_shards(config: Config, labels: Sequence[str] | None) -> Shards:
+    """The shards of a server whose clients have data of their own: held-out rows, if `data.held_out` names a
+    source. Raises UserError if the held-out rows would be a part of `data.source`."""
     rule, nobody = config.data.held_out, np.arange(0)
     names = None if labels is None else list(labels)
     if rule is None:
         return Shards([], {}, {}, [], nobody, names, CLIENTS_OWN)
     if rule.source is None:
         raise UserError(
-            "data.held_out: where clients bring their own data, the server's held-out rows need a source "
-            "of their own: set data.held_out.source, or held_out: null"
+            "data.held_out: when clients have their own data, the server's held-out rows need a source "
+            "of their own; set data.held_out.source, or data.held_out: null"
         )
     held = load_rows(rule.source, split=rule.split, limit=rule.count)
     return Shards([], {}, {}, held, nobody, names, f"{CLIENTS_OWN} {fingerprint(rule.source)}")
 
 
 def with_tasks(config: Config, shards: Shards) -> Shards:
-    """The shards with the labels of each task. Raises UserError if the labels do not fit the config,
-    or if nobody has rows of a task to train on, or the server none to evaluate it on."""
+    """The shards with the labels of each task. Raises UserError if the labels do not fit the config, if no
+    client has training rows of a task, or if the server has no held-out rows of it."""
     rule, labels = config.tasks, shards.labels
     assert rule is not None and labels is not None
     if rule.count is not None and len(labels) < 2 * rule.count:
         raise UserError(
             f"tasks.count: {rule.count} tasks of at least two labels each need {2 * rule.count} "
-            f"labels, the data has {len(labels)}"
+            f"labels, the data has {len(labels)}; lower tasks.count"
         )
     if rule.count is not None:
         groups = split_labels(len(labels), rule.count, config.seed)
     else:
-        groups = given_labels(rule.groups or (), labels)
+        groups = ids_by_task(rule.groups or (), labels)
 
     def found(rows: Rows) -> set[int]:
         classes = config.task.classes(rows, config.data.source) or []
@@ -164,18 +169,19 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
         names = ", ".join(labels[k] for k in group)
         if not training & set(group):
             raise UserError(
-                f"tasks: no client has rows to train on of the task with labels {names}"
+                f"tasks: no client has training rows of the task with labels {names}; change "
+                "the tasks or the data"
             )
         if held_out and not held_out & set(group):
             raise UserError(
-                f"tasks: the server has no row to evaluate the task with labels {names} on; hold out "
+                f"tasks: the server has no held-out row of the task with labels {names}; hold out "
                 "more rows (data.held_out)"
             )
     return replace(shards, tasks=groups)
 
 
-def given_labels(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[list[int]]:
-    """`tasks.groups` as label ids. Raises UserError unless each of the labels is in one of them."""
+def ids_by_task(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list[list[int]]:
+    """`tasks.groups` as label ids. Raises UserError unless each label of the data is in a group."""
     named = [[str(label) for label in group] for group in groups]
     everything = [name for group in named for name in group]
     for name in everything:
@@ -187,34 +193,35 @@ def given_labels(groups: Sequence[Sequence[Any]], labels: Sequence[str]) -> list
 
 
 def check_fields(config: Config, rows: Rows) -> None:
-    """Raises UserError unless every row has the fields of the task, and texts where texts belong."""
+    """Raises UserError unless every row has the fields of the task, with texts in the text fields."""
     where = config.data.where
     config.task.check(rows, config.data.source + (f" (the rows where {where})" if where else ""))
 
 
-def chosen(config: Config, rows: Rows) -> Rows:
-    """The rows of `data.source` that `data.where` wants."""
+def rows_where(config: Config, rows: Rows) -> Rows:
+    """The rows of `data.source` that `data.where` selects."""
     for field, wanted in config.data.where.items():
-        rows = choose(rows, field, wanted, config.data.source)
+        rows = rows_with(rows, field, wanted, config.data.source)
     return rows
 
 
-def choose(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
-    """The rows whose `field` is `wanted`, or one of these values. Raises UserError if none is."""
+def rows_with(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
+    """The rows whose `field` has the value `wanted`, or one of these values. Raises UserError if there is no
+    such row."""
     values = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
     found = [str(value) for value in column(rows, field, source)]
     chosen = [row for row, value in zip(rows, found, strict=True) if value in values]
     if not chosen:
         seen = sorted(set(found))
         raise UserError(
-            f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; it is one of "
+            f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; its values are "
             f"{', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}"
         )
     return chosen
 
 
-def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
-    """Positions in `training` of each client's rows."""
+def partition_training(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
+    """Each client's rows, as positions in `training`."""
     rule, source = config.partition, config.data.source
     seed = derive(config.seed, "partition")
     if isinstance(rule, ColumnPartition):
@@ -222,15 +229,16 @@ def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
         lost = {str(name) for name in names} - {str(names[k]) for k in training}
         if lost:
             raise UserError(
-                f"partition.column: every row of client {min(lost)!r} was held out by the server, so it "
-                "has nothing to train on; hold out fewer rows (data.held_out) or give it more"
+                f"partition.column: the server holds out every row of client {min(lost)!r}, so that it has "
+                "nothing to train on; hold out fewer rows (data.held_out), or give the client more"
             )
         return by_column([names[k] for k in training])
     if isinstance(rule, DirichletPartition):
         by = rule.by or config.task.class_field
         if by is None:
             raise UserError(
-                f"partition.by: a Dirichlet split of {config.task.kind} rows needs a field to go by"
+                f"partition.by is missing: a Dirichlet split of {config.task.kind} rows needs a field to "
+                "split by"
             )
         values = column(rows, by, source)
         skewed = [values[k] for k in training]
@@ -238,7 +246,7 @@ def split(config: Config, rows: Rows, training: Indices) -> dict[str, Indices]:
     return iid(len(training), rule.clients, seed)
 
 
-def keep_validation(
+def hold_out_validation(
     config: Config, training: Indices, classes: Sequence[Any] | None
 ) -> tuple[Indices, Indices]:
     """The training rows as (training, validation)."""
@@ -251,13 +259,13 @@ def keep_validation(
     return training[kept], training[held]
 
 
-def keep_back(config: Config, client: str, part: Indices) -> tuple[Indices, Indices]:
+def hold_out_client(config: Config, client: str, part: Indices) -> tuple[Indices, Indices]:
     """A client's rows as (training, held out)."""
     fraction = config.evaluation.client_fraction
     if round(fraction * len(part)) in (0, len(part)):
         raise UserError(
             f"evaluation.client_fraction: client {client!r} has {len(part)} rows, and holding out "
-            f"{fraction:g} of them leaves one side empty; change the fraction (it is 0.1 unless given where "
+            f"{fraction:g} of them leaves one side empty; change the fraction (its default is 0.1 when "
             "data.held_out is null; 0: none), or give every client more rows (in a Dirichlet split with "
             "partition.min_examples)"
         )
@@ -283,7 +291,8 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
         if not held.examples:
             raise UserError(
-                f"data.held_out: none of the rows of {held_source} fits task.max_length"
+                f"data.held_out: none of the rows of {held_source} fits task.max_length = "
+                f"{config.task.max_length} tokens; raise task.max_length"
             )
     train = {
         name: [by_row[k] for k in part if k in by_row] for name, part in shards.clients.items()
@@ -292,7 +301,7 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         if not examples:
             raise UserError(
                 f"client {name!r} has no row left: the prompts of all its {len(shards.clients[name])} "
-                f"rows fill task.max_length = {config.task.max_length} tokens; raise it"
+                f"rows fill task.max_length = {config.task.max_length} tokens; raise task.max_length"
             )
     own = {
         name: [by_row[k] for k in part if k in by_row]
@@ -302,8 +311,8 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         if not examples:
             raise UserError(
                 f"evaluation.client_fraction: none of the {len(shards.client_held_out[name])} rows held "
-                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise one "
-                "of the two"
+                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise "
+                "the fraction or task.max_length"
             )
     validation = [by_row[k] for k in shards.validation if k in by_row]
     dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)

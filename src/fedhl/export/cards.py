@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what it was trained on."""
+"""The model card of an export: its kind, how to load it, and how it was trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def model_card(
 ) -> str:
     """The README.md of an export: metadata, how to load it, and how it was made.
 
-    `summary` is the content of a run's summary.json, `rank` that of an adapter, `base` the base
-    model's name, `labels` those of a classifier, in order.
+    `summary`: the content of a run's summary.json; `rank`: the rank of an adapter; `base`: the base model's
+    name; `labels`: the labels of a classifier, in order.
     """
     what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
     front = {
@@ -39,12 +39,12 @@ def model_card(
         f"{what} for `{base}`, fine-tuned by {len(summary['clients'])} clients that did not share "
         "their data, with fedhl.",
         "",
-        *_how_to_load(summary["task"], kind, base, labels),
+        *how_to_load(summary["task"], kind, base, labels),
         "## How it was made",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(summary).items()),
+        *(f"| {key} | {value} |" for key, value in run_facts(summary).items()),
         "",
     ]
     return "\n".join(lines)
@@ -55,7 +55,7 @@ def front_matter(front: Mapping[str, Any]) -> list[str]:
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
 
 
-def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
+def how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
     auto, head = KINDS[task].auto, KINDS[task].head
     folder = "path/to/this/folder"
     if kind == "merged":
@@ -80,14 +80,14 @@ def _how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> lis
     return lines
 
 
-def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader must know to judge or to repeat it, from a run's summary.json."""
+def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The facts needed to judge or to repeat a run, from its summary.json."""
     clients = summary["clients"]
     ranks = sorted(client["rank"] for client in clients)
     counts = ", ".join(f"{ranks.count(r)} of rank {r}" for r in sorted(set(ranks)))
     facts = {
-        "method": _settings(summary["method"]),
-        "weighting": _settings(summary["weighting"]),
+        "method": settings_text(summary["method"]),
+        "weighting": settings_text(summary["weighting"]),
         "clients": f"{len(clients)} ({counts})",
         "training examples": f"{sum(client['examples'] for client in clients)}",
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
@@ -107,6 +107,6 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _settings(choice: Mapping[str, Any]) -> str:
+def settings_text(choice: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in choice.items() if k != "name")
     return f"{choice['name']} ({settings})" if settings else str(choice["name"])

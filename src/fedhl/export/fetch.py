@@ -1,4 +1,4 @@
-"""Where an adapter to merge is: here, or on the hub, from which it is fetched first."""
+"""The folder of an adapter to merge, which may have to be downloaded from the hub first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fedhl.errors import UserError
 
 
 def adapter_folder(source: str) -> Path:
-    """The folder of an adapter; one on the hub is downloaded first. Raises UserError if there is none."""
+    """The folder of an adapter, a hub id or a path; an adapter on the hub is downloaded first. Raises
+    UserError if there is no such adapter."""
     path = locate(source)
     if path is not None:
         return path

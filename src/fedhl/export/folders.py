@@ -20,8 +20,6 @@ from fedhl.model.peft import shifted
 from fedhl.model.targets import is_conv1d
 from fedhl.task import KINDS
 
-# --- exporting a run ----------------------------------------------------------------------------
-
 
 def export_adapter(
     out: Path, loaded: Loaded, adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], card: str
@@ -30,7 +28,7 @@ def export_adapter(
 
     Raises UserError if `out` exists and is not an empty folder, or cannot be written.
     """
-    with _publish(out) as staging:
+    with publish(out) as staging:
         save_adapter(
             staging,
             adapter,
@@ -57,9 +55,9 @@ def export_merged(
     if getattr(model, "is_loaded_in_4bit", False):
         raise UserError("a 4-bit base cannot be merged into; load the base model unquantised")
     if head.keys() != set(loaded.head):
-        raise ValueError(f"expected the head {sorted(loaded.head)}, got {sorted(head)}")
+        raise ValueError(f"head: expected the parameters {sorted(loaded.head)}, got {sorted(head)}")
     modules = dict(model.named_modules())
-    with _publish(out) as staging, torch.no_grad():
+    with publish(out) as staging, torch.no_grad():
         for name in sorted(deltas):
             if name not in modules:
                 raise ValueError(f"layer {name}: not in this {type(model).__name__}")
@@ -76,14 +74,14 @@ def export_merged(
 
 
 @contextmanager
-def _publish(out: Path) -> Iterator[Path]:
+def publish(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends well and vanishes otherwise."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
-            f"{out} exists and is not an empty folder; choose another --out or remove it"
+            f"{out} exists and is not an empty folder; choose another --out, or remove it"
         )
     try:
         with whole_folder(out, out.parent / f".{out.name}.partial-{os.getpid()}") as staging:
             yield staging
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}; nothing is left there") from error
+        raise UserError(f"cannot write {out}: {error}; nothing was left there") from error

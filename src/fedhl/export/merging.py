@@ -15,16 +15,16 @@ from fedhl import lora as algebra
 from fedhl.errors import UserError
 from fedhl.export.cards import front_matter
 from fedhl.export.fetch import adapter_folder
-from fedhl.export.folders import _publish
+from fedhl.export.folders import publish
 from fedhl.lora import LoRA
 from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
 
 
 class Merge(NamedTuple):
-    """What `merge_folders` did, for printing.
+    """The result of `merge_folders`.
 
-    `weights` as used; `ranks` of the result by layer; `errors[layer]` and `error` (all layers) are
-    the share of the energy, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1], that truncation lost.
+    `weights`: those that were used; `ranks`: of the result, by layer; `errors[layer]` and `error` (of all
+    layers): the share of the energy that truncation lost, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1].
     """
 
     weights: tuple[float, ...]
@@ -42,7 +42,7 @@ def merge_adapters(
     finite weight for each.
     """
     if not adapters:
-        raise UserError("no adapters to merge")
+        raise UserError("no adapters to merge; give at least one")
     if len(weights) != len(adapters):
         raise UserError(f"expected one weight per adapter, got {len(weights)} for {len(adapters)}")
     if not all(math.isfinite(w) for w in weights):
@@ -53,8 +53,8 @@ def merge_adapters(
         if different:
             shown = ", ".join(different[:4]) + (", ..." if len(different) > 4 else "")
             raise UserError(
-                f"adapters 1 and {i} do not adapt the same layers; only one of them has {shown}. "
-                "Merge adapters that were trained with the same target modules"
+                f"adapters 1 and {i} do not adapt the same layers; only one of them has {shown}; "
+                "merge adapters that were trained with the same target modules"
             )
         for name in sorted(first):
             if adapter[name].shape != first[name].shape:
@@ -97,20 +97,20 @@ def merge_folders(
     shares = [w / sum(used) for w in used]
     used = shares if normalize else used
     exact = merge_adapters([part.adapter for part in parts], used)
-    config = _common_config(folders, parts, force)
-    head = _average_heads(folders, parts, shares)
+    config = common_config(folders, parts, force)
+    head = average_heads(folders, parts, shares)
 
     merged: dict[str, LoRA] = {}
     lost, total = {}, {}
     for name, lora in exact.items():
-        merged[name], lost[name], total[name] = _truncate(lora, rank)
+        merged[name], lost[name], total[name] = truncate_layer(lora, rank)
     result = Merge(
         tuple(used),
         {name: lora.rank for name, lora in merged.items()},
-        {name: _share(lost[name], total[name]) for name in merged},
-        _share(sum(lost.values()), sum(total.values())),
+        {name: share_of(lost[name], total[name]) for name in merged},
+        share_of(sum(lost.values()), sum(total.values())),
     )
-    with _publish(out) as staging:
+    with publish(out) as staging:
         save_adapter(
             staging,
             merged,
@@ -120,12 +120,12 @@ def merge_folders(
             fan_in_fan_out=config.fan_in_fan_out,
             revision=config.revision,
         )
-        card = _merge_card(folders, config.base_model_name_or_path, result)
+        card = merge_card(folders, config.base_model_name_or_path, result)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
-def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
+def truncate_layer(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
     """`lora` at a rank of at most `rank` and min(m, n); the energy lost, and the energy it had."""
     full = min(*lora.shape)
     keep = min(full, rank or full)
@@ -139,11 +139,11 @@ def _truncate(lora: LoRA, rank: int | None) -> tuple[LoRA, float, float]:
     return best, float(energy[keep:].sum()), float(energy.sum())
 
 
-def _share(part: float, whole: float) -> float:
+def share_of(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:
+def common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force: bool) -> Any:
     """The config of the first adapter, after checking that the others belong to the same model."""
     first = parts[0].config
     for folder, part in zip(folders, parts, strict=True):
@@ -151,15 +151,15 @@ def _common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force
             expected, got = getattr(first, field), getattr(part.config, field)
             if got == expected or (force and field in ("base_model_name_or_path", "revision")):
                 continue
-            advice = "; --force merges them all the same" if field.startswith("base") else ""
+            advice = "; to merge them anyway, add --force" if field.startswith("base") else ""
             raise UserError(
-                f"{folder} and {folders[0]} do not belong together: {field} is {got!r} in the one "
-                f"and {expected!r} in the other{advice}"
+                f"{folder} and {folders[0]} do not belong together: {field} is {got!r} in the first "
+                f"and {expected!r} in the second{advice}"
             )
     return first
 
 
-def _average_heads(
+def average_heads(
     folders: Sequence[str], parts: Sequence[AdapterFolder], shares: Sequence[float]
 ) -> dict[str, Tensor]:
     first = parts[0].head
@@ -168,8 +168,8 @@ def _average_heads(
         expected = {name: tuple(t.shape) for name, t in first.items()}
         if shapes != expected:
             raise UserError(
-                f"{folder} and {folders[0]} were trained with different heads: {shapes} against "
-                f"{expected}; merge adapters of one task and the same labels"
+                f"{folder} and {folders[0]} have different heads, {shapes} and "
+                f"{expected}; merge adapters of the same task and labels"
             )
     return {
         name: torch.stack(
@@ -181,7 +181,7 @@ def _average_heads(
     }
 
 
-def _merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
+def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
     ranks = sorted(set(merge.ranks.values()))
     front = {
         "base_model": base or "",

@@ -1,7 +1,7 @@
 """A federation in one process: the loop to read first, and the oracle for every other engine.
 
 One base model stays in memory with one adapter slot per distinct rank. A client is a set of rows
-and a rank: what it is sent is copied into the slot of its rank, trained there, and copied out.
+and a rank: the adapter that it is sent is copied into the slot of its rank, trained there, and copied out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.data.label_groups import begins
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.traffic import bytes_per_client
 from fedhl.model.evaluation import Metrics
@@ -24,8 +24,12 @@ from fedhl.server import Client, Outcome, Reply, ServerState
 
 
 class Returned(NamedTuple):
-    """What came back from a cohort: replies; what each client keeps for itself, by id; those that sent
-    none, each with its `id` and the `reason`; bytes down and up, by id; and seconds per phase."""
+    """What came back from a cohort.
+
+    `replies`; `kept`: the tensors that each client keeps for itself, by client id; `missing`: the clients
+    without a reply, each with its `id` and the `reason`; `traffic`: bytes down and up, by client id;
+    `seconds`: by phase.
+    """
 
     replies: list[Reply]
     kept: dict[str, dict[str, Tensor]]
@@ -35,7 +39,7 @@ class Returned(NamedTuple):
 
 
 class Engine(Protocol):
-    """Where the clients of a federation are: in this process, or somewhere else."""
+    """The place of a federation's clients: in this process, or somewhere else."""
 
     def present(self, federation: Federation, round: int) -> Federation:
         """The federation with the clients that can be reached in this round."""
@@ -52,14 +56,18 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
-        """The metrics of each client on its own held-out rows, by id; {} if there are none."""
+        """The metrics of each client on its own held-out rows, by client id; {} if no client has such
+        rows."""
         ...
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """All clients in this process, one after the other, on one model. `answered`: whether this client
-    answers in this round, as one on another machine may not; who does not is as if absent."""
+    """All clients in this process, one after the other, on one model.
+
+    `answered(client id, round)`: whether the client answers in this round. A client on another machine may
+    not answer; a client that does not counts as absent.
+    """
 
     answered: Callable[[str, int], bool] = lambda id, round: True
 
@@ -120,7 +128,7 @@ def run_round(
     labels = federation.labels_of(round)
     if labels is not None and begins(round, config.period):
         state = server.next_task(method, state)
-    cohort = [as_now(client, state) for client in federation.cohort(round)]
+    cohort = [at_current_rank(client, state) for client in federation.cohort(round)]
     returned = engine.train(federation, state, cohort, on_step)
     replies = returned.replies
     if federation.privacy is not None:

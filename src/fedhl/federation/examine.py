@@ -1,5 +1,5 @@
-"""What shows before the model is loaded: the rows, the clients and their ranks. No tensor is needed for it,
-so that a mistake is told at once."""
+"""Checks before the model is loaded: of the rows, the clients and their ranks. No tensor is needed for these
+checks, so that a mistake is told at once."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def examine(config: Config) -> Examined:
     ranks = config.lora.ranks.assign(clients, config.seed)
     if (config.participation.count or 0) > len(ranks):
         raise UserError(
-            f"participation.count: {config.participation.count} clients a round, but there are only "
-            f"{len(ranks)}; lower it, or leave participation out for all"
+            f"participation.count: expected at most {len(ranks)}, the number of clients, got "
+            f"{config.participation.count}; lower it, or leave participation out, so that all "
+            "clients take part"
         )
-    refuse_strangers(config, clients)
+    refuse_unknown_clients(config, clients)
     return data, ranks
 
 
-def refuse_strangers(config: Config, clients: Sequence[str]) -> None:
-    """Raises UserError if participation.layers names a client that is not one of these."""
+def refuse_unknown_clients(config: Config, clients: Sequence[str]) -> None:
+    """Raises UserError if participation.layers names a client that is not among `clients`."""
     for name in config.participation.layers:
         if name not in clients:
             raise UserError(f"participation.layers: {unknown('client', name, clients)}")

@@ -30,9 +30,10 @@ from fedhl.weighting import Weighting
 class Federation:
     """Everything that does not change between rounds.
 
-    `rows` and `own`: each client's training and held-out rows; `held_out`: the server's rows, and
-    `validation` those it chooses settings by; `tasks`: the labels of each task, if labels arrive over
-    time; `guard`: what becomes of clients who move too far; `privacy`: what hides each of them.
+    `rows` and `own`: each client's training and held-out rows, by client id; `held_out`: the server's
+    held-out rows; `validation`: the server's rows for the choice of settings; `tasks`: the labels of each
+    task, if labels arrive over time; `guard`: the rule for updates that are too large; `privacy`: the
+    mechanism that hides each client.
     """
 
     config: Config
@@ -66,12 +67,12 @@ class Federation:
         return [name for name in layers if client.layers is None or name in client.layers]
 
     def labels_of(self, round: int) -> Sequence[int] | None:
-        """The labels of this round's task; None: all."""
+        """The labels of this round's task; None: all labels."""
         return self.tasks[task_of(round, self.config.period)] if self.tasks else None
 
     def in_round(self, round: int) -> Federation:
-        """Those who can take part in this round: with tasks, the clients that have rows of its labels,
-        and only these rows."""
+        """The federation of this round: with tasks, the clients that have rows of the round's labels, with
+        only these rows."""
         labels = self.labels_of(round)
         if labels is None:
             return self
@@ -82,7 +83,8 @@ class Federation:
         return replace(self, clients=clients, rows=rows)
 
     def cohort(self, round: int) -> list[Client]:
-        """Those who take part in this round, by id; with privacy each on its own, maybe none."""
+        """The clients that take part in this round, sorted by id. With privacy each client is drawn on its
+        own, and the cohort may be empty."""
         if self.privacy is not None:
             by_id = sorted(self.clients, key=lambda client: client.id)
             return [client for client in by_id if self.privacy.takes_part(client.id, round)]
@@ -90,8 +92,8 @@ class Federation:
         return server.sample(self.clients, size, self.config.seed, round)
 
     def rules(self, cohort: Sequence[Client], labels: Sequence[int] | None) -> Rules:
-        """What the server does with the replies of this cohort besides summing them; `labels`: those of the
-        round, None: all."""
+        """The server's rules for the replies of this cohort, apart from the weighted sum. `labels`: the
+        labels of the round; None: all."""
         chance = self.config.participation.stragglers
         return Rules(
             guard=self.guard,
@@ -101,7 +103,7 @@ class Federation:
         )
 
     def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:
-        """Inside the block the model knows only these labels; None: all."""
+        """Inside the block the model knows only these labels; None: all labels."""
         return nullcontext() if labels is None else peft.only_labels(self.slots, labels)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -115,8 +117,8 @@ def initial_state(
     start: Mapping[str, LoRA] | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> ServerState:
-    """The server's state before round 1: an untrained adapter of the top rank, or one that continues
-    the adapter `start` (of at most that rank); the head that the model has now, or `head`.
+    """The server's state before round 1: an untrained adapter of the top rank, or an adapter of the
+    top rank that continues `start` (whose rank is at most that); the head of the model now, or `head`.
     """
     rank, seed = federation.top_rank, federation.config.seed
     scale = peft.scale(federation.slots, rank)
@@ -136,7 +138,7 @@ def initial_state(
     return server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
 
 
-def as_now(client: Client, state: ServerState) -> Client:
-    """The client with the rank that it has come down to."""
+def at_current_rank(client: Client, state: ServerState) -> Client:
+    """The client with its current rank, which is lower than its first one after pruning."""
     rank = state.clients.get(client.id, {}).get("rank")
     return client if rank is None else replace(client, rank=int(rank))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedhl import server
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import peft
@@ -27,8 +27,8 @@ from fedhl.weighting import moment_bounds
 
 
 class Local(NamedTuple):
-    """What came of a client's local training: its reply as it arrives, what it keeps for itself, and the
-    seconds spent in forward, backward and optimizer."""
+    """The result of a client's local training: its reply as the server receives it, the tensors that it keeps
+    for itself, and the seconds spent in forward, backward and optimizer."""
 
     reply: Reply
     kept: dict[str, Tensor]
@@ -45,8 +45,8 @@ def train_client(
     layers: Sequence[str] | None = None,
     own: Mapping[str, Tensor] | None = None,
 ) -> Local:
-    """What one client does in a round. `layers`: those it trains (None: those it reaches); `own`: what
-    it has kept from earlier rounds.
+    """One client's part of a round. `layers`: the layers that it trains (None: the layers that it reaches);
+    `own`: the tensors that it has kept from earlier rounds.
     """
     config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
     period = config.period
@@ -95,7 +95,7 @@ def train_client(
 
 
 def disagreement(losses: Sequence[float]) -> float:
-    """The distance of the bounds that a client estimates; NaN, which the server refuses, if its
+    """The distance between the bounds that a client estimates; NaN, which the server refuses, if its
     training diverged."""
     try:
         lower, upper = moment_bounds(losses)
@@ -105,7 +105,7 @@ def disagreement(losses: Sequence[float]) -> float:
 
 
 def start_of(sent: Mapping[str, Broadcast], own: Mapping[str, Tensor]) -> dict[str, LoRA]:
-    """The adapters a client starts from: as sent, but with the factors that it keeps for itself."""
+    """The adapters that a client starts from: as they were sent, but with the factors that it has kept."""
     return {
         name: replace(
             b.lora, **{f: own[f"{name}.{f}"] for f in sorted(b.keep) if f"{name}.{f}" in own}
@@ -115,20 +115,21 @@ def start_of(sent: Mapping[str, Broadcast], own: Mapping[str, Tensor]) -> dict[s
 
 
 def prefix_of(lora: LoRA, sent: Broadcast) -> LoRA:
-    """The components that were sent, of the slot that held them."""
+    """The components that were sent, from the adapter in the slot, which may have more."""
     rank = sent.lora.rank
     return LoRA(lora.A[:rank].contiguous(), lora.B[:, :rank].contiguous(), lora.scale)
 
 
 def shared(lora: LoRA, sent: Broadcast) -> LoRA:
-    """What leaves the client: its adapter, with the factors that it keeps as they were sent."""
+    """The adapter that leaves the client: the factors that it keeps are replaced by the factors it was
+    sent."""
     return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(sent.keep)})
 
 
 def penalty(
     federation: Federation, slot: int, start: Mapping[str, LoRA], layers: Sequence[str]
 ) -> Callable[[], Tensor] | None:
-    """The method's own term of the clients' loss, over the layers trained; None without one."""
+    """The method's own term of the client's loss, over the trained layers; None if the method has none."""
     method = federation.method
     if not isinstance(method, SelfPruning):
         return None
@@ -152,11 +153,11 @@ def deployed(
     head: Mapping[str, Tensor],
     own: Mapping[str, Tensor] | None = None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside the block the model is what was sent, with this head, in the slot of rank `slot`. Gives the
-    magnitudes of frozen directions, which can be trained, by layer.
+    """Inside the block the model is the broadcast `sent` with this head, in the slot of rank `slot`. Gives
+    the trainable magnitudes of the frozen directions, by layer.
 
     An adapter of lower rank fills the slot's first components; the others are zero in both factors,
-    and so they stay. `own`: factors that the client has kept.
+    and so they stay. `own`: the factors that the client has kept.
     """
     slots = federation.slots
     start = start_of(sent, own or {})
@@ -173,16 +174,16 @@ def deployed(
 def evaluate_client(
     federation: Federation, state: ServerState, client: Client, rows: Sequence[Example]
 ) -> Metrics:
-    """Metrics of what this client would start the next round from, on these rows."""
-    client = as_now(client, state)
+    """Metrics on these rows of the model from which this client would start the next round."""
+    client = at_current_rank(client, state)
     sent = server.broadcast(federation.method, state, client, federation.config.seed)
     own = state.clients.get(client.id)
     with deployed(federation, federation.slot_of(client), sent, state.head, own):
-        return measure(federation, rows)
+        return evaluate_rows(federation, rows)
 
 
-def measure(federation: Federation, rows: Sequence[Example]) -> Metrics:
-    """Metrics of the model as it is now."""
+def evaluate_rows(federation: Federation, rows: Sequence[Example]) -> Metrics:
+    """Metrics of the current model on these rows."""
     return evaluate(
         federation.slots.model,
         rows,

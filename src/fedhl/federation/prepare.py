@@ -14,7 +14,7 @@ from torch import Tensor
 from fedhl.config import Config
 from fedhl.data import shards
 from fedhl.errors import UserError
-from fedhl.federation.examine import Examined, examine, refuse_strangers
+from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
@@ -43,13 +43,13 @@ class Prepared:
         return initial_state(self.federation, self.start, self.start_head)
 
     def joined_by(self, clients: Sequence[Client]) -> Prepared:
-        """With those of `clients` that are new among the federation's, and all as they are now."""
+        """The same, with `clients` in the federation: new clients are added, known clients replaced."""
         known = {client.id: client for client in (*self.federation.clients, *clients)}
         everyone = [known[id] for id in sorted(known)]
         return replace(self, federation=replace(self.federation, clients=everyone))
 
     def epsilon(self, rounds: int) -> float | None:
-        """What so many rounds spend of the clients' privacy; None if there is none."""
+        """The ε that this number of rounds spends; None without privacy."""
         privacy, mechanism = self.config.privacy, self.federation.privacy
         if privacy is None or mechanism is None:
             return None
@@ -57,7 +57,7 @@ class Prepared:
 
 
 def pick_device(config: Config) -> str:
-    """The device asked for; `auto` is cuda, else mps, else cpu."""
+    """The device of the config; `auto` is cuda, else mps, else cpu."""
     if config.compute.device != "auto":
         return config.compute.device
     if torch.cuda.is_available():
@@ -119,7 +119,8 @@ def load_federation(
 
 
 def mechanism(config: Config, clients: int) -> Mechanism | None:
-    """What `config.privacy` asks for, with a new secret of the operating system's; None without it."""
+    """The mechanism of `config.privacy`, with a new secret from the operating system; None without
+    privacy."""
     if config.privacy is None:
         return None
     rate, secret = config.participation.rate(clients), secrets.token_bytes(SECRET_BYTES)
@@ -127,26 +128,26 @@ def mechanism(config: Config, clients: int) -> Mechanism | None:
 
 
 def check_config(config: Config) -> None:
-    """Raises UserError for what shows before any row is read: an extra that is not installed, or a
+    """Raises UserError for mistakes that show before any row is read: an extra that is not installed, or a
     method whose results nobody could evaluate."""
     if config.privacy is not None:
         accounting.check_installed()
     method, state = smallest(config)
     if method.delta(state) is None and not config.evaluation.client_fraction:
         raise UserError(
-            f"method {config.method.name!r} has no global model, so only the clients can evaluate: set "
+            f"method {config.method.name!r} has no global model, so that only the clients can evaluate; set "
             "evaluation.client_fraction, e.g. to 0.2"
         )
 
 
 def smallest(config: Config) -> tuple[Method[Any], Any]:
-    """The method and a state of it for a layer of 2 x 2, to ask what it is like."""
+    """The method and its state for a layer of 2 x 2, from which its properties can be read."""
     method = config.method.build()
     return method, method.init(initial(2, 2, 1, 1.0, seed=0))
 
 
 def clients_keep(config: Config) -> bool:
-    """Whether clients keep factors for themselves, so that they alone can go on with them."""
+    """Whether clients keep factors for themselves, without which the run cannot continue."""
     method, state = smallest(config)
     return bool(method.broadcast(state, 1, 1.0).keep)
 
@@ -156,7 +157,7 @@ def prepare(
 ) -> Prepared:
     """Read the data, load the model, attach the adapters. Raises UserError before any training.
 
-    `examined`: the rows and ranks, if they have been read already.
+    `examined`: the rows and the ranks, if they have been read already.
     """
     check_config(config)
     data, ranks = examined or examine(config)
@@ -171,20 +172,21 @@ def prepare_server(
     watcher: Watcher,
     registered: int | None = None,
 ) -> Prepared:
-    """The server's part alone, where the clients (id: rank) have the data and the labels are theirs.
+    """The server's part alone, where the `clients` (id: rank) have the data, and the labels are known from
+    them.
 
-    `registered`: how many there were when the run began, if others have joined since: N of its privacy.
+    `registered`: the number of clients when the run began, N of its privacy, if clients have joined since.
     Raises UserError before any training.
     """
     check_config(config)
     if config.data.validation is not None:
         raise UserError(
-            "data.validation: rows to choose settings by are a part of data.source, which the server "
-            "does not have where clients bring their own data; leave it out"
+            "data.validation: the validation rows are a part of data.source, which the server does not have "
+            "when clients have their own data; leave data.validation out"
         )
-    refuse_strangers(config, sorted(clients))
+    refuse_unknown_clients(config, sorted(clients))
     watcher.say(f"{len(clients)} clients with data of their own; loading {config.model.source}")
-    prepared = assemble(config, shards.of_server(config, labels), clients, watcher)
+    prepared = assemble(config, shards.server_shards(config, labels), clients, watcher)
     if registered is None:
         return prepared
     private = mechanism(config, registered)
@@ -192,7 +194,7 @@ def prepare_server(
 
 
 def prepare_server_again(config: Config, summary: Mapping[str, Any], watcher: Watcher) -> Prepared:
-    """`prepare_server` for a run that has begun, with the clients, the labels and the N of its summary."""
+    """`prepare_server` for a run that has begun, with the clients, the labels and N from its summary."""
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     registered = (summary["privacy"] or {}).get("clients")  # N is a constant
     return prepare_server(config, ranks, summary["labels"], watcher, registered)
@@ -230,7 +232,7 @@ def assemble(
 
 
 def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset[str]]:
-    """The layers of the clients that train only some. Raises UserError, naming the client."""
+    """The layers of each client that trains only some, by client id. Raises UserError, naming the client."""
     found = {}
     for name, parts in config.participation.layers.items():
         try:

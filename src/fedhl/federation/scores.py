@@ -12,7 +12,7 @@ from fedhl import server
 from fedhl.data.label_groups import task_of
 from fedhl.federation.engine import IN_PROCESS, Engine, InProcess
 from fedhl.federation.federation import Federation
-from fedhl.federation.local import measure
+from fedhl.federation.local import evaluate_rows
 from fedhl.lora import LoRA, dense, prefix, truncate
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
@@ -20,7 +20,8 @@ from fedhl.server import ServerState, side_by_side
 
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
-    """Metrics of the model with the full-rank update; None without one, or without held-out rows."""
+    """Metrics of the model with the full-rank update; None without a global model, or without held-out
+    rows."""
     full = {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
     return evaluate_change(federation, state, full)
 
@@ -31,9 +32,10 @@ def evaluate_rank(
     rank: int,
     cut: Mapping[str, LoRA] | None = None,
 ) -> Metrics | None:
-    """Metrics of `T_rank(W)` in every layer, what `fedhl export --rank` gives; None as above.
+    """Metrics of the model with `T_rank(W)` in every layer, as `fedhl export --rank` writes it; None as in
+    `evaluate_global`.
 
-    `cut`: a truncation to at least this rank, of which it is a prefix, if there is one already.
+    `cut`: a truncation to at least this rank, if there is one already: its prefix is used.
     """
     cut = truncation(federation, state, rank) if cut is None else cut
     change = {name: prefix(lora, rank, 1.0).delta() for name, lora in cut.items()}
@@ -52,19 +54,21 @@ def truncation(federation: Federation, state: ServerState, rank: int) -> dict[st
 def evaluate_change(
     federation: Federation, state: ServerState, change: Mapping[str, Tensor]
 ) -> Metrics | None:
-    """Metrics of the base model with this change, on the server's rows; None without either."""
+    """Metrics of the base model with this change, on the server's held-out rows; None without a change or
+    without rows."""
     if not change or not federation.held_out:
         return None
     slots = federation.slots
     with peft.offset(slots, change), peft.base_only(slots):
         peft.write_head(slots, state.head)
-        return measure(federation, federation.held_out)
+        return evaluate_rows(federation, federation.held_out)
 
 
 def evaluate_clients(
     federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
 ) -> dict[str, Any] | None:
-    """Each client's metrics on its own held-out rows, their mean, and the worst; None without such rows."""
+    """Each client's metrics on its own held-out rows, their mean, and those of the worst client; None without
+    such rows."""
     by_client = engine.evaluate(federation, state)
     if not by_client:
         return None
@@ -80,9 +84,9 @@ def evaluate_clients(
 
 
 def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any] | None:
-    """The task that the last round belongs to, and the accuracy on the server's rows of each task so
-    far, among all labels so far, of the full update. None before the first round, without a global
-    model and without rows of the server's."""
+    """The task of the last round, and the accuracy of the full update on the server's held-out rows of each
+    task so far, among all labels so far. None before the first round, without a global model, and without
+    held-out rows of the server's."""
     if state.round == 0:
         return None
     tasks = federation.tasks[: task_of(state.round, federation.config.period) + 1]
@@ -101,8 +105,8 @@ def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any]
 def evaluate_round(
     federation: Federation, state: ServerState, every_rank: bool, engine: Engine = IN_PROCESS
 ) -> dict[str, Any]:
-    """The full update, its truncation to the top rank, the clients' own rows; and every deployed
-    rank, if asked for; with tasks, each task so far."""
+    """The evaluation of a round, as in the metrics: of the full update, of its truncation to the top rank, on
+    the clients' own rows; with `every_rank`, at every deployed rank; with tasks, of each task so far."""
     top = federation.top_rank
     cut = truncation(federation, state, top) if federation.held_out else {}
     full = evaluate_global(federation, state)
@@ -129,8 +133,8 @@ def evaluate_round(
 def evaluate_validation(
     federation: Federation, state: ServerState, engine: Engine = IN_PROCESS
 ) -> dict[str, Any]:
-    """The full update on the rows that settings are chosen by, or, without one, the mean over the
-    clients' models, if they are in this process; {} without such rows."""
+    """Metrics on the validation rows: of the full update, or, without a global model, the mean over the
+    clients' models, if the clients are in this process; {} without validation rows."""
     rows = federation.validation
     if not rows:
         return {}

@@ -16,11 +16,11 @@ def bytes_per_client(
     returned: Mapping[str, Collection[str]] | None = None,
     ranks: Sequence[int] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Bytes down and up for each client of this cohort: adapters in the type of its payload, with int8 the
-    steps, too, and the head in float32; without headers.
+    """Bytes down and up for each client of this cohort, by client id: adapters in the type of the payload
+    (with int8 also the steps) and the head in float32, without headers.
 
-    `returned`: the layers that each client returned, by id; those that it trains unless given. `ranks`:
-    those of the round's cohort, if these clients are not just that.
+    `returned`: the layers that each client returned, by client id; by default the layers that it trains.
+    `ranks`: the ranks of the round's cohort; by default the ranks of these clients.
     """
     ranks = [client.rank for client in cohort] if ranks is None else ranks
     head = sum(p.numel() for p in federation.slots.head.values())

@@ -1,1 +1,2 @@
-"""Federations over a network, by Flower (`pip install 'fedhl[flower]'`): the only part that imports flwr."""
+"""Federations over a network, by Flower (`pip install 'fedhl[flower]'`): the only package that imports
+flwr."""

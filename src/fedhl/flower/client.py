@@ -1,4 +1,4 @@
-"""Flower's ClientApp: gives each message to `fedhl.network.node`, and its answer back."""
+"""Flower's ClientApp: passes each message to `fedhl.network.node`, and the answer back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = ClientApp()
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Who this is, with how many rows, at which rank."""
+    """The node's introduction: its client, the number of its rows, its rank."""
 
     def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
         return pack(node.introduce(config, here))
@@ -42,7 +42,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The metrics of what this client would start from, on its own held-out rows."""
+    """The metrics of the client's next start on its own held-out rows."""
 
     def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
         metrics = node.evaluate(config, here, header, payload or b"", simulated(context))
@@ -52,12 +52,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def simulated(context: Context) -> bool:
-    """Whether this is one of many nodes that Flower simulates, in processes that serve them all."""
+    """Whether this node is simulated by Flower, in a process that serves all nodes."""
     return "client" not in context.node_config
 
 
 def reply(message: Message, context: Context, answer: Callable[..., Any]) -> Message:
-    """The answer, or the reason why there is none, for the server to log."""
+    """The answer; if there is none, the reason, for the server's log."""
     try:
         header, payload = unpack(message.content)
         wire.check_protocol(header)  # before anything whose meaning depends on it

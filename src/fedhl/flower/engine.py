@@ -1,4 +1,4 @@
-"""A run with its clients at the other end of Flower's grid: the engine of its rounds, and the whole of it.
+"""A run whose clients are at the other end of Flower's grid: the engine of its rounds, and the whole run.
 
 Flower's own strategies neither checkpoint nor resume. So the loop of the rounds is the one of
 `fedhl.run.loop`, and Flower only carries the messages.
@@ -24,7 +24,7 @@ from fedhl import server
 from fedhl.config import Config
 from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
-from fedhl.federation.federation import Federation, as_now
+from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.prepare import (
     Prepared,
     clients_keep,
@@ -44,18 +44,18 @@ from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary
 from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
-from fedhl.run.loop import begin, go_on
+from fedhl.run.loop import resume_prepared, start_prepared
 from fedhl.server import Client, Reply, ServerState
 from fedhl.task.labels import sorted_labels
 from fedhl.watch import Watcher
 
 GRACE = 60.0
-"""Seconds that Flower keeps a message beyond the deadline, so that what passes is our deadline."""
+"""Seconds that Flower keeps a message beyond the deadline, so that our deadline is the first to pass."""
 
 
 def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watcher) -> None:
-    """Wait for the clients, then do all rounds that are left of the run in `folder`, which begins if it has
-    not. `needed`: the number of clients that its first round waits for."""
+    """Wait for the clients, then do all remaining rounds of the run in `folder`, a new one if there is none
+    yet. `needed`: the number of clients for which the first round waits."""
     resumed = (folder / "config.yaml").exists()
     if resumed:
         check_same_run(config, folder)
@@ -74,25 +74,25 @@ def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watche
     engine = OverNetwork(prepared, folder, mailbox, roster, watcher)
     if resumed:
         with alone(folder):
-            go_on(prepared, folder, watcher, engine)
+            resume_prepared(prepared, folder, watcher, engine)
     else:
-        begin(prepared, folder, watcher, engine)
+        start_prepared(prepared, folder, watcher, engine)
     remove_incoming(folder)
 
 
 def check_same_run(config: Config, folder: Path) -> None:
-    """Raises UserError unless the run in `folder` is one of this config that can go on over the network."""
+    """Raises UserError unless the run in `folder` has this config and can continue over the network."""
     if load_run_config(folder) != config.model_copy(update={"weighting": config.weighting_used}):
         raise UserError(f"{folder} holds a run of another config; choose another folder")
     if rounds_done(folder) and not networked(folder) and clients_keep(config):
         raise UserError(
-            f"{folder} was begun in one process, which has kept the clients' factors: go on with "
+            f"{folder} was begun in one process, which has kept the clients' factors; continue it with "
             "fedhl resume"
         )
 
 
 def prepare_for(config: Config, roster: Roster, folder: Path, watcher: Watcher) -> Prepared:
-    """The server's model and rows, for the clients that are there, or were when the run began."""
+    """The server's model and rows, for the clients that are connected, or were when the run began."""
     if not roster.own_data:
         return prepare(config, watcher)
     if (folder / "summary.json").exists():
@@ -104,7 +104,7 @@ def prepare_for(config: Config, roster: Roster, folder: Path, watcher: Watcher) 
 
 
 def run_id(folder: Path) -> str:
-    """What tells the run in this folder from all others, for as long as the folder is there."""
+    """The id of the run in this folder, which no other run has; it stays as long as the folder does."""
     file = folder / "run-id"
     if not file.exists():
         write_text(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
@@ -113,9 +113,9 @@ def run_id(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Turn:
-    """What clients are asked to do once: `kind` of task, for this federation and state.
+    """One request to the clients: of this `kind`, for this federation and state.
 
-    `missing`: the clients that have sent no reply that counts, by id, and why; `payloads`: the broadcasts
+    `missing`: the clients without an accepted reply, by client id, and the reason; `payloads`: the broadcasts
     encoded so far.
     """
 
@@ -142,13 +142,13 @@ class OverNetwork:
 
     @cached_property
     def run(self) -> wire.Run:
-        """What both ends of a message must agree on."""
+        """The facts on which both ends of a message must agree."""
         loaded = self.prepared.loaded
         return wire.Run(run_id(self.folder), loaded.hash, tokenizer_hash(loaded.tokenizer))
 
     def present(self, federation: Federation, round: int) -> Federation:
-        """With the clients that are there now, or were when this round began, before a restart: a reply that
-        had arrived then is not asked for again."""
+        """The federation with the clients that are connected now, or were when this round began before a
+        restart: a reply that had arrived then is not asked for again."""
         incoming = Incoming(self.folder, round)
         found = incoming.clients()
         if found is None:
@@ -173,8 +173,8 @@ class OverNetwork:
         cohort: Sequence[Client],
         on_step: Callable[[], None],
     ) -> Returned:
-        """Send the cohort its broadcasts, put the replies on disk as they come, and read them once the round
-        is closed."""
+        """Send the cohort its broadcasts, put the replies on disk as they arrive, and read them when the
+        round is closed."""
         start = perf_counter()
         incoming = Incoming(self.folder, state.round + 1)
         incoming.remove_others()
@@ -213,11 +213,12 @@ class OverNetwork:
         return Returned(replies, kept, missing, traffic, seconds)
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
-        """The metrics of each client that is there, with the broadcast of the next round, on its own rows."""
+        """The metrics of each connected client, with the broadcast of the next round, on its own held-out
+        rows."""
         if not self.config.evaluation.client_fraction:
             return {}
         here = self.roster.look()
-        cohort = [as_now(c, state) for c in federation.clients if c.id in here]
+        cohort = [at_current_rank(c, state) for c in federation.clients if c.id in here]
         turn = Turn(EVALUATE, federation, state)
         metrics: dict[str, Metrics] = {}
 
@@ -226,7 +227,7 @@ class OverNetwork:
 
         self.exchange(turn, ((client, self.encode(turn, client)) for client in cohort), accept)
         for id, reason in sorted(turn.missing.items()):
-            self.watcher.say(f"warning: client {id!r} has not evaluated: {reason}")
+            self.watcher.say(f"warning: client {id!r} did not evaluate: {reason}")
         return {id: metrics[id] for id in sorted(metrics)}
 
     def exchange(
@@ -235,9 +236,9 @@ class OverNetwork:
         payloads: Iterable[tuple[Client, bytes]],
         accept: Callable[[Client, Mapping[str, Any], bytes | None], None],
     ) -> None:
-        """Send each client its payload, and give the replies to `accept` as they come, until all are there,
-        their nodes have left, or the deadline has passed. `turn.missing` gets each client that has sent none
-        that can be accepted, and why."""
+        """Send each client its payload, and give the replies to `accept` as they arrive, until all are here,
+        the other nodes have left, or the deadline has passed. `turn.missing` gets each client without an
+        accepted reply, and the reason."""
         deadline = self.config.federation.deadline
         end = monotonic() + deadline
         nodes = self.roster.look()
@@ -248,7 +249,7 @@ class OverNetwork:
                 continue
             id = self.mailbox.push(self.message(turn, client, nodes[client.id], payload))
             if id is None:
-                turn.missing[client.id] = "Flower has not taken the message to it"
+                turn.missing[client.id] = "Flower did not accept the message to its node"
             else:
                 sent[id] = client
 
@@ -270,7 +271,8 @@ class OverNetwork:
                 pause(monotonic() - began)
 
     def encode(self, turn: Turn, client: Client) -> bytes:
-        """The broadcast to a client as a payload, encoded once for all clients that are sent the same."""
+        """The broadcast to a client as a payload; it is encoded once for all clients that are sent the
+        same."""
         method, seed = turn.federation.method, self.config.seed
         key = client.id if method.per_client else (client.rank, client.scale)
         if key not in turn.payloads:
@@ -308,13 +310,13 @@ class OverNetwork:
 
 
 def rank_left(incoming: Incoming, client: Client) -> dict[str, Tensor]:
-    """The rank that a client goes on with, if it has given some up, as the state keeps it."""
+    """A client's rank for the next round, as the state keeps it; {} if the client has pruned nothing."""
     rank = incoming.rank(client)
     return {"rank": torch.tensor(rank)} if rank < client.rank else {}
 
 
 def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
-    """A client's metrics. Raises Malformed unless they are those of the task, and finite numbers."""
+    """A client's metrics. Raises Malformed unless they are the metrics of the task, and finite numbers."""
     metrics = header.get("metrics")
     loss, *others = config.task.metrics
     names = [loss, "examples", *others]

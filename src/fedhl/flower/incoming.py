@@ -1,10 +1,10 @@
-"""The replies of the round under way, on disk: a server that is killed goes on with those that had arrived.
+"""The replies of the current round, on disk: a server that is killed continues with those that had arrived.
 
 incoming/round-000003/
-    clients.json     the clients that were there when the round began: id, rank and rows of each
-    ID.safetensors   a reply, as it came
-    ID.rank          the rank that its client goes on with
-    closed.json      once no reply is waited for: the clients that have sent none, and why
+    clients.json     the clients that were connected when the round began: id, rank and rows of each
+    ID.safetensors   a reply, as it arrived
+    ID.rank          the rank of its client in the next round
+    closed.json      written when the round is closed: the clients without a reply, and the reasons
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedhl.server import Client
 
 @dataclass(frozen=True)
 class Incoming:
-    """What has arrived in one round of the run in the folder `run`."""
+    """The replies that have arrived in one round of the run in the folder `run`."""
 
     run: Path
     round: int
@@ -34,7 +34,7 @@ class Incoming:
         return self.run / "incoming" / round_name(self.round)
 
     def clients(self) -> list[tuple[str, int, int]] | None:
-        """The clients that were there when the round began, each with its rank and its number of rows;
+        """The clients that were connected when the round began, each with its rank and its number of rows;
         None before that."""
         file = self.folder / "clients.json"
         if not file.exists():
@@ -47,23 +47,23 @@ class Incoming:
         write_text(self.folder / "clients.json", json.dumps(list(clients)) + "\n")
 
     def remove_others(self) -> None:
-        """Remove all other rounds: they are in the state by now, or later ones if their state was lost."""
+        """Remove all other rounds: earlier ones are in the state by now, later ones have lost their state."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for other in self.folder.parent.iterdir():
             if other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)
 
     def file(self, client: Client) -> Path:
-        """The reply of a client."""
+        """The file of a client's reply."""
         return self.folder / (file_name(client.id) + ".safetensors")
 
     def size(self, client: Client) -> int:
-        """The bytes of a client's reply; 0 if it has not come."""
+        """The bytes of a client's reply; 0 if it has not arrived."""
         file = self.file(client)
         return file.stat().st_size if file.exists() else 0
 
     def rank(self, client: Client) -> int:
-        """The rank that a client whose reply has come goes on with."""
+        """The next rank of a client whose reply has arrived."""
         return json.loads(self.file(client).with_suffix(".rank").read_text())
 
     def keep(
@@ -74,10 +74,10 @@ class Incoming:
         limit: int,
         least_rank: int,
     ) -> None:
-        """Put a reply on disk, with the rank that its client goes on with.
+        """Put a reply on disk, with the rank of its client in the next round.
 
-        Raises Malformed for a reply of more than `limit` bytes, so that nobody fills the disk, and for a
-        rank below `least_rank` or above the client's own; nothing is written then.
+        Raises Malformed, and writes nothing, for a reply of more than `limit` bytes, so that no client can
+        fill the disk, and for a rank below `least_rank` or above the client's own.
         """
         if payload is None:
             raise Malformed("its reply has no payload")
@@ -92,15 +92,15 @@ class Incoming:
         write_bytes(self.file(client), payload)
 
     def closed(self) -> dict[str, str]:
-        """If the round is closed, the clients that have sent no reply, by id, and why."""
+        """The clients without a reply, by client id, and the reasons; {} while the round is open."""
         file = self.folder / "closed.json"
         return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
     def close(self, missing: Mapping[str, str]) -> None:
-        """No reply counts from now on but those that have come.
+        """Close the round: replies that arrive from now on do not count.
 
-        The sum of the round may be sent, to be evaluated, before its checkpoint is on disk: a restart must
-        come to the same sum, or two with the same noise would have been sent.
+        The sum of the round may be sent, to be evaluated, before its checkpoint is on disk. A restart must
+        come to the same sum, or two sums with the same noise would have been sent.
         """
         write_text(self.folder / "closed.json", json.dumps(missing) + "\n")
 
@@ -111,8 +111,8 @@ def rounds_done(run: Path) -> int:
 
 
 def clients_interrupted(run: Path) -> int:
-    """The number of clients that were there when the round began in which the server was stopped; 0 if it
-    was stopped in none."""
+    """The number of clients at the begin of the round in which the server was stopped; 0 if it was not
+    stopped within a round."""
     return len(Incoming(run, rounds_done(run) + 1).clients() or ())
 
 

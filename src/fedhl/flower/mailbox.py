@@ -1,4 +1,4 @@
-"""Messages to Flower's nodes, and the replies that come back: whatever a reply is, it stops nobody else's."""
+"""Messages to Flower's nodes, and their replies: a bad reply never stops the replies of other nodes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from fedhl.network.message import Malformed, shown
 T = TypeVar("T")
 
 POLL = 0.5
-"""Seconds between two looks at what has arrived."""
+"""Seconds between two looks for replies that have arrived."""
 STALL = 5.0
-"""Seconds that replies which have been announced, but do not come, may hold up all others."""
+"""Seconds for which replies that are announced, but do not arrive, may delay all others."""
 
 
 class Mailbox:
-    """Sends messages over the grid, and collects the replies as they come."""
+    """Sends messages over the grid, and collects the replies as they arrive."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.uploads: dict[str, Future[list[Message]]] = {}  # by message: a reply not here in full
+        self.uploads: dict[
+            str, Future[list[Message]]
+        ] = {}  # by message: a reply that has not arrived in full
 
     def nodes(self) -> set[int]:
         """The nodes that Flower knows now."""
         return set(self.grid.get_node_ids())
 
     def push(self, message: Message) -> str | None:
-        """Send one message; its id, or None if Flower has not taken it."""
+        """Send one message. Returns its id, or None if Flower did not accept it."""
         return next((id for id in self.grid.push_messages([message]) if id), None)
 
     def collect(
@@ -45,11 +47,12 @@ class Mailbox:
         accept: Callable[[T, dict[str, Any], bytes | None], None],
         refuse: Callable[[T, str], None],
     ) -> None:
-        """Deal with the replies that have come to the messages `sent`, and take these out of it.
+        """Process the replies that have arrived to the messages `sent`, and remove these messages from
+        `sent`.
 
         `sent`: the receiver of each message, by the message's id. `accept` is given the receiver, the
-        header and the payload of its reply, and raises Malformed for what it refuses; `refuse` is given the
-        receiver and the reason, of such a reply or of one that cannot be read.
+        header and the payload of its reply, and raises Malformed to refuse it; `refuse` is given the
+        receiver and the reason, for such a reply and for a reply that cannot be read.
         """
 
         def unreadable(id: str, reason: str) -> None:
@@ -67,12 +70,12 @@ class Mailbox:
     def pull(
         self, messages: Iterable[str], unreadable: Callable[[str, str], None]
     ) -> list[Message]:
-        """The replies to these messages that have come. `unreadable` is given the message of each reply
+        """The replies to these messages that have arrived. `unreadable` is given the message of each reply
         that Flower has, but cannot read, and the reason.
 
-        One by one, since Flower deletes a reply before it reads it, and raises what it meets there: one
-        node's must not take others' with it. It also waits for the end of a node's upload, which may never
-        come: such a reply is left to a thread of its own.
+        The replies are pulled one by one, since Flower deletes a reply before it reads it, and raises an
+        error for a bad one: the replies of other nodes must not be lost with it. Flower also waits for the
+        end of a node's upload, which may never come: such a reply is left to a thread of its own.
         """
         found: list[Message] = []
         end = monotonic() + STALL
@@ -92,22 +95,22 @@ class Mailbox:
         return found
 
     def fetch(self, id: str) -> list[Message]:
-        """The reply to one message, if it has come; waits for the end of its upload."""
+        """The reply to one message, if it has arrived; waits for the end of its upload."""
         return list(self.grid.pull_messages([id]))
 
     def forget(self, id: str) -> None:
-        """Wait no longer for the upload of the reply to this message."""
+        """Stop waiting for the upload of the reply to this message."""
         self.uploads.pop(id, None)
 
 
 def pause(spent: float = 0.0) -> None:
-    """Wait before the next look, twice as long as the last one took: each reply that is asked for costs
-    Flower a request, and these must not take all of its time."""
+    """Wait before the next look, twice as long as the last one took: each look costs Flower a request for
+    every reply, and these requests must not take all of its time."""
     sleep(min(max(POLL, 2 * spent), STALL))
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """The result of `work`, done by a thread that the end of the process does not wait for."""
+    """The result of `work`, done by a thread for which the end of the process does not wait."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -121,7 +124,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
 
 def answer(message: Message) -> tuple[dict[str, Any], bytes | None]:
-    """The header and payload of a reply. Raises Malformed, with the reason, if it is none."""
+    """The header and payload of a reply. Raises Malformed, with the reason, if it reports an error."""
     if message.has_error() or not message.has_content():
         code, reason = (
             (message.error.code, message.error.reason) if message.has_error() else (0, "")
@@ -131,11 +134,13 @@ def answer(message: Message) -> tuple[dict[str, Any], bytes | None]:
     header, payload = unpack(message.content)
     if "error" in header:
         said = header["error"]
-        raise Malformed(f"it says: {one_line(said) if isinstance(said, str) else shown(said)}")
+        raise Malformed(
+            f"its node says: {one_line(said) if isinstance(said, str) else shown(said)}"
+        )
     return header, payload
 
 
 def one_line(text: str) -> str:
-    """A client's text for our log and files: of limited length, without control characters, which a terminal
-    would obey, and without halves of characters, which no file can hold."""
+    """A client's text for our log and files: shortened, without control characters, which a terminal would
+    obey, and without unpaired surrogates, which no file can hold."""
     return "".join(c if c.isprintable() else " " for c in text[:500])

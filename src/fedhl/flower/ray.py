@@ -20,8 +20,8 @@ from fedhl.watch import Watcher
 def simulate(
     config: Config, folder: Path, watcher: Watcher, processes: int, client: ClientApp = app
 ) -> None:
-    """The run in `folder`, from the start or from where it stopped. `processes`: the number of processes that
-    the clients share; `client`: another ClientApp than fedhl's."""
+    """Start the run in `folder`, or continue it. `processes`: the number of processes that the clients share;
+    `client`: the ClientApp, by default fedhl's."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.simulation import run_simulation
 

@@ -16,8 +16,8 @@ EVALUATE = "evaluate"
 
 
 def pack(header: Mapping[str, Any], payload: bytes | None = None) -> RecordDict:
-    """The content of a message. Flower stores an array by its content, so that a payload which many
-    clients are sent is there once."""
+    """The content of a message. Flower stores an array by its content, so that a payload for many clients is
+    stored once."""
     records = RecordDict({"header": ConfigRecord({"json": json.dumps(header)})})
     if payload is not None:
         array = Array(dtype="uint8", shape=(len(payload),), stype="safetensors", data=payload)

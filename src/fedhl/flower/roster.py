@@ -1,4 +1,4 @@
-"""The clients that are there: each node introduces itself, and is a member unless it does not fit."""
+"""The connected clients: each node introduces itself, and becomes a member if it fits the run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fedhl.server import Client
 from fedhl.watch import Watcher
 
 PATIENCE = 30.0
-"""Seconds between two notices that clients are still waited for."""
+"""Seconds between two notices that the run waits for clients."""
 NAME = 200
-"""Characters of a client's id as a file name: with what we add they stay below a file system's 255."""
+"""Characters of a client's id as a file name: with our endings they stay below a file system's 255."""
 LABELS, LABEL = 10_000, 1_000
-"""Labels of a client, and characters of each: every label is a row of the head that all others hold."""
+"""The most labels of a client, and characters of a label: every label is a row of every client's head."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a node has said about itself."""
+    """A node's introduction."""
 
     client: str
     rank: int
@@ -69,18 +69,18 @@ class Roster:
         return tokenizer_hash(load_tokenizer(self.config.model.source, self.config.model.revision))
 
     def wait(self, number: int, what: str, seconds: float = math.inf) -> None:
-        """Wait until this number of clients is there, or the time has passed. `what`: what begins then, for
+        """Wait until this number of clients is connected, or the time has passed. `what`: the next step, for
         the notices."""
         noticed, end = monotonic() - PATIENCE, monotonic() + seconds
         while len(self.look()) < number and monotonic() < end:
             if monotonic() - noticed > PATIENCE:
                 there = ", ".join(sorted(repr(m.client) for m in self.members.values())) or "none"
-                self.watcher.say(f"waiting for {number} clients before {what}; there: {there}")
+                self.watcher.say(f"waiting for {number} clients before {what}; connected: {there}")
                 noticed = monotonic()
             pause()
 
     def look(self) -> dict[str, int]:
-        """The node of each client that is there, by the client's id; newcomers are asked who they are."""
+        """The node of each connected client, by client id; new nodes are asked to introduce themselves."""
         nodes = self.mailbox.nodes()
         self.strike_out(nodes)
         for node in sorted(nodes - self.greeted):
@@ -93,7 +93,7 @@ class Roster:
         return {member.client: node for node, member in sorted(self.members.items())}
 
     def strike_out(self, nodes: set[int]) -> None:
-        """Strike out every node that is not one of these: it has left."""
+        """Remove every node that is not among `nodes`: it has left."""
         # its introduction, if it still comes, need not be true of the node that comes back
         for id in [id for id, node in self.asked.items() if node not in nodes]:
             del self.asked[id]
@@ -106,26 +106,26 @@ class Roster:
                 self.greeted &= {*self.members, *self.asked.values()}
 
     def accept(self, node: int, header: Mapping[str, Any], payload: bytes | None) -> None:
-        """The node is a member from now on. Raises Malformed if its introduction cannot be accepted."""
+        """Make the node a member. Raises Malformed if its introduction cannot be accepted."""
         self.members[node] = member = self.welcome(header)
         self.watcher.say(
-            f"client {member.client!r} is here: rank {member.rank}, {member.examples} rows"
+            f"client {member.client!r} has joined: rank {member.rank}, {member.examples} rows"
         )
 
     def refuse(self, node: int, reason: str) -> None:
-        """The node is no member, and is not asked again."""
+        """Refuse the node, which is not asked again."""
         self.watcher.say(f"warning: a node was refused: {reason}")
 
     def welcome(self, header: Mapping[str, Any]) -> Member:
-        """The member that introduces itself with this header. Raises Malformed, with the reason."""
+        """The member with this introduction. Raises Malformed, with the reason."""
         member = introduction(header)
         others = self.members.values()
         if any(member.client == other.client for other in others):
-            raise Malformed(f"another node is client {member.client!r} already")
+            raise Malformed(f"client {member.client!r} is connected already, from another node")
         if any(member.own != other.own for other in others):
             raise Malformed(
                 f"client {member.client!r} has {'its own data' if member.own else 'no data of its own'}, "
-                "the others not so"
+                "unlike the other clients; all must have their own data, or none"
             )
         self.check(member)
         return member
@@ -134,7 +134,9 @@ class Roster:
         """Raises Malformed unless the member fits the config, and the run once that is known."""
         who = f"client {member.client!r}"
         if member.tokenizer != self.tokenizer:
-            raise Malformed(f"{who} has another tokenizer than the server")
+            raise Malformed(
+                f"{who} has another tokenizer than the server; give both the same model"
+            )
         if member.own and member.rank > self.config.federation.top_rank:
             raise Malformed(
                 f"{who} has rank {member.rank}, expected at most {self.config.federation.top_rank} "
@@ -144,13 +146,13 @@ class Roster:
             check_run(member, self.prepared, self.ranks)
 
     def begin(self, prepared: Prepared) -> None:
-        """Members must fit this run from now on; those that do not are sent away."""
+        """Require that members fit this run, and refuse the members that do not."""
         self.prepared = prepared
         self.enter(prepared.federation.clients)
         self.look_again()
 
     def look_again(self) -> None:
-        """Send away the members that do not fit the run, which may be older than their introduction."""
+        """Refuse the members that do not fit the run, which may be known only after their introduction."""
         for node, member in list(self.members.items()):
             try:
                 self.check(member)
@@ -159,29 +161,30 @@ class Roster:
                 del self.members[node]
 
     def enter(self, clients: Iterable[Client]) -> None:
-        """Take down the ranks of those among these clients that take part for the first time."""
+        """Record the ranks of the clients that take part for the first time."""
         for client in clients:
             self.ranks.setdefault(client.id, client.rank)
 
 
 def check_run(member: Member, prepared: Prepared, ranks: Mapping[str, int]) -> None:
-    """Raises Malformed unless the member fits the run. `ranks`: those that its clients began with."""
+    """Raises Malformed unless the member fits the run. `ranks`: the first rank of each of the run's
+    clients."""
     who, federation = f"client {member.client!r}", prepared.federation
     if member.rank != ranks.get(member.client, member.rank):
         raise Malformed(
-            f"{who} has rank {member.rank}, but began with {ranks[member.client]}; it must stay"
+            f"{who} has rank {member.rank}, expected rank {ranks[member.client]}, with which it began"
         )
     if not member.own:
         rows = {client.id: client.examples for client in federation.clients}
         if member.client not in rows:
-            raise Malformed(f"{who} has no part in the config's data")
+            raise Malformed(f"{who} is not a client of the config's partition")
         if member.examples != rows[member.client]:
             raise Malformed(
-                f"{who} has {member.examples} rows, the server makes {rows[member.client]} of the same "
-                "data"
+                f"{who} has {member.examples} rows, expected {rows[member.client]}, the server's number; "
+                "give both the same data"
             )
     if surplus := sorted(set(member.labels or ()) - set(prepared.data.labels or ())):
-        raise Malformed(f"{who} has label {surplus[0]!r}, unknown when the run began")
+        raise Malformed(f"{who} has label {surplus[0]!r}, which no client had when the run began")
     if member.rank != federation.top_rank and not federation.method.mixed_ranks:
         raise Malformed(
             f"{who} has rank {member.rank}, but {prepared.config.method.name} needs rank "
@@ -189,13 +192,13 @@ def check_run(member: Member, prepared: Prepared, ranks: Mapping[str, int]) -> N
         )
     if member.rank > federation.top_rank:
         raise Malformed(
-            f"{who} has rank {member.rank}, expected at most {federation.top_rank}, the largest when "
-            "the run began"
+            f"{who} has rank {member.rank}, expected at most {federation.top_rank}, the top rank "
+            "when the run began"
         )
 
 
 def introduction(header: Mapping[str, Any]) -> Member:
-    """What a node says of itself, checked. Raises Malformed."""
+    """A node's introduction, checked. Raises Malformed, with the reason."""
     wire.check_protocol(header)
     kinds = {"client": str, "rank": int, "examples": int, "own": bool, "tokenizer": str}
     for name, kind in kinds.items():
@@ -207,9 +210,12 @@ def introduction(header: Mapping[str, Any]) -> Member:
     if labels is not None and not (
         isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     ):
-        raise Malformed("its labels are not a list of texts")
+        raise Malformed("its labels must be a list of texts")
     if len(labels or ()) > LABELS or not all(writable(name, LABEL) for name in labels or ()):
-        raise Malformed(f"expected at most {LABELS:,} labels, each of at most {LABEL:,} characters")
+        raise Malformed(
+            f"its labels are too many or too long, expected at most {LABELS:,} labels, each of "
+            f"at most {LABEL:,} characters"
+        )
     for name in ("rank", "examples"):
         if not 1 <= header[name] < WHOLE:
             raise Malformed(f"its {name} is {shown(header[name])}, expected 1 to 2^53")
@@ -219,19 +225,22 @@ def introduction(header: Mapping[str, Any]) -> Member:
 
 
 def writable(text: str, length: int) -> bool:
-    """Whether a text is short enough, and UTF-8 can say it: JSON has halves of characters, files not."""
+    """Whether a text is short enough and can be written in UTF-8: JSON allows unpaired surrogates, files do
+    not."""
     return len(text) <= length and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def clients_needed(config: Config, nodes: int | None = None) -> int:
-    """The number of clients that the first round waits for; `nodes`: the number of nodes, if it is known.
+    """The number of clients for which the first round waits; `nodes`: the number of nodes, if it is known.
     Raises UserError for a config that cannot be served."""
     if config.tasks is not None:
         raise UserError(
-            "tasks: labels that arrive over time are for runs in one process (fedhl run); leave tasks "
+            "tasks: labels that arrive over time need all clients in one process (fedhl run); leave tasks "
             "out for clients on other machines"
         )
     number = config.federation.clients or getattr(config.partition, "clients", nodes)
     if number is None:
-        raise UserError("federation.clients: say how many clients the first round waits for")
+        raise UserError(
+            "federation.clients is missing: give the number of clients for which the first round waits"
+        )
     return number

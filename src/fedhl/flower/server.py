@@ -1,4 +1,4 @@
-"""Flower's ServerApp: reads what to run from the run config, and serves it."""
+"""Flower's ServerApp: reads the config and the folder of a run from the run config, and serves the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Start the run that the run config describes, or go on with it."""
+    """Start the run that the run config describes, or continue it."""
     config = Config.model_validate_json(str(context.run_config["config"]))
     folder = Path(str(context.run_config["folder"]))
     watcher = Watcher(say=partial(print, flush=True))

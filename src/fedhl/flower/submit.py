@@ -38,8 +38,8 @@ folder = {folder}
 def write_app(
     app: Path, config: Config, folder: Path, client: str = "fedhl.flower.client:app"
 ) -> None:
-    """The app, in the folder `app`: which parts of fedhl to run, the config, and the run's folder on
-    the SuperLink's machine."""
+    """Write the app into the folder `app`: the parts of fedhl to run, the config, and the run's folder on the
+    SuperLink's machine."""
     app.mkdir(parents=True, exist_ok=True)
     text = APP.format(
         client=client, config=toml(config.model_dump_json()), folder=toml(str(folder))
@@ -53,8 +53,8 @@ def toml(text: str) -> str:
 
 
 def submit(config: Config, folder: Path, superlink: str) -> None:
-    """Start the run on the SuperLink that Flower's config names so, and show its log to its end. Raises
-    UserError for a config that cannot be served, and if the run does not end well."""
+    """Start the run on the SuperLink of this name in Flower's config, and show its log to the end. Raises
+    UserError for a config that cannot be served, and for a run that fails."""
     clients_needed(config)
     with tempfile.TemporaryDirectory() as place:
         app = Path(place) / "app"
@@ -64,24 +64,24 @@ def submit(config: Config, folder: Path, superlink: str) -> None:
 
 
 def start(app: Path, superlink: str) -> str:
-    """Hand the app over; the id that Flower gives this run. Raises UserError."""
+    """Hand the app to the SuperLink. Returns the id that Flower gives this run. Raises UserError."""
     told = ask("run", str(app), superlink)
     if not told.get("success"):
         reason = " ".join(told["error-message"].split())
         raise UserError(
-            f"Flower could not start the run on {superlink!r}: {reason} (is it in "
-            "$FLWR_HOME/config.toml, and is its SuperLink up?)"
+            f"Flower could not start the run on {superlink!r}: {reason} (is {superlink!r} in "
+            "$FLWR_HOME/config.toml, and is its SuperLink running?)"
         )
     return told["run-id"]
 
 
 def follow(run: str, superlink: str) -> None:
-    """Show the run's log until it ends. Raises UserError unless the run has done all that it should."""
+    """Show the run's log until it ends. Raises UserError unless the run has completed."""
     try:
         subprocess.run([flwr(), "log", run, superlink], check=False)
     except KeyboardInterrupt:
         print(
-            f"\nthe run goes on without you; flwr log {run} {superlink} shows how, and "
+            f"\nthe run continues in the background; flwr log {run} {superlink} shows its log, and "
             f"flwr stop {run} {superlink} ends it",
             file=sys.stderr,
         )
@@ -90,30 +90,34 @@ def follow(run: str, superlink: str) -> None:
     status = told["runs"][0]["status"] if told.get("success") else "unknown: no answer"
     if not status.startswith("finished"):
         raise UserError(
-            f"the log of run {run} on {superlink!r} has broken off, and the run is {status}; "
-            f"flwr log {run} {superlink} shows how it goes on"
+            f"the log of run {run} on {superlink!r} has broken off while the run is {status}; "
+            f"flwr log {run} {superlink} shows the rest"
         )
     if status != "finished:completed":
         raise UserError(
-            f"run {run} on {superlink!r} is {status}; its log is above. Once the reason is gone, the same "
-            "command goes on with it"
+            f"run {run} on {superlink!r} is {status}: see its log above; when the cause is removed, the same "
+            "command continues the run"
         )
 
 
 def ask(*arguments: str) -> dict[str, Any]:
-    """What a command of Flower's answers. Raises UserError if that is nothing that can be read."""
+    """The JSON output of a command of Flower's. Raises UserError if it is not JSON."""
     command = [flwr(), *arguments, "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return json.loads(done.stdout)
     except ValueError:
-        raise UserError(f"flwr {arguments[0]} has failed: {done.stderr or done.stdout}") from None
+        raise UserError(
+            f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()}"
+        ) from None
 
 
 def flwr() -> str:
-    """Flower's command, of this Python before any other. Raises UserError without one."""
+    """The path of Flower's command, first of this Python's own. Raises UserError if there is none."""
     beside = Path(sys.executable).with_name("flwr")
     program = str(beside) if beside.exists() else shutil.which("flwr")
     if program is None:
-        raise UserError("flwr, Flower's command, is not here: pip install 'fedhl[flower]'")
+        raise UserError(
+            "flwr, Flower's command, is not installed; install it with `pip install 'fedhl[flower]'`"
+        )
     return program

@@ -36,7 +36,7 @@ METHODS = Table(
         "sd_lora": "fedhl.methods.sd_lora:SDLoRA",
     }
 )
-"""Name -> class. A class is imported when it is first asked for: a name can be refused without torch."""
+"""Name -> class. A class is imported at its first use: a wrong name can be refused without torch."""
 
 CONTRACT = (
     "mixed_ranks",
@@ -47,14 +47,14 @@ CONTRACT = (
     "delta",
     "traffic",
 )
-"""What a method must have."""
+"""The parts that a method must have."""
 OPTIONAL = ("weighting", "per_client", "starts", "reference")
-"""What a method may leave out: then it has that of `fedhl.method.Method`."""
+"""The parts that a method may leave out: then it has those of `fedhl.method.Method`."""
 
 
 def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
-    """A method by name, or by `"package.module:Class"` for one that lives elsewhere; a class that does
-    not inherit what it leaves out is given the defaults of `Method`.
+    """A method by name, or by `"package.module:Class"` for a method outside fedhl. A class that leaves
+    optional parts out, and does not inherit them, is given the defaults of `Method`.
 
     Raises ValueError for an unknown name (suggesting the nearest), a class that cannot be imported
     or is not a dataclass, and a hyperparameter that the method does not have.
@@ -72,7 +72,9 @@ def get_method(name: str, **hyperparameters: Any) -> Method[Any]:
             f"method {name!r} lacks {', '.join(missing)}; see fedhl.method.Method and "
             "docs/adding-a-method.md"
         )
+    from fedhl import method as contract  # imports torch
+
     for part in OPTIONAL:
         if not hasattr(cls, part):
-            setattr(cls, part, getattr(Method, part))
+            setattr(cls, part, getattr(contract.Method, part))
     return construct("method", name, cls, hyperparameters)

@@ -1,7 +1,7 @@
-"""What each method is and costs, as tables: from its class attributes, its traffic and its docstring.
+"""The methods and their costs as tables, from class attributes, traffic and docstrings.
 
 `fedhl methods` prints them and docs/methods.md holds them. A method's docstring has paragraphs that
-begin with the words in `SECTIONS`, each on a line of its own; what they say here is their first
+begin with the words in `SECTIONS`, each on a line of its own; the tables show their first
 sentence.
 """
 
@@ -43,21 +43,21 @@ SHEETS: dict[str, tuple[str, ...]] = {
 """Title -> columns, each of them a fact of `Row`."""
 NOTES = {
     "Laws and weights": (
-        "idea: in full by `fedhl methods NAME`. weighting: the one of its paper, taken if a run names "
-        "no other."
+        "idea: `fedhl methods NAME` prints it in full. weighting: the weighting of its paper, which a run "
+        "takes if its config names none."
     ),
     "Traffic": (
         "Per client and round. Numbers are of one layer of shape (m, n): r is the client's rank, "
         "R_c the largest and Σr the sum of the cohort's. MiB are of float32 and of all adapted layers "
         "(MiniLM-L6: query and value; SmolLM2-135M: all linear layers), for a client of rank "
         f"{RANK} in a cohort of ranks {', '.join(map(str, COHORT))}; for methods without mixed "
-        f"ranks, in one of {len(COHORT)} clients of rank {RANK}. `florist` downloads less, as the data "
-        "allow: what is said is its upper bound."
+        f"ranks, in one of {len(COHORT)} clients of rank {RANK}. `florist` downloads less, depending on "
+        "the data: the figure is its upper bound."
     ),
     "Cost": (
-        "state: the matrices of one layer that the server remembers between rounds, as they are "
+        "state: the matrices of one layer that the server keeps between rounds, as they are "
         "before round 1, with R its top rank. server work: per layer and round. client: what it keeps "
-        "between rounds, and gets besides its adapter."
+        "between rounds, and what it gets in addition to its adapter."
     ),
 }
 
@@ -126,7 +126,7 @@ def weighting(name: str) -> dict[str, str]:
 
 
 def describe(name: str) -> str:
-    """All there is to say of one method or weighting.
+    """The full description of one method or weighting.
 
     Raises ValueError for an unknown name, suggesting the nearest.
     """
@@ -148,7 +148,7 @@ def describe(name: str) -> str:
     return "\n\n".join([f"{kind}: {name}", doc or "", "\n".join(lines), *note])
 
 
-# Text
+# --- text ---------------------------------------------------------------------------------------
 
 
 def idea(cls: type[Any]) -> str:
@@ -188,15 +188,15 @@ def yes(value: bool) -> str:
 
 
 def size(mebibytes: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all digits before the point."""
     return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
-# Numbers
+# --- numbers ------------------------------------------------------------------------------------
 
 
 def mebibytes(method: Method[Any], shapes: Sequence[tuple[int, int]]) -> Traffic:
-    """Float32 MiB of one round of a client of rank RANK, in COHORT or among its equals."""
+    """Float32 MiB of one round of a client of rank RANK, in COHORT, or among clients of its own rank."""
     cohort = COHORT if method.mixed_ranks else len(COHORT) * (RANK,)
     each = [method.traffic(m, n, RANK, cohort) for m, n in shapes]
     down, up = (4 / 2**20 * sum(numbers) for numbers in zip(*each, strict=True))
@@ -204,7 +204,7 @@ def mebibytes(method: Method[Any], shapes: Sequence[tuple[int, int]]) -> Traffic
 
 
 def state_of(method: Method[Any]) -> str:
-    """The matrices of its first state, with their shapes in letters."""
+    """The matrices of the method's first state, with their shapes in letters."""
     m, n, R = 61, 43, 5
     letters = {m: "m", n: "n", R: "R", 2 * R: "2 R"}
     held = flatten(method.init(initial(m, n, R, 1.0, seed=0)))

@@ -1,4 +1,4 @@
-"""Fed-PLoRA: what a client does not train is folded into its base (arXiv 2602.16936)."""
+"""Fed-PLoRA: the components that a client does not train are folded into its base (arXiv 2602.16936)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FedPLoRA(FullRankMethod):
     `W - T_r(W)` in the base: the start is W, whatever the rank.
 
     Inferred: of the paper the folding is kept. There the model is R rank-one modules, each client
-    trains r of them drawn at random, and the server averages each factor of each module over those
-    who trained it. In their place the leading components are trained, and the server rule is
+    trains r of them drawn at random, and the server averages each factor of each module over the
+    clients that trained it. In their place the leading components are trained, and the server rule is
     FedHL's, so that products are averaged and nothing is lost beyond R.
     Cost: one SVD per layer, and one product of inner size `Σ r_i` plus each distinct rank once, as FedHL.
     Client: downloads the dense base beside its adapter and holds it for the round; stores nothing

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: the product of means, and in the base what it lacks (arXiv 2410.09432)."""
+"""FedEx-LoRA: the product of means, with the residual in the base (arXiv 2410.09432)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class FedExLoRA(Method[Corrected]):
     residual; with any k that cuts, only "no-op" and "one client" remain.
     Cost: one product of inner size `(K + 3) r` per layer; with k the SVD of the residual's factors.
     Client: the base (m n numbers per layer, in place in its model). It downloads R in every round, m n
-    numbers, or k (m + n); one that sat out a round downloads what it missed, which `traffic` does not
-    count.
+    numbers, or k (m + n); a client that sat out a round downloads the residuals that it missed, which
+    `traffic` does not count.
     Nearest neighbour: FedIT, which drops R; FLoRA, which is exact by stacking all and starting afresh.
     Limitation: the base drifts, at a download of a full matrix; R is never trained again; ranks and
     scales must be equal.

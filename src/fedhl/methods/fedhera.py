@@ -15,8 +15,8 @@ from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
 
 @dataclass(frozen=True, eq=False)
 class Tailed:
-    """`full`: W with its truncation to the highest rank that is downloaded; `top`: the highest that
-    is trained."""
+    """`full`: W with its truncation to the highest rank that is downloaded; `top`: the highest rank that is
+    trained."""
 
     full: FullRank
     top: int
@@ -37,8 +37,8 @@ class FedHera(Method[Tailed]):
     Client: downloads `min(download · r, m, n)` components and holds the tail in its base for the round;
     stores nothing between rounds.
     Nearest neighbour: FedHL, which is download 1.
-    Limitation: components of W beyond the top rank are still never trained by anybody, and those beyond
-    `download` times the rank are missing from a client's start.
+    Limitation: components of W beyond the top rank are still never trained by any client, and components
+    beyond `download` times the rank are missing from a client's start.
     """
 
     download: int = 2

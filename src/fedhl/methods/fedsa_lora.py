@@ -22,7 +22,7 @@ class FedSALoRA(OneAdapterMethod):
     Cost: none to speak of.
     Client: its own B, of every layer, between rounds; losing it means to start from B0 again.
     Nearest neighbour: FedIT, which averages B too.
-    Limitation: there is no global model, hence nothing to evaluate, merge or export for anyone who
+    Limitation: there is no global model, hence nothing to evaluate, merge or export for a client that
     has not taken part; ranks and scales must be equal.
     """
 

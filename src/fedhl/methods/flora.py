@@ -26,7 +26,7 @@ def restart(state: FullRank, W: Tensor) -> FullRank:
 
 @dataclass(frozen=True)
 class FLoRA(Method[FullRank]):
-    """Stack, merge, restart: the exact mean goes into the base, and everybody gets a fresh adapter.
+    """Stack, merge, restart: the exact mean goes into the base, and every client gets a fresh adapter.
 
     `W ← W + Σ p_i s_i B_i A_i`, the product of the stacked factors `[p_i s_i B_i]` and `[A_i]`.
     Broadcast: W in the base, `B = 0` and a random A whose first r rows serve rank r.

@@ -56,7 +56,7 @@ class FLoRANA(OneAdapterMethod):
                 weights.append(update.weight)
                 loras.append(update.lora)
         if not loras:
-            raise ValueError("flora_na needs an update of weight > 0: it has nothing to combine")
+            raise ValueError("flora_na needs an update of weight > 0, got none")
         p = torch.tensor(weights, dtype=torch.float64, device=state.A.device)
         A = torch.stack([lora.A for lora in loras]).double()
         B = torch.stack([lora.B for lora in loras]).double()

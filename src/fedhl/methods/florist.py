@@ -14,7 +14,7 @@ from fedhl.methods.flora import restart
 from fedhl.methods.full_rank import FullRank, begin, send
 
 
-def leading(mean: LoRA, threshold: float) -> LoRA:
+def truncate_to_share(mean: LoRA, threshold: float) -> LoRA:
     """`T_k(mean)` with k the fewest components that hold the share `threshold` of `||mean||_F²`.
 
     Found through the factors, never densely; k = 0 if `mean` is zero.
@@ -66,7 +66,9 @@ class FLoRIST(Method[FullRank]):
 
     def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
         mean = concat((u.weight, u.lora) for u in checked(updates, state.shape))
-        return restart(state, add_products(state.W, [(1.0, leading(mean, self.threshold))]))
+        return restart(
+            state, add_products(state.W, [(1.0, truncate_to_share(mean, self.threshold))])
+        )
 
     def delta(self, state: FullRank) -> Tensor:
         return state.W

@@ -55,8 +55,8 @@ def unsent(lora: LoRA) -> LoRA:
 
 
 def start(lora: LoRA, seed: int, exact: bool = False) -> FullRank:
-    """`begin`, with the truncation of W to send. Where W is zero its SVD would send `A = B = 0`, which
-    never trains: the initial adapter's own A serves.
+    """`begin`, with the truncation of W to send. If W is zero its SVD would send `A = B = 0`, which never
+    trains: then the initial adapter's own A is sent.
     """
     return move(replace(begin(lora, seed), round=-1), exact=exact)
 
@@ -87,8 +87,9 @@ def lost(state: FullRank, rank: int) -> float:
 def unbiased(state: FullRank, updates: Iterable[Update]) -> Tensor:
     """`W + Σ p_i (s_i B_i A_i - ΔW(sent_i))`: FedHL's sum, which truncation does not bias.
 
-    Subtracted is what was sent, whatever the wire has made of it: `ΔW(sent)` times the weight of all who
-    were sent the same. The server builds that once for all clients of a rank and scale, so there are few.
+    Subtracted is the broadcast as it was received, after the rounding of its payload: `ΔW(sent)` times the
+    weight of all clients that were sent the same. The server builds one broadcast for all clients of a rank
+    and scale, so that there are few terms.
     """
     return add_products(state.W, changes(checked(updates, state.shape)))
 

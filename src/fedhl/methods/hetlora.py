@@ -30,7 +30,7 @@ class HetLoRA(OneAdapterMethod):
     of A, since with both zero it could never learn again.
     Cost: none to speak of.
     Client: nothing between rounds but its own rank.
-    Nearest neighbour: RBLA, which averages a component over those who have it.
+    Nearest neighbour: RBLA, which averages a component over the clients that have it.
     Limitation: with a share h of the weight behind it a component shrinks by h in both factors, even
     if nobody trains; truncation cuts components that are in no order; cross terms as in FedIT.
     """
@@ -83,8 +83,8 @@ def tail(lora: LoRA, k: int) -> Tensor:
 
 
 def padded_sums(state: LoRA, updates: Iterable[Update]) -> tuple[Tensor, Tensor, Tensor]:
-    """`Σ p_i pad(A_i)`, `Σ p_i (s_i/s) pad(B_i)` and, per component, the weight of those who have it;
-    in float64. Raises ValueError for a rank above the server's, beside what `checked` raises."""
+    """`Σ p_i pad(A_i)`, `Σ p_i (s_i/s) pad(B_i)` and, per component, the weight of the clients that
+    have it; in float64. Raises ValueError for a rank above the server's, and as `checked` does."""
     A, B = (torch.zeros_like(x, dtype=torch.float64) for x in (state.A, state.B))
     held = torch.zeros(state.rank, dtype=torch.float64, device=A.device)
     for update in checked(updates, state.shape):

@@ -30,12 +30,12 @@ class LoRAA2(Method[Counted]):
     """Alternating factors; a client trains r_i of the R components, chosen by their importance.
 
     With S_i the components of client i: `B_j ← B_j + Σ_{i: j in S_i} p_i (s_i B_ij / s - B_j)` in
-    rounds 0, 2, ..., `A_j ← A_j + Σ_{i: j in S_i} p_i (A_ij - A_j)` in rounds 1, 3, .... What a
-    client does not train is in its `base`: everybody starts at the full global model.
+    rounds 0, 2, ..., `A_j ← A_j + Σ_{i: j in S_i} p_i (A_ij - A_j)` in rounds 1, 3, .... The
+    components that a client does not train are in its `base`: every client starts at the full global model.
 
     The components are drawn one after the other, without replacement, with probability proportional
-    to `(1 - floor) ||B_j|| ||A_j|| / Σ_k ||B_k|| ||A_k|| + floor / R`; those that could not learn,
-    because the factor that is fixed in this round is zero, only if there are no others.
+    to `(1 - floor) ||B_j|| ||A_j|| / Σ_k ||B_k|| ||A_k|| + floor / R`; components that could
+    not learn, because the factor that is fixed in this round is zero, are drawn only if there are no others.
 
     Inferred: the choice itself. The paper has factors in turn, B in even rounds, and components by
     budget. Its client ranks components by how much its own
@@ -102,7 +102,8 @@ class LoRAA2(Method[Counted]):
             index, sent, back = update.sent.index, update.sent.lora, update.lora
             if index is None or len(index) != back.rank:
                 raise ValueError(
-                    f"an update of rank {back.rank} answers a broadcast of index {index}"
+                    f"an update of rank {back.rank} answers a broadcast of index {index}, "
+                    "expected an index of its rank"
                 )
             index = index.to(step.device)
             # What was sent is subtracted as it was sent: then a client that returns it moves nothing.

@@ -99,7 +99,7 @@ class RACLoRA(Method[Chain]):
             for u in checked(updates, (state.W.shape[0], state.W.shape[1])):
                 if u.lora.rank > state.rank:
                     raise ValueError(
-                        f"an update has rank {u.lora.rank}, the top rank is {state.rank}"
+                        f"an update has rank {u.lora.rank}, expected at most {state.rank}, the top rank"
                     )
                 # the frozen factor as it was sent: the wire may have rounded it
                 yield u.weight, replace(u.lora, **{self.frozen: getattr(u.sent.lora, self.frozen)})

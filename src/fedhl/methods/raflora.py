@@ -22,13 +22,13 @@ class RaFLoRA(FullRankMethod):
     contributors is one, so this is the paper's sum over rank partitions.
 
     Inferred: the scale of every client is folded in; the sum is that of a public reimplementation of
-    Algorithm 1; the split of S; what becomes of components above the highest rank of a round. Nobody
-    could see those, so they stay as the server would have sent them: else a round of small clients
-    would cut the rank for good.
+    Algorithm 1; the split of S; the components above the highest rank of a round. No client was
+    sent those, so they stay as the server would have sent them: otherwise a round of small clients would
+    cut the rank for good.
     Cost: one SVD and one product of inner size `Σ r_i` per layer; the updates are read twice.
     Client: stores nothing between rounds.
-    Nearest neighbour: FlexLoRA, which divides every component by the whole cohort, and so shrinks
-    those that few clients hold, each round anew (rank collapse).
+    Nearest neighbour: FlexLoRA, which divides every component by the whole cohort, and so shrinks the
+    components that few clients hold, each round anew (rank collapse).
     Limitation: it depends on how each client splits its product into components, since those are
     weighted differently; what W has beyond the top rank is forgotten every round.
     """

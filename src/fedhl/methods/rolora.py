@@ -25,7 +25,7 @@ class RoLoRA(Method[Counted]):
 
     Inferred: that B comes first. Where it starts at zero, A could not learn before it.
     Cost: none to speak of.
-    Client: the factor that it trained last, which no one else has changed since it was averaged; a
+    Client: the factor that it trained last, which no other client has changed since it was averaged; a
     client that sat out a round downloads both, which `traffic` does not count.
     Nearest neighbour: FFA-LoRA, which never trains A.
     Limitation: a factor is trained in every other round only; ranks and scales must be equal.

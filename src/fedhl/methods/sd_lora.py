@@ -83,7 +83,7 @@ class SDLoRA(Method[Directions]):
         return with_past(state.lora, state.past, state.magnitudes)
 
     def next_task(self, state: Directions) -> Directions:
-        """A pair that nobody has trained, with `B = 0`, goes on as it is: it has no direction yet."""
+        """A pair that no client has trained, with `B = 0`, stays as it is: it has no direction yet."""
         lora, past, k = state.lora, state.past, len(state.magnitudes)
         a, b = torch.linalg.vector_norm(lora.A), torch.linalg.vector_norm(lora.B)
         if not a * b > 0:

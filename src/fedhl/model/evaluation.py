@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedhl.task.examples import Example, collate
 
 LOGITS_AT_ONCE = 2**27
-"""At most so many logits in one forward pass (half a GiB in float32): a large vocabulary fills memory."""
+"""The most logits in one forward pass (half a GiB in float32): a large vocabulary fills the memory."""
 
 Metrics = dict[str, float | int]
 

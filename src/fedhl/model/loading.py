@@ -1,4 +1,4 @@
-"""Load the frozen base model, wherever it lives: a hub id, a folder, a package or a GGUF file.
+"""Load the frozen base model from a hub id, a folder, a package or a GGUF file.
 
 A GGUF file is dequantised once into a cache folder (`$FEDHL_CACHE`, or `~/.cache/fedhl`); from then
 on it loads like any other folder.
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The modules PEFT saves with a classification adapter, and matches by the end of their names.
-_HEAD_SUFFIXES = ("classifier", "score")
+HEAD_SUFFIXES = ("classifier", "score")
 # What must stay unquantised in a 4-bit classifier, because it may have to be trained from scratch.
-_HEAD_MODULES = (
+HEAD_MODULES = (
     *("classifier", "pre_classifier", "classification_head", "score", "pooler"),
     *("sequence_summary", "logits_proj"),
 )
 
 
 class Loaded(NamedTuple):
-    """A frozen base model, and what a run must know about it.
+    """A frozen base model, and the facts about it that a run needs.
 
     `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
-    `source_for_adapter` is what an exported adapter gives as its base model; `hash` identifies the
+    `source_for_adapter` is the name of the base model in an exported adapter; `hash` identifies the
     weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
     before it was switched off for training.
     """
@@ -76,27 +76,27 @@ def load_model(
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
     at `revision`; `task` is the name of a kind. A classification head that the checkpoint lacks, or
     holds for another number of labels, is drawn from `seed` alone: the global random state is neither
-    used nor changed. `dropout`, if given, replaces every dropout probability of the model.
+    used nor changed. `dropout` replaces every dropout probability of the model; None leaves them.
     Raises UserError for a source, device or setting that cannot work.
     """
     kind, target = KINDS[task], device_named(device)
     if four_bit:
-        _require_four_bit(target)
+        require_four_bit(target)
     path = locate(source)
-    folder, digest = _find(source)
+    folder, digest = find_weights(source)
     if path is not None and digest is None:
-        digest = _hash_folder(path)
-    tokenizer = _load_tokenizer(folder, source, revision)
+        digest = hash_folder(path)
+    tokenizer = read_tokenizer(folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
     kwargs |= kind.model_settings(labels)
     if four_bit:
-        kwargs |= _four_bit(kind, target)
+        kwargs |= four_bit_settings(kind, target)
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
-        model, missing = _from_pretrained(folder, source, kind, dtype, kwargs)
+        model, missing = load_weights(folder, source, kind, dtype, kwargs)
 
-    head = _head(model, missing, source) if kind.head else ()
+    head = head_names(model, missing, source) if kind.head else ()
     if missing and not kind.head:
-        raise UserError(_incomplete(source, sorted(missing), model))
+        raise UserError(incomplete(source, sorted(missing), model))
     if not all(model.get_parameter(name).is_floating_point() for name in head):
         raise UserError(
             f"model {source!r}: its classification head cannot be kept out of 4-bit quantisation "
@@ -105,14 +105,14 @@ def load_model(
     if not four_bit:
         model.to(target)  # pyright: ignore[reportArgumentType]
     if dropout is not None:
-        _set_dropout(model, dropout)
+        set_dropout(model, dropout)
     model.requires_grad_(False)
-    _set_padding(model, tokenizer, source)
+    set_padding(model, tokenizer, source)
     use_cache = bool(getattr(model.config, "use_cache", False))
     if use_cache:
         model.config.use_cache = False
     if gradient_checkpointing:
-        _enable_checkpointing(model, source)
+        enable_checkpointing(model, source)
     if digest is None:
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
@@ -120,13 +120,13 @@ def load_model(
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone. Raises UserError as `load_model` does."""
-    return _load_tokenizer(_find(source)[0], source, revision)
+    """The tokenizer alone of a model. Raises UserError as `load_model` does."""
+    return read_tokenizer(find_weights(source)[0], source, revision)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256 of what decides the tokens of a text: vocabulary, special tokens, chat template, and
-    the rules of a fast tokenizer."""
+    """The sha256 of everything that decides the tokens of a text: vocabulary, special tokens, chat template,
+    and the rules of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
     rules = {key: rules[key] for key in rules if key not in ("truncation", "padding")}  # set by use
@@ -138,7 +138,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 # --- loading ------------------------------------------------------------------------------------
 
 
-def _from_pretrained(
+def load_weights(
     folder: str, source: str, kind: type[Kind], dtype: torch.dtype, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint did not hold in the right shape."""
@@ -149,18 +149,18 @@ def _from_pretrained(
             folder,
             dtype=dtype,
             output_loading_info=True,
-            # Only heads may differ: `_head` and `load_model` refuse anything else.
+            # Only heads may differ: `head_names` and `load_model` refuse anything else.
             ignore_mismatched_sizes=True,
             **kwargs,
         )
     except Exception as error:  # the library raises nearly everything here
-        raise UserError(_cannot_load("model", source, error)) from error
+        raise UserError(cannot_load("model", source, error)) from error
     model, info = loaded
     model.eval()
     return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
 
 
-def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
@@ -168,16 +168,16 @@ def _load_tokenizer(folder: str, source: str, revision: str | None) -> PreTraine
         try:
             return AutoTokenizer.from_pretrained(folder, **kwargs)
         except Exception as error:  # the library raises nearly everything here
-            raise UserError(_cannot_load("tokenizer", source, error)) from error
+            raise UserError(cannot_load("tokenizer", source, error)) from error
 
 
-def _cannot_load(what: str, source: str, error: Exception) -> str:
+def cannot_load(what: str, source: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if locate(source) is None:
         advice = (
-            "it is no file or folder here, so it was looked up on the Hugging Face hub; check the "
-            "name, the revision and the connection, or give the path of a folder"
+            "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
+            "the name, the revision and the connection, or give the path of a folder"
         )
     else:
         advice = (
@@ -187,7 +187,7 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
     return f"cannot load the {what} of {source!r}: {reason[:300]} ({advice})"
 
 
-def _head(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
+def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
     """The parameters to train whole: those the checkpoint lacks, and the classifier itself.
 
     A pooler may be missing (masked language models have none); any other gap inside the encoder
@@ -196,24 +196,24 @@ def _head(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, 
     prefix = model.base_model_prefix + "."
     lost = sorted(n for n in missing if n.startswith(prefix) and "pooler" not in n)
     if lost:
-        raise UserError(_incomplete(source, lost, model))
+        raise UserError(incomplete(source, lost, model))
     names = [name for name, _ in model.named_parameters()]
     return tuple(
         name
         for name in names
-        if name in missing or any(part.endswith(_HEAD_SUFFIXES) for part in name.split(".")[:-1])
+        if name in missing or any(part.endswith(HEAD_SUFFIXES) for part in name.split(".")[:-1])
     )
 
 
-def _incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
+def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
     shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     return (
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
-        "another shape; check that config.json belongs to these weights and that the task is right"
+        "another shape; check that config.json belongs to these weights, and that the task is right"
     )
 
 
-def _set_dropout(model: PreTrainedModel, p: float) -> None:
+def set_dropout(model: PreTrainedModel, p: float) -> None:
     """Dropout modules, and the numbers that attention layers hold in place of one."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -223,19 +223,19 @@ def _set_dropout(model: PreTrainedModel, p: float) -> None:
                 setattr(module, name, p)
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
                 f"model {source!r}: its tokenizer has neither a padding nor an end-of-text token, "
-                "so examples cannot be batched; add a pad_token to tokenizer_config.json"
+                "so that rows cannot be batched; add a pad_token to tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _enable_checkpointing(model: PreTrainedModel, source: str) -> None:
+def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"model {source!r}: {type(model).__name__} does not support gradient checkpointing; "
@@ -248,7 +248,8 @@ def _enable_checkpointing(model: PreTrainedModel, source: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its loading report and progress bars: what it says of is checked here."""
+    """Inside the block transformers prints no loading report and no progress bars; its errors are raised
+    here."""
     from transformers.utils import logging as noise
 
     verbosity, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
@@ -266,7 +267,7 @@ def quiet() -> Iterator[None]:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of this name. Raises UserError unless it is here."""
+    """The device of this name. Raises UserError unless this machine has it."""
     available = ["cpu"]
     available += ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
@@ -285,13 +286,13 @@ def device_named(name: str) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:
-        raise UserError(f"device {name!r} does not exist; there are cuda:0 to cuda:{count - 1}")
+        raise UserError(f"device {name!r} does not exist, expected cuda:0 to cuda:{count - 1}")
     return torch.device(
         "cuda", torch.cuda.current_device() if device.index is None else device.index
     )
 
 
-def _require_four_bit(device: torch.device) -> None:
+def require_four_bit(device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError(
             f"a 4-bit base needs an NVIDIA GPU (device: cuda), got device {device.type!r}; "
@@ -301,7 +302,7 @@ def _require_four_bit(device: torch.device) -> None:
         raise UserError("a 4-bit base needs bitsandbytes: pip install bitsandbytes")
 
 
-def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
+def four_bit_settings(kind: type[Kind], device: torch.device) -> dict[str, Any]:
     """NF4 with double quantisation, arithmetic in bfloat16 (QLoRA, arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig
 
@@ -311,7 +312,7 @@ def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         # None: transformers spares the output embedding and what is tied to it.
-        llm_int8_skip_modules=list(_HEAD_MODULES) if kind.head else None,
+        llm_int8_skip_modules=list(HEAD_MODULES) if kind.head else None,
     )
     return {"quantization_config": config, "device_map": {"": device.index}}
 
@@ -319,15 +320,15 @@ def _four_bit(kind: type[Kind], device: torch.device) -> dict[str, Any]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def _find(source: str) -> tuple[str, str | None]:
-    """Where to load `source` from; and the hash of a GGUF file, which names its folder in the cache."""
+def find_weights(source: str) -> tuple[str, str | None]:
+    """The folder or hub id of `source`; and the hash of a GGUF file, which names its folder in the cache."""
     path = locate(source)
     if path is None:
         return source, None
-    return _from_gguf(path) if path.is_file() else (str(path.resolve()), None)
+    return gguf_folder(path) if path.is_file() else (str(path.resolve()), None)
 
 
-def _hash_folder(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     """The sha256 over names and contents of the weight files of a folder, in name order."""
     files = sorted(folder.glob("*.safetensors")) or sorted(
         [*folder.glob("*model*.bin"), *folder.glob("*.gguf")]
@@ -336,17 +337,17 @@ def _hash_folder(folder: Path) -> str:
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise UserError(
             f"model folder {folder} holds no weights (*.safetensors); found "
-            f"{', '.join(found) if found else 'nothing'}. Give the folder that holds config.json and "
+            f"{', '.join(found) if found else 'nothing'}; give the folder that holds config.json and "
             "the weights, or a .gguf file"
         )
-    return _hash_files(files)
+    return hash_files(files)
 
 
-def _hash_files(files: Iterable[Path]) -> str:
+def hash_files(files: Iterable[Path]) -> str:
     return sha256_of("".join(f"{path.name}\0{sha256(path)}\n" for path in files))
 
 
-def _from_gguf(file: Path) -> tuple[str, str]:
+def gguf_folder(file: Path) -> tuple[str, str]:
     """The cached folder that holds `file` dequantised to float32 (made now if need be), and its hash."""
     if file.suffix != ".gguf":
         raise UserError(
@@ -358,33 +359,33 @@ def _from_gguf(file: Path) -> tuple[str, str]:
     folder = cache().resolve() / "gguf" / digest[:16]
     if not folder.is_dir():
         logger.info(
-            "converting %s to %s; this happens once and takes about half a minute",
+            "converting %s to %s, once; this takes about half a minute",
             file.name,
             folder,
         )
-        _convert_gguf(file, folder)
+        convert_gguf(file, folder)
     return str(folder), digest
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise `file` into `folder`, which appears only when it is complete."""
     staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         with whole_folder(folder, staging), quiet():
-            _dequantise(file, staging)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
+            dequantise(file, staging)
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         if not folder.is_dir():  # unless another process has just made the same folder
-            raise UserError(_no_cache(folder, error)) from error
+            raise UserError(no_cache(folder, error)) from error
 
 
-def _no_cache(folder: Path, error: Exception) -> str:
+def no_cache(folder: Path, error: Exception) -> str:
     return (
         f"cannot write the converted model to {folder}: {error}; it needs four "
-        "bytes per parameter. Make room, or point FEDHL_CACHE at another folder"
+        "bytes per parameter: make room, or point FEDHL_CACHE at another folder"
     )
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def dequantise(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -393,7 +394,7 @@ def _dequantise(file: Path, folder: Path) -> None:
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
     except Exception as error:  # the library raises nearly everything here
-        raise UserError(_cannot_load("GGUF model", str(file), error)) from error
+        raise UserError(cannot_load("GGUF model", str(file), error)) from error
     # The weights are plain float32 now, but the marks of quantisation would forbid saving them.
     model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     for attribute in ("is_quantized", "quantization_method"):

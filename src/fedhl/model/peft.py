@@ -1,9 +1,9 @@
-"""PEFT at the edge: adapter slots in a live model, and adapter folders. Nothing else imports peft.
+"""PEFT at the edge: adapter slots in a live model. Only `fedhl.model` imports peft.
 
 One base model stays in memory with one slot per rank. `write` copies an adapter into its slot,
 `activate` makes that slot the one that runs and trains; nothing is reloaded between clients.
 
-Everywhere an update is `(out, in)`, also for the transposed weights of `Conv1D` (GPT-2).
+Updates are `(out, in)` everywhere, also for the transposed weights of `Conv1D` (GPT-2).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedhl.errors import UserError
 from fedhl.lora import LoRA
+from fedhl.model.adapters import cpu_copy
+from fedhl.model.targets import check_ranks, find_targets, is_conv1d, layer_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from fedhl.model.adapters import _copy
-from fedhl.model.targets import _check_ranks, _shape, find_targets, is_conv1d
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,12 @@ def attach(
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("the model has LoRA layers already; load a fresh one")
     names = find_targets(model, targets, head)
-    _check_ranks(model, names, slots)
+    check_ranks(model, names, slots)
     if getattr(model, "is_loaded_in_4bit", False):
         # Layer norms and the other parameters that stayed unquantised go to float32.
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     configs = {
-        _slot(rank): LoraConfig(
+        slot_name(rank): LoraConfig(
             r=rank,
             lora_alpha=slots[rank],  # pyright: ignore[reportArgumentType]
             target_modules=list(names),
@@ -100,21 +100,23 @@ def attach(
             tuner.peft_config[name] = config
             tuner.inject_adapter(model, name)
     model.train(model.training)  # also the dropout that PEFT has put in, which is born training
-    return _index(model, names, sorted(slots), head)
+    return index_slots(model, names, sorted(slots), head)
 
 
-def _index(
+def index_slots(
     model: PreTrainedModel, names: Sequence[str], ranks: Sequence[int], head: Sequence[str]
 ) -> Slots:
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     modules = {name: adapted[name] for name in sorted(adapted)}
     if list(modules) != sorted(names):
         surplus = sorted(set(modules) ^ set(names))
-        raise UserError(f"PEFT did not adapt the layers that were asked for: {', '.join(surplus)}")
+        raise UserError(
+            f"PEFT did not adapt the layers of lora.targets alone; the difference: {', '.join(surplus)}"
+        )
     factors: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
     scales: dict[int, float] = {}
     for rank in ranks:
-        slot = _slot(rank)
+        slot = slot_name(rank)
         factors[rank] = {}
         for name, module in modules.items():
             A, B = module.lora_A[slot].weight, module.lora_B[slot].weight
@@ -126,12 +128,12 @@ def _index(
         scales[rank] = float(found.pop())
     model.requires_grad_(False)
     for owner in sorted({name.rpartition(".")[0] for name in head}):
-        _train_in_float32(model.get_submodule(owner))
+        train_in_float32(model.get_submodule(owner))
     parameters = {n: model.get_parameter(n) for n in head}
     return Slots(model, modules, [*adapted], factors, scales, parameters)
 
 
-def _train_in_float32(module: nn.Module) -> None:
+def train_in_float32(module: nn.Module) -> None:
     """A head of a narrower base in float32, as adapters are; its inputs follow."""
     if all(p.dtype == torch.float32 for p in module.parameters(recurse=False)):
         return
@@ -140,7 +142,7 @@ def _train_in_float32(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
-def _slot(rank: int) -> str:
+def slot_name(rank: int) -> str:
     return f"rank{rank}"
 
 
@@ -149,12 +151,12 @@ def _slot(rank: int) -> str:
 
 def layers(slots: Slots) -> dict[str, tuple[int, int]]:
     """Name of every adapted layer, sorted, and its shape (m, n) = (out, in)."""
-    return {name: _shape(module.get_base_layer()) for name, module in slots.modules.items()}
+    return {name: layer_shape(module.get_base_layer()) for name, module in slots.modules.items()}
 
 
 def scale(slots: Slots, rank: int) -> float:
     """PEFT's scaling of a slot: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    _require_slot(slots, rank)
+    require_slot(slots, rank)
     return slots.scales[rank]
 
 
@@ -164,9 +166,9 @@ def write(slots: Slots, rank: int, adapter: Mapping[str, LoRA]) -> None:
     Raises ValueError, before anything is copied, unless it has exactly the layers, shapes and
     scale (to 1e-6) of the slot.
     """
-    _require_slot(slots, rank)
+    require_slot(slots, rank)
     factors, scaling = slots.factors[rank], slots.scales[rank]
-    _require_keys("layer", adapter, factors)
+    require_keys("layer", adapter, factors)
     for name, (A, B) in factors.items():
         lora = adapter[name]
         if lora.A.shape != A.shape or lora.B.shape != B.shape:
@@ -184,9 +186,9 @@ def write(slots: Slots, rank: int, adapter: Mapping[str, LoRA]) -> None:
 
 def read(slots: Slots, rank: int) -> dict[str, LoRA]:
     """The adapter in the slot of `rank`: float32 copies on the CPU, by layer name, sorted."""
-    _require_slot(slots, rank)
+    require_slot(slots, rank)
     scaling = slots.scales[rank]
-    return {n: LoRA(_copy(A), _copy(B), scaling) for n, (A, B) in slots.factors[rank].items()}
+    return {n: LoRA(cpu_copy(A), cpu_copy(B), scaling) for n, (A, B) in slots.factors[rank].items()}
 
 
 def activate(
@@ -201,14 +203,14 @@ def activate(
     `train`: the factors, of every layer alike, or by layer (a layer that is not named trains none).
     Returns the trainable parameters: factors in the order of the layers, then (if `head`) the head.
     """
-    _require_slot(slots, rank)
+    require_slot(slots, rank)
     by_layer = train if isinstance(train, Mapping) else dict.fromkeys(slots.modules, train)
     for name, factors in by_layer.items():
         if name not in slots.modules:
             raise ValueError(f"layer {name}: not an adapted layer of this model")
         if not factors <= {"A", "B"}:
             raise ValueError(f"train must be a subset of {{'A', 'B'}}, got {sorted(factors)}")
-    slot = _slot(rank)
+    slot = slot_name(rank)
     for module in slots.modules.values():
         if module.active_adapters != [slot]:
             module.set_adapter(slot, inference_mode=True)
@@ -228,13 +230,13 @@ def activate(
 
 
 def read_head(slots: Slots) -> dict[str, Tensor]:
-    """The head: float32 copies on the CPU, by parameter name."""
-    return {name: _copy(parameter) for name, parameter in slots.head.items()}
+    """The parameters of the head: float32 copies on the CPU, by name."""
+    return {name: cpu_copy(parameter) for name, parameter in slots.head.items()}
 
 
 def write_head(slots: Slots, head: Mapping[str, Tensor]) -> None:
     """Copy `head` into the model, in place. Raises ValueError unless names and shapes are exact."""
-    _require_keys("head parameter", head, slots.head)
+    require_keys("head parameter", head, slots.head)
     for name, parameter in slots.head.items():
         if head[name].shape != parameter.shape:
             raise ValueError(
@@ -257,7 +259,7 @@ def offset(slots: Slots, deltas: Mapping[str, Tensor]) -> Iterator[None]:
     for name, delta in deltas.items():
         if name not in slots.modules:
             raise ValueError(f"layer {name}: not an adapted layer of this model")
-        expected = _shape(slots.modules[name].get_base_layer())
+        expected = layer_shape(slots.modules[name].get_base_layer())
         if tuple(delta.shape) != expected:
             raise ValueError(f"layer {name}: expected {expected}, got {tuple(delta.shape)}")
     with ExitStack() as undo:
@@ -270,7 +272,7 @@ def offset(slots: Slots, deltas: Mapping[str, Tensor]) -> Iterator[None]:
                 weight.data = shifted(base, delta)
             else:
                 dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-                hook = _adds(delta.to(weight.device, dtype))
+                hook = adding_hook(delta.to(weight.device, dtype))
                 undo.callback(base.register_forward_hook(hook).remove)
         yield
 
@@ -282,14 +284,16 @@ def shifted(base: nn.Module, delta: Tensor) -> Tensor:
     """
     if not isinstance(base, nn.Linear | Conv1D):
         raise ValueError(f"expected an un-adapted linear layer, got a {type(base).__name__}")
-    if tuple(delta.shape) != _shape(base):
-        raise ValueError(f"expected an update of shape {_shape(base)}, got {tuple(delta.shape)}")
+    if tuple(delta.shape) != layer_shape(base):
+        raise ValueError(
+            f"expected an update of shape {layer_shape(base)}, got {tuple(delta.shape)}"
+        )
     weight = base.weight.detach()
     delta = delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     return (weight + (delta.T if isinstance(base, Conv1D) else delta)).to(weight.dtype)
 
 
-def _adds(delta: Tensor) -> Any:
+def adding_hook(delta: Tensor) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
 
@@ -313,12 +317,12 @@ def directions(
                 for x in (lora.A, lora.scale * lora.B, magnitudes[name])
             )
             alphas[name] = nn.Parameter(alpha)
-            hook = _adds_directions(A, B, alphas[name])
+            hook = direction_hook(A, B, alphas[name])
             undo.callback(base.register_forward_hook(hook).remove)
         yield alphas
 
 
-def _adds_directions(A: Tensor, B: Tensor, alpha: nn.Parameter) -> Any:
+def direction_hook(A: Tensor, B: Tensor, alpha: nn.Parameter) -> Any:
     rank = len(A) // len(alpha)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -329,8 +333,8 @@ def _adds_directions(A: Tensor, B: Tensor, alpha: nn.Parameter) -> Any:
 
 
 def output_layer(slots: Slots) -> str:
-    """The layer of the head that makes the logits: the last in the model. Raises UserError unless its
-    parameters have a row for each label."""
+    """The layer of the head that computes the logits: the last in the model. Raises UserError unless its
+    parameters have one row for each label."""
     name = [name for name, _ in slots.model.named_parameters() if name in slots.head][-1]
     owner, labels = name.rpartition(".")[0], slots.model.config.num_labels
     if len(slots.head[name]) != labels:
@@ -349,7 +353,8 @@ def label_rows(slots: Slots, labels: Sequence[int]) -> dict[str, list[int]]:
 
 @contextmanager
 def only_labels(slots: Slots, labels: Sequence[int]) -> Iterator[None]:
-    """Inside the block the model knows no other labels: their logits are -inf, without a gradient."""
+    """Inside the block the model knows only these labels: the logits of others are -inf, without a
+    gradient."""
     output = output_layer(slots)
     weight = slots.head[f"{output}.weight"]
     others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
@@ -365,7 +370,7 @@ def only_labels(slots: Slots, labels: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def base_only(slots: Slots) -> Iterator[None]:
-    """Inside the block no slot contributes; the head is as it is."""
+    """Inside the block no slot contributes; the head stays."""
     parameters = [p for slot in slots.factors.values() for pair in slot.values() for p in pair]
     trainable = [p.requires_grad for p in parameters]
     for module in slots.modules.values():
@@ -379,12 +384,12 @@ def base_only(slots: Slots) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _require_slot(slots: Slots, rank: int) -> None:
+def require_slot(slots: Slots, rank: int) -> None:
     if rank not in slots.factors:
         raise ValueError(f"no slot of rank {rank}; there are {sorted(slots.factors)}")
 
 
-def _require_keys(what: str, got: Mapping[str, object], expected: Mapping[str, object]) -> None:
+def require_keys(what: str, got: Mapping[str, object], expected: Mapping[str, object]) -> None:
     if got.keys() == expected.keys():
         return
     for name in expected:

@@ -1,9 +1,9 @@
-"""Which layers of a model get an adapter, and which ranks they can have."""
+"""The layers of a model that get an adapter, and the ranks that fit them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -12,25 +12,22 @@ from transformers.pytorch_utils import Conv1D
 from fedhl.errors import UserError
 from fedhl.names import meant
 
-if TYPE_CHECKING:
-    pass
-
 
 def find_targets(
     model: nn.Module, targets: Sequence[str] | Literal["all-linear"], head: Sequence[str] = ()
 ) -> list[str]:
-    """The names, sorted, of the layers of an un-adapted `model` that `targets` mean.
+    """The names, sorted, of the layers of an un-adapted `model` that match `targets`.
 
-    Modules that hold parameters of `head` are never among them: those are trained whole.
+    Modules that hold parameters of `head` are never among them: the head is trained whole.
     Raises UserError for a target that matches nothing, or a layer that is not linear.
     """
     whole = {name.rpartition(".")[0] for name in head}
     modules = {n: m for n, m in model.named_modules() if n and n not in whole}
-    output = _output_embedding(model)
-    linear = [n for n, m in modules.items() if _is_linear(m) and m is not output]
+    output = output_embedding(model)
+    linear = [n for n, m in modules.items() if is_linear(m) and m is not output]
     if targets == "all-linear":
         if not linear:
-            raise UserError(f"{type(model).__name__} has no linear layer that could be adapted")
+            raise UserError(f"{type(model).__name__} has no linear layer to adapt")
         return sorted(linear)
     if isinstance(targets, str) or not targets:
         raise UserError(f"LoRA targets must be 'all-linear' or a list of names, got {targets!r}")
@@ -38,23 +35,23 @@ def find_targets(
     for target in targets:
         matched = [n for n in modules if n == target or n.endswith("." + target)]
         if not matched:
-            raise UserError(_no_such_target(model, target, linear))
+            raise UserError(no_such_target(model, target, linear))
         for name in matched:
-            if not _is_linear(modules[name]):
+            if not is_linear(modules[name]):
                 raise UserError(
                     f"LoRA target {target!r}: {name} is a {type(modules[name]).__name__}, and only "
-                    f"linear layers can be adapted; choose from {_suffixes(linear)}"
+                    f"linear layers can be adapted; choose from {suffixes_of(linear)}"
                 )
-            if modules[name] is output and _is_tied(model, modules[name]):
+            if modules[name] is output and is_tied(model, modules[name]):
                 raise UserError(
                     f"LoRA target {target!r}: {name} shares its weight with the input embedding, so "
-                    f"an update of one would change the other; choose from {_suffixes(linear)}"
+                    f"that an update of one would change the other; choose from {suffixes_of(linear)}"
                 )
         found.update(matched)
     return sorted(found)
 
 
-def _no_such_target(model: nn.Module, target: str, linear: Sequence[str]) -> str:
+def no_such_target(model: nn.Module, target: str, linear: Sequence[str]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in linear})
     return (
         f"LoRA target {target!r} matches no layer of {type(model).__name__}{meant(target, ends)}; "
@@ -62,21 +59,21 @@ def _no_such_target(model: nn.Module, target: str, linear: Sequence[str]) -> str
     )
 
 
-def _suffixes(linear: Sequence[str]) -> str:
+def suffixes_of(linear: Sequence[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None  # pyright: ignore[reportReturnType]
 
 
-def _is_tied(model: nn.Module, output: nn.Module) -> bool:
+def is_tied(model: nn.Module, output: nn.Module) -> bool:
     embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return getattr(embedding, "weight", None) is output.weight
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     # bitsandbytes' Linear4bit is an nn.Linear too.
     return isinstance(module, nn.Linear | Conv1D)
 
@@ -87,7 +84,7 @@ def is_conv1d(model: nn.Module, names: Sequence[str]) -> bool:
     return isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, Conv1D)
 
 
-def _shape(base: nn.Module) -> tuple[int, int]:
+def layer_shape(base: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; a 4-bit weight does not have it as its own shape."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
@@ -95,9 +92,9 @@ def _shape(base: nn.Module) -> tuple[int, int]:
     return base.nf, base.nx
 
 
-def _check_ranks(model: nn.Module, names: Sequence[str], ranks: Mapping[int, float]) -> None:
+def check_ranks(model: nn.Module, names: Sequence[str], ranks: Mapping[int, float]) -> None:
     for name in names:
-        m, n = _shape(model.get_submodule(name))
+        m, n = layer_shape(model.get_submodule(name))
         for rank in sorted(ranks):
             if not 1 <= rank <= min(m, n):
                 raise UserError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Trained(NamedTuple):
-    """`losses`: of each step; `seconds`: time in forward, backward and optimizer."""
+    """The result of a training: the loss of each step, and the seconds in forward, backward and optimizer."""
 
     losses: list[float]
     seconds: float
@@ -66,8 +66,8 @@ def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in training mode, afterwards in evaluation mode; nothing happens if it
-    is in training mode already, since going through all modules takes longer than copying an adapter.
+    """Inside the block the model is in training mode, afterwards in evaluation mode. A model that is in
+    training mode already stays so: to visit all its modules takes longer than to copy an adapter.
     """
     if model.training:
         yield

@@ -1,1 +1,1 @@
-"""What crosses a network: messages, their format, and the client at the other end."""
+"""Messages over a network, their format, and the client at the other end."""

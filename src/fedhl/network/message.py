@@ -1,9 +1,9 @@
 """A message: a safetensors file whose metadata has a JSON header and a checksum; nothing is unpickled.
 
-The metadata has one entry, `fedhl`: the sha256 of what follows it and of all tensors, a space, and a JSON
-object. The reader is our own, since safetensors' readers of bytes do not give the metadata, and since
-this one faces machines we do not control: it says what is wrong, and needs no more memory than some
-times the size of the header.
+The metadata has one entry, `fedhl`: the sha256 of the JSON text and of all tensors, a space, and the JSON
+text of an object. The reader is our own, since safetensors' readers of bytes do not give the metadata, and
+since it reads messages from machines that we do not control: it names the mistake, and its memory is
+bounded by a small multiple of the size of the header.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ DTYPES = {
     **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I8": torch.int8, "I64": torch.int64},
 }
-"""The types of tensors that occur, by their safetensors names."""
+"""The types of tensors in messages, by their safetensors names."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WHOLE = 2**53
-"""Whole numbers in a header are below this, as JSON readers agree on them only so far."""
+"""Whole numbers in a header are below this: JSON readers agree on whole numbers only up to here."""
 DIMENSIONS = 8
-"""No parameter of a model has more."""
+"""The most dimensions of a tensor; no parameter of a model has more."""
 
 
 class Malformed(ValueError):
@@ -38,7 +38,7 @@ class Malformed(ValueError):
 
 
 class Limit(NamedTuple):
-    """The largest message in bytes: of its safetensors header, and of all tensors."""
+    """The largest message, in bytes: the size of its safetensors header, and of all its tensors."""
 
     header: int
     tensors: int
@@ -61,9 +61,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """A message whose checksum is right: its header, and its tensors, which are read when asked for.
+    """A message whose checksum is right: its header, and its tensors, each of which is read when it is asked
+    for.
 
-    `begin`: where the tensors begin; `offsets`: where each of them does, from there.
+    `begin`: the position of the tensors in `source`; `offsets`: the position of each tensor, from there.
     """
 
     source: Path | bytes
@@ -99,15 +100,15 @@ def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def opened(source: Path | bytes, limit: Limit | None = None) -> Message:
-    """The message, of which nothing but size and checksum are known to be right. Raises Malformed; its
-    size is checked before anything is parsed."""
+    """The message, of which only the size and the checksum have been checked; the size is checked before
+    anything is parsed. Raises Malformed."""
     size = source.stat().st_size if isinstance(source, Path) else len(source)
     if limit is not None and size > 8 + sum(limit):
         raise Malformed(f"it has {size:,} bytes, expected at most {8 + sum(limit):,}")
     with stream(source) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise Malformed(f"it is not a safetensors file: {size:,} bytes are too few")
+            raise Malformed(f"it is not a safetensors file: its {size:,} bytes are too few")
         if limit is not None and length > limit.header:
             raise Malformed(f"its header has {length:,} bytes, expected at most {limit.header:,}")
         table = parsed(file.read(length), "its safetensors header")
@@ -116,20 +117,20 @@ def opened(source: Path | bytes, limit: Limit | None = None) -> Message:
             case {"fedhl": str(sealing), **rest} if not rest:
                 said, _, text = sealing.partition(" ")
             case _:
-                raise Malformed("its safetensors metadata is not one text, 'fedhl'")
+                raise Malformed("its safetensors metadata must be one text, 'fedhl'")
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
         while block := file.read(2**20):
             digest.update(block)
     if said != digest.hexdigest():
-        raise Malformed("it does not match its own checksum: it was damaged on the way")
+        raise Malformed("it does not match its own checksum; it was damaged on the way")
     tensors, offsets = entries(table, size - 8 - length)
     header = parsed(text.encode("utf-8", "surrogatepass"), "its header")
     return Message(source, header, tensors, 8 + length, offsets)
 
 
 def entries(table: Mapping[str, Any], size: int) -> tuple[dict[str, Entry], dict[str, int]]:
-    """The tensors of a safetensors header and where each begins. Raises Malformed unless they fill `size`
-    bytes one after the other."""
+    """The tensors of a safetensors header, and the position of each. Raises Malformed unless the tensors fill
+    `size` bytes without a gap."""
     found: dict[str, Entry] = {}
     places: list[tuple[int, int, str]] = []
     for name, said in table.items():
@@ -146,7 +147,7 @@ def entries(table: Mapping[str, Any], size: int) -> tuple[dict[str, Entry], dict
 
 
 def entry(said: Any, what: str) -> tuple[Entry, int, int]:
-    """What a safetensors header says of one tensor, and from where to where it goes. Raises Malformed."""
+    """One tensor of a safetensors header, and the positions of its begin and end. Raises Malformed."""
     match said:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest}:
             numbers = all(type(k) is int and 0 <= k < WHOLE for k in (*shape, begin, end))
@@ -159,7 +160,7 @@ def entry(said: Any, what: str) -> tuple[Entry, int, int]:
 
 
 def parsed(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key is given twice. Raises Malformed for anything else."""
+    """A JSON object without a duplicate key. Raises Malformed for anything else."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -179,6 +180,6 @@ def parsed(text: bytes, what: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value of somebody else's in a message of ours: not endless."""
+    """A value from another machine, shortened for a message of ours."""
     text = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,7 @@
-"""A client on its own machine: what it says of itself, trains, evaluates and remembers.
+"""A client on its own machine: its introduction, its training, its evaluation and its memory.
 
 Knows nothing of networks: a header and a payload come in, a header and a payload go out. Only the
-config is the server's; where the rows and the model are is for the machine's owner to say.
+config is the server's; the owner of the machine decides where its rows and its model are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.federation import Federation
-from fedhl.federation.local import deployed, measure, train_client
+from fedhl.federation.local import deployed, evaluate_rows, train_client
 from fedhl.federation.prepare import check_config, load_federation
 from fedhl.files import cache, file_name, write_bytes
 from fedhl.model.evaluation import Metrics
@@ -41,10 +41,13 @@ SHARED = "partition"
 
 @dataclass(frozen=True)
 class Node:
-    """What the owner of a machine says about it: the client's id; `data`, a file of its own rows, or
-    `partition` for its part of the config's data; the model's place here, if not as in the config; the
-    rank, likewise; the folder for what it keeps between rounds; the fields of its rows that a config may
-    use, unless all."""
+    """The settings of a machine, by its owner.
+
+    `client`: the client's id; `data`: a file of its own rows, or `partition` for its part of the config's
+    data; `model`: the model's place on this machine (default: the config's); `rank` (default: the config's);
+    `state`: the folder for the tensors that it keeps between rounds; `fields`: the fields of its rows that a
+    config may use (default: all).
+    """
 
     client: str
     data: str
@@ -59,8 +62,8 @@ class Node:
 
 
 def node_of(settings: Mapping[str, Any], config: Config) -> Node:
-    """The node that `--node-config` describes; of a simulated one the client is the so-manieth of the
-    config's partition. Raises UserError, naming the key."""
+    """The node that `--node-config` describes. A simulated node has a number k instead: its client is the
+    k-th, from 0, of the config's partition. Raises UserError, naming the key."""
     known = ["client", "data", "fields", "model", "rank", "state"]
     numbered = {"partition-id", "num-partitions"}
     for key in settings:
@@ -70,14 +73,20 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
     if not given and "partition-id" in settings:
         clients, k = sorted(partition(config)[1]), int(settings["partition-id"])
         if k >= len(clients):
-            raise UserError(f"there are {len(clients)} clients, but this is node {k} (from 0)")
+            raise UserError(
+                f"node config: partition-id {k} is too large: the config has {len(clients)} clients, "
+                "numbered from 0"
+            )
         return Node(clients[k], SHARED)
     for key, example in (("client", "hospital-a"), ("data", "/srv/rows.jsonl")):
         if not isinstance(given.get(key), str) or not given[key]:
             raise UserError(
                 f"node config: {key} must be text, got {given.get(key)!r}; start the node with, e.g., "
                 f"--node-config '{key}=\"{example}\"'"
-                + (f" ({SHARED!r}: its part of the config's data.source)" * (key == "data"))
+                + (
+                    f" ({SHARED!r} stands for its part of the config's data.source)"
+                    * (key == "data")
+                )
             )
     rank = given.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -89,7 +98,8 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
         given["state"] = Path(given["state"])
     if "fields" in given and given["data"] == SHARED:
         raise UserError(
-            f"node config: fields is for a file of its own rows, but data is {SHARED!r}"
+            f"node config: fields goes with a file of the client's own rows, but data is {SHARED!r}; "
+            "leave one out"
         )
     if "fields" in given:
         given["fields"] = tuple(name.strip() for name in given["fields"].split(","))
@@ -97,7 +107,7 @@ def node_of(settings: Mapping[str, Any], config: Config) -> Node:
 
 
 def introduce(config: Config, node: Node) -> dict[str, Any]:
-    """What a node tells the server of itself. Raises UserError if it cannot take part."""
+    """A node's introduction to the server. Raises UserError if it cannot take part."""
     data, rank = rows_of(config, node)
     source = node.model or config.model.source
     tokenizer = load_tokenizer(source, config.model.revision)
@@ -117,8 +127,7 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
 def train(
     config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
 ) -> tuple[dict[str, Any], bytes]:
-    """What a client does in a round: from what the server sent to what it returns, with the rank that
-    it goes on with.
+    """A client's part of a round: from the server's message to its reply, with its rank for the next round.
 
     `together`: this process serves all clients of the config, on one model.
     """
@@ -131,7 +140,7 @@ def train(
     rank = int(local.kept.pop("rank", client.rank))
     kept = own | local.kept
     values = [torch.tensor(local.reply.loss), *kept.values()]
-    # A client whose training diverged is refused, and begins again from what it had.
+    # A client whose training diverged is refused, and begins again from what it had before.
     if kept and all(x.isfinite().all() for x in values):
         memory.keep(header["round"], kept)
     run = wire.Run(header["run"], here.loaded.hash, here.tokenizer)
@@ -141,7 +150,7 @@ def train(
 def evaluate(
     config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
 ) -> Metrics | None:
-    """The metrics of what a client would start from, on its own held-out rows; None without any."""
+    """The metrics of a client's next start on its own held-out rows; None without such rows."""
     here = participant(config.model_dump_json(), node, tuple(header["labels"] or ()), together)
     rows = here.federation.own.get(node.client)
     if not rows:
@@ -151,12 +160,12 @@ def evaluate(
     own = Memory(node, header["run"]).before(header["round"] + 1)
     slot = here.federation.slot_of(client)
     with deployed(here.federation, slot, sent, head, own):
-        return measure(here.federation, rows)
+        return evaluate_rows(here.federation, rows)
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A client with its model and rows; `tokenizer` is the hash of what tokenised them."""
+    """A client with its model and its rows; `tokenizer`: the hash of the tokenizer that tokenised them."""
 
     federation: Federation
     loaded: Loaded
@@ -164,8 +173,8 @@ class Participant:
     id: str
 
     def client(self, rank: int) -> Client:
-        """The client, at the rank that the server gives it. Raises UserError if that is not its own, or
-        one that it has come down to."""
+        """The client at the rank in the server's message. Raises UserError unless that is the client's own
+        rank or, after pruning, a lower one."""
         own = next(c for c in self.federation.clients if c.id == self.id)
         if not 1 <= rank <= own.rank:
             raise UserError(f"client {self.id!r} has rank {own.rank}, but was sent rank {rank}")
@@ -176,7 +185,7 @@ class Participant:
 def base(
     config: str, model: str | None, labels: tuple[str, ...], ranks: tuple[tuple[str, int], ...]
 ) -> tuple[Loaded, Federation]:
-    """The model with slots for these clients, which a process that lives on loads once."""
+    """The model with slots for these clients; a process that serves several messages loads it once."""
     settings = Config.model_validate_json(config)
     if model is not None:
         place = settings.model.model_copy(update={"source": model})
@@ -204,30 +213,30 @@ def participant(
 
 
 def partition(config: Config) -> tuple[shards.Shards, dict[str, int]]:
-    """The config's rows and clients, read once by a process that lives on."""
-    return _partition(config.model_dump_json())
+    """The config's rows and clients; a process that serves several messages reads them once."""
+    return cached_partition(config.model_dump_json())
 
 
 @lru_cache(maxsize=1)
-def _partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
+def cached_partition(config: str) -> tuple[shards.Shards, dict[str, int]]:
     read = Config.model_validate_json(config)
     check_config(read)
     return examine(read)
 
 
 def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
-    """The rows of one client alone, and its rank. Raises UserError if it is not one of the config's."""
+    """The rows of one client alone, and its rank. Raises UserError if the config has no such client."""
     if node.data != SHARED:
         with unquoted(node):
-            data = shards.brought(config, node.client, node.data, node.fields)
+            data = shards.client_shards(config, node.client, node.data, node.fields)
         return data, node.rank or rank_of(config, node.client)
     everyone, ranks = partition(config)
     if node.client not in ranks:
         raise UserError(f"node config: {unknown('client', node.client, sorted(ranks))}")
     if node.rank not in (None, ranks[node.client]):
         raise UserError(
-            f"node config: client {node.client!r} has rank {ranks[node.client]} in the config, got "
-            f"{node.rank}; leave the node's rank out, or change lora.ranks"
+            f"node config: rank of client {node.client!r}: expected {ranks[node.client]}, as in the config, "
+            f"got {node.rank}; leave the node's rank out, or change lora.ranks"
         )
     held: dict[str, Any] = everyone.client_held_out
     alone = replace(
@@ -242,30 +251,30 @@ def rows_of(config: Config, node: Node) -> tuple[shards.Shards, int]:
 
 @contextmanager
 def unquoted(node: Node) -> Iterator[None]:
-    """What is wrong with a client's own rows is said here, in its own log, and not to the server: the
-    reason may quote them. Raises UserError that says so."""
+    """A mistake in a client's own rows is reported here, in its own log, and not to the server, since the
+    message may quote the rows. Raises a UserError that says so."""
     try:
         yield
     except UserError as error:
         if node.data == SHARED:
             raise
         logger.error("%s", error)
-        raise UserError("its rows do not fit the config; its own log says why") from error
+        raise UserError("its rows do not fit the config; the client's own log says why") from error
 
 
 def rank_of(config: Config, client: str) -> int:
-    """The rank of a client with its own data, where the config knows it without knowing the others."""
+    """The rank of a client with its own data, if the config gives it without the other clients."""
     rank = config.lora.ranks.rank_of(client)
     if rank is None:
         raise UserError(
             f"node config: lora.ranks is a rule for all clients together; give client {client!r} a rank "
-            "of its own, e.g. --node-config 'rank=8'"
+            "of its own, e.g. with --node-config 'rank=8'"
         )
     return rank
 
 
 def own_config(config: Config, node: Node) -> Config:
-    """The config with this machine's data, for messages that name where a row comes from."""
+    """The config with this machine's data, for messages that name the source of a row."""
     if node.data == SHARED:
         return config
     data = config.data.model_copy(update={"source": node.data, "split": None})
@@ -273,10 +282,11 @@ def own_config(config: Config, node: Node) -> Config:
 
 
 class Memory:
-    """What a client keeps for itself between the rounds of one run: a file for each of the last two.
+    """The tensors that a client keeps for itself between the rounds of a run: a file for each of the last
+    two.
 
-    A server that has lost a round to a crash asks for it again, and the client must begin it from what it
-    had before, not from what it made of it the first time.
+    A server that has lost a round to a crash asks for it again. The client must then begin it from the
+    tensors of the round before, not from those of its first attempt.
     """
 
     def __init__(self, node: Node, run: str) -> None:
@@ -286,13 +296,13 @@ class Memory:
         return rounds_in(self.folder, ".safetensors")
 
     def before(self, round: int) -> dict[str, Tensor]:
-        """What was kept after the last round before this one; {} if nothing."""
+        """The tensors that were kept after the last round before this one; {} if there are none."""
         files = self.files()
         earlier = [number for number in files if number < round]
         return load_file(files[max(earlier)]) if earlier else {}
 
     def keep(self, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these, written whole or not at all."""
+        """Keep these tensors; the file is written whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = save({name: x.contiguous() for name, x in tensors.items()})
         write_bytes(self.folder / (round_name(round) + ".safetensors"), content)

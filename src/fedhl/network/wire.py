@@ -1,7 +1,7 @@
-"""What crosses the network: broadcasts and replies as messages (`fedhl.network.message`, docs/wire.md).
+"""Broadcasts and replies as messages (`fedhl.network.message`, docs/wire.md).
 
-What a reply says is never believed: its size, fields and tensors are compared with what was sent, and a
-mistake is `Malformed`, with its reason. What the numbers mean is judged by `fedhl.server.refusals`.
+A reply is not trusted: its size, fields and tensors are compared with the broadcast, and a mistake raises
+`Malformed`, with the reason. Its numbers are checked by `fedhl.server.refusals`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fedhl.network.message import (
     shown,
 )
 from fedhl.server import Client, Reply
-from fedhl.server.carried import leaving
-from fedhl.server.payload import PAYLOADS, factor_of, restored, rows, stored
+from fedhl.server.carried import returned_factors
+from fedhl.server.payload import PAYLOADS, factor_of, from_payload, rows, to_payload
 
 PROTOCOL = 1
 """The version of the format; both ends must have the same."""
@@ -41,11 +41,12 @@ FIELDS: dict[str, type] = {
 }
 """The fields of a reply's header."""
 UNKNOWN = ("loss", "bound")
-"""Those that are null where training diverged, since JSON has no NaN."""
+"""The fields that are null if training diverged, since JSON has no NaN."""
 
 
 class Run(NamedTuple):
-    """What both ends must agree on: the run's id, and hashes of the base model and the tokenizer."""
+    """The facts on which both ends must agree: the run's id, and the hashes of the base model and the
+    tokenizer."""
 
     run: str
     model: str
@@ -61,7 +62,7 @@ def encode_broadcast(
     head: Mapping[str, Tensor],
     payload: str,
 ) -> bytes:
-    """What a client is sent, for every layer, and the head; `header`: what else it must know, as JSON.
+    """The message of the broadcasts of all layers and of the head; `header`: further fields, as JSON.
 
     `decode_broadcast` gives `fedhl.server.payload.carried` of each broadcast, to the bit; the head travels as
     float32. Raises ValueError or TypeError for a header that is not JSON.
@@ -98,7 +99,7 @@ def decode_broadcast(
         header = dict(message.header)
         layers, payload = header.pop("layers"), header["payload"]
         if payload not in PAYLOADS:
-            raise ValueError(f"payload {payload!r} is unknown")
+            raise ValueError(f"unknown payload {payload!r}")
         sent = {name: broadcast_of(message, name, said, payload) for name, said in layers.items()}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Malformed(f"it is not a broadcast: {error!r}") from error
@@ -106,7 +107,7 @@ def decode_broadcast(
 
 
 def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: str) -> Broadcast:
-    """The broadcast of one layer, of which the header says `said`."""
+    """The broadcast of one layer; `said`: the layer's entry in the header."""
     m, n = said["shape"]
 
     def adapter(kind: str, scale: float) -> LoRA:
@@ -128,17 +129,22 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
     )
 
 
+# --- replies ------------------------------------------------------------------------------------
+
+
 def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes:
-    """What a client returns: the factors that it trained and does not keep, magnitudes, head, and what
-    it reports. Raises ValueError if a layer has another scale than the client.
+    """The message of a reply: the factors that the client trained and does not keep, magnitudes, head, and
+    the numbers that it reports. Raises ValueError if a layer has another scale than the client.
     """
     client, payload = reply.client, reply.client.payload
     for name, lora in reply.adapter.items():
         if abs(lora.scale - client.scale) > 1e-6 * client.scale:
-            raise ValueError(f"layer {name!r} has scale {lora.scale}, its client {client.scale}")
+            raise ValueError(
+                f"layer {name!r} has scale {lora.scale}, expected {client.scale}, its client's"
+            )
     tensors = head_tensors(reply.head)
     for name, lora in reply.adapter.items():
-        leaves = [rows(lora, factor, payload) for factor in leaving(sent[name])]
+        leaves = [rows(lora, factor, payload) for factor in returned_factors(sent[name])]
         tensors |= packed("lora", name, leaves, payload)
     tensors |= {f"magnitudes::{name}": x.float() for name, x in reply.magnitudes.items()}
     header = {
@@ -151,7 +157,7 @@ def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes
 
 
 def number(x: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """The number; None if it is not finite, since JSON has no NaN."""
     return float(x) if math.isfinite(x) else None
 
 
@@ -165,8 +171,8 @@ def read_reply(
 ) -> Reply:
     """The reply of `client`, whose adapter is read a layer at a time when it is asked for.
 
-    `layers`: those of the model; `sent`: what this client was sent for a layer; `head`: the server's. A
-    reply may lack layers, of which `fedhl.server.refusals` judges. Raises Malformed, with the reason.
+    `layers`: the model's layers; `sent`: gives the broadcast to this client for a layer; `head`: the server's
+    head. A reply may lack layers: `fedhl.server.refusals` checks which. Raises Malformed, with the reason.
     """
     parts = {name: parts_of(sent(name)) for name in layers}
     by_layer = {name: layer_table(name, known, client) for name, known in parts.items()}
@@ -176,7 +182,7 @@ def read_reply(
     returned = {name: known for name, known in parts.items() if f"lora::{name}" in message.tensors}
     asked = heads | {key: x for name in returned for key, x in by_layer[name].items()}
     for name in sorted(asked.keys() ^ message.tensors.keys()):
-        what = "missing" if name in asked else "not one of these"
+        what = "missing" if name in asked else "not expected"
         raise Malformed(f"tensor {shown(name)} is {what}")
     for name, entry in asked.items():
         got = message.tensors[name]
@@ -197,8 +203,8 @@ def read_reply(
 
 
 class Parts(NamedTuple):
-    """What comes back of a layer: factors with `rank` rows each, their widths by name, and how many
-    magnitudes, if it has any."""
+    """The tensors of a layer in a reply: factors with `rank` rows each, their widths by factor, and the
+    number of magnitudes, if the layer has any."""
 
     rank: int
     widths: dict[str, int]
@@ -207,8 +213,8 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ReplyAdapter(Mapping[str, LoRA]):
-    """The adapters of a checked reply, read a layer at a time; a factor that did not travel is the one
-    `sent`, which is built for that alone."""
+    """The adapters of a checked reply, read a layer at a time. A factor that did not travel is taken from the
+    broadcast that `sent` gives."""
 
     message: Message
     client: Client
@@ -234,9 +240,9 @@ class ReplyAdapter(Mapping[str, LoRA]):
 
 
 def parts_of(sent: Broadcast) -> Parts:
-    """What comes back of a layer, from what was sent."""
+    """The tensors of a layer in the reply to this broadcast."""
     (m, n), magnitudes = sent.lora.shape, sent.magnitudes
-    widths = {factor: {"A": n, "B": m}[factor] for factor in leaving(sent)}
+    widths = {factor: {"A": n, "B": m}[factor] for factor in returned_factors(sent)}
     return Parts(sent.lora.rank, widths, None if magnitudes is None else len(magnitudes))
 
 
@@ -254,9 +260,9 @@ def layer_table(name: str, parts: Parts, client: Client) -> dict[str, Entry]:
 def limit(tables: Iterable[Mapping[str, Entry]], texts: Iterable[str]) -> Limit:
     """The largest reply with these tensors, and with these texts in its header.
 
-    A character is at most 14 bytes, since it is written as JSON twice; the other fields of our header and
-    its checksum are less than 1024. An entry of the safetensors header is less than 200 beside its name:
-    type, shape and offsets, each number of at most 16 digits.
+    A character takes at most 14 bytes, since it is written as JSON twice; the other fields of our header and
+    its checksum take less than 1024. An entry of the safetensors header takes less than 200 bytes without its
+    name: type, shape and offsets, each number of at most 16 digits.
     """
     everything = [item for table in tables for item in table.items()]
     header = 1024 + 14 * sum(len(text) for text in texts)
@@ -268,13 +274,13 @@ def check_protocol(header: Mapping[str, Any]) -> None:
     """Raises Malformed unless the message is of this version of the format."""
     if type(header.get("protocol")) is not int or header["protocol"] != PROTOCOL:
         raise Malformed(
-            f"it has protocol version {shown(header.get('protocol'))}, this is version {PROTOCOL}; "
+            f"it has protocol version {shown(header.get('protocol'))}, expected version {PROTOCOL}; "
             "install the same fedhl on both sides"
         )
 
 
 def check_header(header: Mapping[str, Any], run: Run, client: Client) -> None:
-    """Raises Malformed for a field that is missing, unknown, of another type, or not the one expected."""
+    """Raises Malformed for a field that is missing, unknown, of another type, or of another value."""
     check_protocol(header)
     for name in sorted(FIELDS.keys() ^ header.keys()):
         what = "missing" if name in FIELDS else "unknown"
@@ -294,11 +300,11 @@ def check_header(header: Mapping[str, Any], run: Run, client: Client) -> None:
         **{"rank": client.rank, "examples": client.examples},
     }
     if not math.isclose(header["scale"], client.scale, rel_tol=1e-6):
-        raise Malformed(f"its scale is {header['scale']:g}, not {client.scale:g}")
+        raise Malformed(f"its scale is {header['scale']:g}, expected {client.scale:g}")
     for name, value in expected.items():
         if header[name] != value:
             raise Malformed(
-                f"its {MEANING.get(name, name)} is {shown(header[name])}, not {value!r}"
+                f"its {MEANING.get(name, name)} is {shown(header[name])}, expected {value!r}"
             )
 
 
@@ -309,13 +315,13 @@ MEANING = {
 }
 
 
-# --- tensors -----------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------
 
 
 def packed(kind: str, name: str, blocks: Sequence[Tensor], payload: str) -> dict[str, Tensor]:
-    """Matrices with the same rows, side by side, as they travel: `KIND::NAME`, and with int8
+    """Matrices of equally many rows, side by side, as they travel: `KIND::NAME`, and with int8
     `KIND.steps::NAME` (blocks, rows)."""
-    parts = [stored(x, payload) for x in blocks]
+    parts = [to_payload(x, payload) for x in blocks]
     tensors = {f"{kind}::{name}": torch.cat([x for x, _ in parts], dim=1)}
     steps = [step for _, step in parts if step is not None]
     return tensors | ({f"{kind}.steps::{name}": torch.stack(steps)} if steps else {})
@@ -324,10 +330,10 @@ def packed(kind: str, name: str, blocks: Sequence[Tensor], payload: str) -> dict
 def unpacked(
     message: Message, kind: str, name: str, widths: Sequence[int], payload: str
 ) -> list[Tensor]:
-    """The matrices of these widths that `packed` has put side by side, in float32."""
+    """The matrices that `packed` has put side by side, of these widths, in float32."""
     blocks = message[f"{kind}::{name}"].split(list(widths), dim=1)
     steps = message[f"{kind}.steps::{name}"] if payload == "int8" else [None] * len(blocks)
-    return [restored(x, step) for x, step in zip(blocks, steps, strict=True)]
+    return [from_payload(x, step) for x, step in zip(blocks, steps, strict=True)]
 
 
 def head_tensors(head: Mapping[str, Tensor]) -> dict[str, Tensor]:

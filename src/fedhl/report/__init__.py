@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["final_table", "write_report"]
 
-# What imports matplotlib is imported in the functions: a folder that is no run is refused without it.
+# Modules that import matplotlib are imported in the functions: a folder that is no run is refused without it.
 
 
 def write_report(run: Path) -> Path:
@@ -35,8 +35,9 @@ def write_report(run: Path) -> Path:
 
 
 def final_table(run: Path) -> Table:
-    """Round 0, the last of each task, the best and the last evaluated round, with bytes and seconds up
-    to each; for tasks also the mean accuracy over those so far, and in the end what was forgotten.
+    """A table of round 0, the last round of each task, the best and the last evaluated round, with bytes and
+    seconds up to each; with tasks also the mean accuracy over the tasks so far, and at the end the
+    forgetting.
     """
     read = read_run(run)
     from rich.table import Table

@@ -1,4 +1,5 @@
-"""The values of the section on clients: a sortable table, and what each weighed, missed, moved and lost."""
+"""The values of the section on clients: a sortable table, and plots of weight, truncation error, drift and
+loss."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def clients(run: Run) -> View | None:
     }
 
 
-# The table
+# --- the table ----------------------------------------------------------------------------------
 
 
 def client_rows(run: Run, labels: dict[str, list[str]], scores: View) -> list[View]:
@@ -85,7 +86,7 @@ def label_order(run: Run) -> dict[str, list[str]]:
 
 
 def label_segments(client: Client, labels: dict[str, list[str]]) -> list[View]:
-    """A client's label bar: the width of each segment in percent, its colour, and what it says."""
+    """A client's label bar: the width of each segment in percent, its colour, and its text."""
     whole = sum(client.labels.values())
     segments = []
     for i, (name, members) in enumerate(labels.items()):
@@ -105,7 +106,7 @@ def first_share(client: Client, labels: dict[str, list[str]]) -> float | None:
     return sum(client.labels.get(label, 0.0) for label in first) / whole
 
 
-# The plots
+# --- the plots ----------------------------------------------------------------------------------
 
 
 def rank_steps(run: Run) -> dict[int, int]:
@@ -116,7 +117,7 @@ def rank_steps(run: Run) -> dict[int, int]:
 
 
 def weight(run: Run) -> View | None:
-    """How much each client counted per round: a line for each of a few clients, a heatmap of many."""
+    """Each client's weight per round: a line for each client if they are few, a heatmap if they are many."""
     weights = [
         found
         for client in run.clients

@@ -1,6 +1,6 @@
 """A comparison as JSON, as one self-contained page, and as tables for the terminal.
 
-The runs and their places are those of `comparison.json`; what they have come to is written back into it.
+`comparison.json` names the runs and their folders; the results of the runs are written back into it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Comparison", "Trial", "comparison_tables", "read_comparison", "write
 
 
 def results(comparison: Comparison) -> Json:
-    """The plan with what its runs have come to: statistics by variant, and facts by run."""
+    """The plan with the results of its runs: statistics by variant, and facts by run."""
     variants = []
     for entry, variant in zip(comparison.plan["variants"], comparison.variants, strict=True):
         grid = zip(entry["grid"], variant.grid, strict=True)
@@ -35,8 +35,8 @@ def results(comparison: Comparison) -> Json:
                 "weighting": variant.weighting,
                 "ranks": variant.ranks,
                 "finished": len(variant.finished),
-                "scores": _statistics(variant),
-                "difference": _interval(comparison.differences(variant)),
+                "scores": score_statistics(variant),
+                "difference": interval_facts(comparison.differences(variant)),
                 "bytes": {way: variant.cost("bytes", way) for way in ("down", "up")},
                 "seconds": {way: variant.cost("seconds", way) for way in ("train", "total")},
                 "grid": [
@@ -44,7 +44,9 @@ def results(comparison: Comparison) -> Json:
                     | {"validation": comparison.validation(t)}
                     for g, t in grid
                 ],
-                "runs": [{"seed": r["seed"], "folder": r["folder"], **_facts(t)} for r, t in runs],
+                "runs": [
+                    {"seed": r["seed"], "folder": r["folder"], **trial_facts(t)} for r, t in runs
+                ],
             }
         )
     shown = {"metric": comparison.metric, "compared by": comparison.common, "variants": variants}
@@ -66,20 +68,20 @@ def write_comparison(folder: Path) -> Path:
     return folder / "comparison.html"
 
 
-def _interval(values: Sequence[float | None]) -> Json:
+def interval_facts(values: Sequence[float | None]) -> Json:
     mean, half = mean_interval(values)
     return {"mean": mean, "half": half, "values": list(values)}
 
 
-def _statistics(variant: Variant) -> Json:
+def score_statistics(variant: Variant) -> Json:
     found = {
-        kind: {m: _interval(v) for m in ("accuracy", "loss") if (v := variant.values(kind, m))}
+        kind: {m: interval_facts(v) for m in ("accuracy", "loss") if (v := variant.values(kind, m))}
         for kind in KINDS
     }
     return {kind: statistics for kind, statistics in found.items() if statistics}
 
 
-def _facts(trial: Trial) -> Json:
+def trial_facts(trial: Trial) -> Json:
     run = trial.run
     summary = run.summary if run else None
     return {
@@ -93,7 +95,7 @@ def _facts(trial: Trial) -> Json:
 
 
 def comparison_tables(folder: Path) -> list[Table]:
-    """What the final models of each variant are worth, and what they cost; a row per variant."""
+    """The scores of each variant's final models, and their costs; a row per variant."""
     comparison = read_comparison(folder)
     metric, kinds = comparison.metric, comparison.kinds
     quality, costs = [], []
@@ -113,12 +115,12 @@ def comparison_tables(folder: Path) -> list[Table]:
     headers += [] if metric == "loss" else ["loss"]
     title = f"{comparison.name}: means over seeds, ± half of a 95% interval"
     return [
-        _table(title, headers, quality),
-        _table("means of a run", ["variant", "ranks", *COSTS, "learning rate"], costs),
+        plain_table(title, headers, quality),
+        plain_table("means of a run", ["variant", "ranks", *COSTS, "learning rate"], costs),
     ]
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def plain_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

@@ -37,7 +37,7 @@ SHARED = {
     "PyTorch": ("versions", "torch"),
     "device": ("device",),
 }
-"""What all runs should have in common, with the keys of a summary that lead there."""
+"""The facts that all runs should share, with the keys that lead to them in a summary."""
 MOST_LINES = len(CATEGORIES)  # variants in one plot of curves; beyond, each has a plot of its own
 SMALL = (240, 150)
 
@@ -69,7 +69,7 @@ def category(index: int) -> str:
 
 
 def ink(index: int) -> str:
-    """The same for plots."""
+    """The variant's colour in a plot, by its place."""
     return plots.color("q", index % len(CATEGORIES))
 
 
@@ -114,7 +114,7 @@ def header(comparison: Comparison) -> View:
 
 
 def overview(comparison: Comparison) -> View:
-    """What the final models of each variant are worth, and what they cost."""
+    """The scores of each variant's final models, and their costs."""
     metric = comparison.metric
     kinds = [
         kind
@@ -152,7 +152,7 @@ def overview(comparison: Comparison) -> View:
 
 
 def final(comparison: Comparison) -> View | None:
-    """Every seed's final model as a dot, and what it took to get there; None before the first."""
+    """Every seed's final model as a dot, and its bytes; None before the first finished run."""
     metric, kind = comparison.metric, comparison.common
     percent, rows, groups = metric == "accuracy", [], []
     for i, variant in enumerate(comparison.variants):
@@ -225,7 +225,7 @@ def band(found: Sequence[Range]) -> list[tuple[float, float, float]]:
 def small_plots(
     comparison: Comparison, found: Sequence[Curve], kind: str, percent: bool
 ) -> list[View]:
-    """Too many lines for one plot: a small plot for each, over the mean and the range of them all."""
+    """For more lines than fit in one plot: a small plot for each, over the mean and the range of all."""
     by_round: dict[float, list[float]] = {}
     for t, value in (point for one in found for point in one.points):
         by_round.setdefault(t, []).append(value)
@@ -244,7 +244,7 @@ def small_plots(
 
 
 def rates(comparison: Comparison) -> View | None:
-    """What chose the learning rates; None if they were not chosen."""
+    """The scores by which the learning rates were chosen; None if they were not chosen."""
     grid: list[float] = comparison.plan["rates"]
     if not grid:
         return None

@@ -1,7 +1,7 @@
-"""What a run folder says: its files parsed, and the questions a report asks of them.
+"""The files of a run folder, parsed, and the values that a report takes from them.
 
-Everything here comes from files that a killed process may have left half written: a value that is
-missing or not finite is None, never guessed.
+A killed process may have left the files half written: a value that is missing or not finite is None, and is
+never guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedhl.record import Json, better, read_metrics, read_summary
 
 @dataclass
 class Client:
-    """One client: what the summary says of it, and its entry of every round it took part in."""
+    """One client: its facts in the summary, and its entry of every round in which it took part."""
 
     id: str
     rank: int | None = None
@@ -28,7 +28,8 @@ class Client:
     rounds: dict[int, Json] = field(default_factory=dict)
 
     def by_rank(self) -> Iterator[tuple[int, int, Json]]:
-        """The rank that it had, the round and the entry of every round it took part in, if known."""
+        """The client's rank, the round and the entry of every round in which it took part, if the rank is
+        known."""
         for number, entry in self.rounds.items():
             rank = num(entry, "rank")
             if rank is not None:
@@ -47,11 +48,12 @@ class Run:
     metric: str
 
 
-# Reading
+# --- reading ------------------------------------------------------------------------------------
 
 
 def read_run(run: Path) -> Run:
-    """Read a run folder; UserError for missing metrics, or anything malformed but a torn last line."""
+    """Read a run folder. Raises UserError for missing metrics, and for malformed files; an incomplete last
+    line of the metrics is ignored."""
     if not (run / "metrics.jsonl").is_file():
         raise UserError(
             f"{run / 'metrics.jsonl'} not found: {run} is not the folder of a run that has started"
@@ -68,12 +70,12 @@ def read_run(run: Path) -> Run:
         rounds=rounds,
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-        clients=_clients(rounds, summary),
+        clients=clients_of(rounds, summary),
         metric=str(metric),
     )
 
 
-def _clients(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
+def clients_of(rounds: Sequence[Json], summary: Json | None) -> list[Client]:
     clients: dict[str, Client] = {}
     entries = [(None, entry) for entry in items(summary, "clients")]
     entries += [(line["round"], entry) for line in rounds for entry in items(line, "clients")]
@@ -151,7 +153,8 @@ def truncated_name(run: Run) -> str:
 
 
 def headline_kinds(run: Run) -> list[tuple[str, tuple[str, ...]]]:
-    """What to judge the run by, names and keys: W and its truncation, or the clients without server data."""
+    """The models by which a run is judged, as names and keys: W and its truncation, or, without a global
+    score, the mean and the worst client."""
     final = final_evaluation(run)[1]
     if dig(final, "full") or not dig(final, "clients", "mean"):
         return [("full W", ("full",)), (truncated_name(run), ("truncated",))]
@@ -159,7 +162,7 @@ def headline_kinds(run: Run) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def headline(run: Run, *keys: str) -> tuple[float | None, float | None]:
-    """The headline metric at evaluation.`keys`: its final value, and its later change since round 0."""
+    """The headline metric at evaluation.`keys`: its final value, and its change since round 0."""
     last, evaluation = final_evaluation(run)
     final = num(evaluation, *keys, run.metric)
     if last == 0:
@@ -171,7 +174,7 @@ def headline(run: Run, *keys: str) -> tuple[float | None, float | None]:
 
 
 def best(run: Run) -> tuple[float | None, float | None]:
-    """Round and value of the best round: the summary's, else by the rule that a run goes by."""
+    """Round and value of the best round: the summary's, else by the rule of `fedhl.record.better`."""
     found: Json | None = dig(run.summary, "best")
     if found is None:
         for line in run.rounds:

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as text for readers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def seconds(value: float) -> str:
     return f"{hours:.1f} h" if minutes >= 99.5 else f"{minutes:.1f} min"
 
 
-# A metric: accuracy in percent, everything else with three decimals
+# --- a metric: accuracy in percent, everything else with three decimals -------------------------
 
 
 def metric_text(metric: str, value: float) -> str:
@@ -75,11 +75,12 @@ def difference_text(metric: str, mean: float, half: float | None) -> str:
     return sign + spread_text(metric, mean, half).replace("%", " points")
 
 
-# Settings
+# --- settings -----------------------------------------------------------------------------------
 
 
 def settings(choice: Mapping[str, Any]) -> str:
-    """{"name": "truncation", "power": 2, "share": None} as "power 2": what is off or not set goes unsaid."""
+    """{"name": "truncation", "power": 2, "share": None} as "power 2": settings that are off or unset are left
+    out."""
     said = {k: x for k, x in choice.items() if k != "name" and x is not None and x is not False}
     return ", ".join(f"{key} {value}" for key, value in said.items())
 

@@ -2,7 +2,7 @@
 
 Every plot is a function `draw(figure)`. `svg` renders it with Matplotlib and then replaces a few reserved
 colours by CSS variables, so that one drawing follows the light and the dark scheme of the page around it.
-Text stays text. Nothing here knows what a federation is or reads a file.
+Text stays text. Nothing here knows about federations, or reads a file.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def svg(draw: Draw, width: int, height: int, prefix: str, label: str) -> str:
         FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :].rstrip()
-    text = re.sub(r"<[^>]*>", lambda tag: _inline(tag.group(), prefix), text)
+    text = re.sub(r"<[^>]*>", lambda tag: inline_tag(tag.group(), prefix), text)
     head = f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
 
 
-def _inline(tag: str, prefix: str) -> str:
+def inline_tag(tag: str, prefix: str) -> str:
     """One SVG tag as part of an HTML page: unique ids, CSS variables for colours, two decimals."""
     names = {index: family for family, index in FAMILIES.items()}
     tag = tag.replace("xlink:href", "href")
@@ -188,7 +188,7 @@ def lines(
 
     def draw(figure: Figure) -> None:
         ax = new_axes(figure, 1, 1, 1)
-        _curves(ax, curves, percent, zero, top, figure.get_figheight() * 72 - 46)
+        draw_curves(ax, curves, percent, zero, top, figure.get_figheight() * 72 - 46)
 
     return draw
 
@@ -202,14 +202,14 @@ def panels(parts: Sequence[tuple[str, Sequence[Curve], bool]]) -> Draw:
         for i, (title, curves, percent) in enumerate(parts):
             ax = new_axes(figure, len(parts), 1, i + 1)
             top = 0.01 if percent else None
-            _curves(ax, curves, percent, True, top, height, 3, label=i == len(parts) - 1)
+            draw_curves(ax, curves, percent, True, top, height, 3, label=i == len(parts) - 1)
             round_axis(ax, rounds, label=i == len(parts) - 1)
             ax.set_title(title, loc="left", fontsize=FONT, color=MUTED)
 
     return draw
 
 
-def _curves(
+def draw_curves(
     ax: Axes,
     curves: Sequence[Curve],
     percent: bool,
@@ -389,7 +389,7 @@ def strips(rows: Sequence[Dots], *, percent: bool = False) -> Draw:
         ax.set_ylim(len(rows) - 0.5, -0.8)
         ax.set_yticks([])
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        ax.xaxis.set_major_formatter(_ticks(percent))
+        ax.xaxis.set_major_formatter(number_ticks(percent))
 
     return draw
 
@@ -414,7 +414,7 @@ def scatter(groups: Sequence[Curve], x: str, *, percent: bool = False) -> Draw:
             )
         ax.set_xlim(0, 1.08 * max(x for group in groups for x, _ in group.points) or 1.0)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        ax.xaxis.set_major_formatter(_ticks(False))
+        ax.xaxis.set_major_formatter(number_ticks(False))
         ax.set_xlabel(x, color=MUTED, fontsize=FONT)
         ax.margins(y=0.15)
         value_axis(ax, percent, False, None)
@@ -422,5 +422,5 @@ def scatter(groups: Sequence[Curve], x: str, *, percent: bool = False) -> Draw:
     return draw
 
 
-def _ticks(percent: bool) -> FuncFormatter:
+def number_ticks(percent: bool) -> FuncFormatter:
     return FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if percent else f"{value:.6g}")

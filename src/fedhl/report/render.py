@@ -1,7 +1,7 @@
 """From the values of a page and its template to one file of HTML.
 
-Whatever a template shows is escaped, for the values come from files that others may have written. A name
-that a template uses and nobody gave is an error.
+All values in a template are escaped, since they come from files that others may have written. A name that a
+template uses without a value is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedhl.names import size
+from fedhl.names import plural, size
 from fedhl.report import plots
 from fedhl.report.colours import variables
 from fedhl.report.format import (
@@ -30,7 +30,7 @@ from fedhl.report.format import (
 from fedhl.report.plots import Draw
 
 View = dict[str, Any]
-"""What a template shows: plain values, and plots as SVG."""
+"""The values of a template: plain values, and plots as SVG."""
 
 WIDE, NARROW = 520, 340  # widths at which every plot is drawn; the style sheet shows one of them
 
@@ -48,7 +48,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 FORMATS = (
-    *(general, shortest, three_decimals, amount, percent, size, seconds),
+    *(general, shortest, three_decimals, amount, percent, size, seconds, plural),
     *(spread_text, difference_text),
 )
 """Templates call these by their names."""

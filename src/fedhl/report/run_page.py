@@ -146,7 +146,7 @@ def quality(run: Run) -> View:
 
 
 def deployed(run: Run) -> list[View]:
-    """The model that each rank would deploy, when it was evaluated."""
+    """The scores of the model that each rank would deploy, if it was evaluated."""
     final = final_evaluation(run)[1]
     ranks = dig(final, "ranks") or dig(run.summary, "final", "ranks") or {}
     full = num(final, "full", run.metric)

@@ -1,4 +1,4 @@
-"""The numbers that the files of a run do not hold: means, ranges, intervals and shares."""
+"""The numbers that a report computes from the files of a run: means, ranges, intervals and shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fedhl.report.files import Client, Run, items, num
 
-# Of any values
+# --- of any values ------------------------------------------------------------------------------
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -68,8 +68,8 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float | None]) -> Interval:
     """The mean, and the half-width of its 95% interval by Student's t: `t s / √n`.
 
-    No mean if a value is missing, for a seed that failed must not be left out quietly; no interval
-    of a single value.
+    There is no mean if a value is missing, since a failed seed must not be left out quietly; and no interval
+    for a single value.
     """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
@@ -80,7 +80,7 @@ def mean_interval(values: Sequence[float | None]) -> Interval:
     return Interval(fmean(known), half)
 
 
-# Of a run
+# --- of a run -----------------------------------------------------------------------------------
 
 PHASES = (
     "compute",
@@ -91,7 +91,7 @@ PHASES = (
     "evaluate",
     "checkpoint",
 )
-"""What the seconds of a round went to; "compute" and "other training" make up the file's "train"."""
+"""The phases of a round; "compute" and "other training" make up the file's "train"."""
 
 
 def compute_share(run: Run) -> float | None:
@@ -106,7 +106,8 @@ def compute_share(run: Run) -> float | None:
 
 
 def phase_seconds(run: Run) -> dict[str, list[float]]:
-    """Seconds per phase and round, phases that never took time left out; "rest" is what no phase claims."""
+    """Seconds per phase and round, without phases that never took time; "rest": seconds outside all
+    phases."""
     parts: dict[str, list[float]] = {name: [] for name in (*PHASES, "rest")}
     for line in run.rounds:
         spent = {name: num(line, "seconds", name) or 0.0 for name in (*PHASES, "train", "total")}
@@ -126,7 +127,7 @@ def cohort_examples(run: Run) -> dict[int, float]:
 
 
 def mean_weight(client: Client) -> float | None:
-    """Over the rounds a client took part in."""
+    """A client's mean weight over the rounds in which it took part."""
     return mean(num(entry, "weight") for entry in client.rounds.values())
 
 
@@ -140,7 +141,7 @@ def mean_data_share(client: Client, cohort: Mapping[int, float]) -> float | None
 
 
 def mean_accuracy(row: Sequence[float]) -> float:
-    """Over the tasks so far."""
+    """The mean accuracy over the tasks so far."""
     return sum(row) / len(row)
 
 
@@ -155,7 +156,7 @@ class Traffic:
 
 
 def traffic_by_rank(run: Run, ranks: Iterable[int]) -> list[Traffic]:
-    """Ranks for which no bytes were recorded are left out."""
+    """The traffic of each rank; ranks for which no bytes were recorded are left out."""
     found = []
     for rank in ranks:
         those = [[e for r, _, e in c.by_rank() if r == rank] for c in run.clients]

@@ -1,4 +1,4 @@
-"""The values of the section on tasks: what the model knows of each task after each, and what it forgot."""
+"""The values of the section on tasks: the accuracy on each task after each task, and the forgetting."""
 
 from __future__ import annotations
 

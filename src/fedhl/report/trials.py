@@ -1,7 +1,7 @@
-"""The runs of a comparison, by variant and seed, and the questions that its page and its tables ask of them.
+"""The runs of a comparison, by variant and seed, and the values that its page and its tables take from them.
 
-A pure function of files: `comparison.json` says which run folders belong to which variant (`fedhl
-compare` wrote that), everything else comes from the run folders.
+A pure function of files: `comparison.json`, written by `fedhl compare`, names the run folders of each
+variant; everything else comes from the run folders.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KINDS = {
     "mean": "mean client",
     "worst": "worst client",
 }
-"""What a final model is judged by: with the full-rank W, as clients of the largest and of the smallest
-rank deploy it, and by the clients on rows of their own."""
+"""The kinds of final models that are scored: with the full-rank W, as clients of the largest and of the
+smallest rank deploy it, and by the clients on their own rows."""
 
 CURVES = {
     "full": ("full",),
@@ -31,7 +31,7 @@ CURVES = {
     "mean": ("clients", "mean"),
     "worst": ("clients", "worst"),
 }
-"""Those that are measured in every round, with the keys of an evaluation that lead there."""
+"""The kinds that are scored in every round, with the keys that lead to them in an evaluation."""
 
 COSTS = {
     "MiB down": ("bytes", "down", 2**20),
@@ -84,7 +84,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its own settings: its runs by seed, and those that chose its learning rate."""
+    """A method with its own settings: its runs by seed, and the runs that chose its learning rate."""
 
     text: str
     trials: list[Trial]
@@ -105,7 +105,7 @@ class Variant:
         return sorted({int(rank) for client in clients if (rank := num(client, "rank"))})
 
     def values(self, kind: str, metric: str) -> list[float | None]:
-        """Of the finished runs, by seed; empty if none of them was judged that way."""
+        """The scores of the finished runs, by seed; empty if no run has this kind of score."""
         done = [trial for trial in self.trials if trial.finished]
         judged = any(metric in trial.scores.get(kind, {}) for trial in done)
         return [trial.score(kind, metric) for trial in done] if judged else []
@@ -132,7 +132,7 @@ class Comparison:
 
     @property
     def finished(self) -> tuple[int, int]:
-        """How many of its run folders are finished, and how many there are to be."""
+        """The number of finished run folders, and of planned ones."""
         there = {t.folder for v in self.variants for t in (*v.grid, *v.trials) if t.finished}
         return len(there), int(self.plan["planned"])
 
@@ -142,7 +142,7 @@ class Comparison:
 
     @property
     def kinds(self) -> list[str]:
-        """Those to show: of the global model, and of the clients if some variant has nothing else."""
+        """The kinds to show: of the global model, and of the clients if some variant has no global model."""
         done = [variant for variant in self.variants if variant.finished]
         of_server = [v for v in done if any(v.values(k, "loss") for k in ("full", "truncated"))]
         if done and not of_server:
@@ -151,18 +151,18 @@ class Comparison:
 
     @property
     def common(self) -> str:
-        """The kind to compare by: the first that any variant has."""
+        """The kind by which variants are compared: the first that any variant has."""
         measured = (k for k in self.kinds if any(v.values(k, self.metric) for v in self.variants))
         return next(measured, self.kinds[0])
 
     def losses(self, variant: Variant) -> list[float | None]:
-        """Those of the first kind shown that the variant has."""
+        """The losses of the first shown kind that the variant has."""
         found = (variant.values(kind, "loss") for kind in self.kinds)
         return next((values for values in found if values), [])
 
     def validation(self, trial: Trial) -> dict[str, float | None]:
-        """Loss and accuracy that a learning rate is chosen by: of the full W on the server's validation
-        rows, or the mean over clients on rows that these hold back."""
+        """Loss and accuracy for the choice of a learning rate: of the full W on the server's validation rows,
+        or the mean over the clients on their held-out rows."""
         final = final_evaluation(trial.run)[1] if trial.run else {}
         found = dig(final, "validation") or dig(final, "clients", "mean") or {}
         return {name: num(found, name) for name in ("loss", "accuracy") if name in found}
@@ -182,7 +182,8 @@ class Comparison:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Raises UserError if `comparison.json` is missing or a run folder is damaged."""
+    """The comparison in this folder. Raises UserError if `comparison.json` is missing or a run folder is
+    damaged."""
     path = folder / "comparison.json"
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))

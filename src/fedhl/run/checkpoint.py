@@ -25,8 +25,8 @@ class CorruptCheckpoint(Exception):
 def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
     """Write `folder/round-000012/`: the tensors, and a manifest with `notes` and both checksums.
 
-    Everything is written and flushed under another name first, then renamed, so that a checkpoint
-    is either whole or not there. Raises OSError or SafetensorError, e.g. when the disk is full.
+    The files are written and flushed under another name first, then renamed, so that a checkpoint is
+    either whole or absent. Raises OSError or SafetensorError, e.g. when the disk is full.
     """
     tensors = {
         SEPARATOR.join(("layer", layer, name)): tensor.cpu()
@@ -57,17 +57,17 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
 def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, Any]]:
     """The state and the manifest of one checkpoint; `like` gives the structure (say, `server.init`).
 
-    Raises CorruptCheckpoint, naming the file and what is wrong with it.
+    Raises CorruptCheckpoint, naming the file and the reason.
     """
     file = checkpoint / "manifest.json"
     try:
         manifest = json.loads(file.read_text())
         expected = manifest.pop("sha256")
         if sha256_of(json.dumps(manifest)) != expected["manifest"]:
-            raise CorruptCheckpoint(f"{file}: it does not match its own checksum")
+            raise CorruptCheckpoint(f"{file}: does not match its own checksum")
         file = checkpoint / "state.safetensors"
         if sha256(file) != expected["state.safetensors"]:
-            raise CorruptCheckpoint(f"{file}: it does not match the checksum in manifest.json")
+            raise CorruptCheckpoint(f"{file}: does not match its checksum in manifest.json")
         # clones, because a mapped file aligns its tensors otherwise than memory does, and the last
         # bits of a product may depend on that
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -75,12 +75,12 @@ def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, An
     except CorruptCheckpoint:
         raise
     except Exception as error:  # anything may be wrong with a damaged file
-        raise CorruptCheckpoint(f"{file}: it cannot be read ({error!r})") from error
+        raise CorruptCheckpoint(f"{file}: cannot be read ({error!r})") from error
     return state, manifest
 
 
 def restore(tensors: dict[str, Tensor], like: ServerState, round: int) -> ServerState:
-    """The state that these tensors hold. Raises KeyError for one that is missing or unknown."""
+    """The state that these tensors hold. Raises KeyError for a tensor that is missing or unknown."""
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in like.layers}
     head: dict[str, Tensor] = {}
     clients: dict[str, dict[str, Tensor]] = {}
@@ -99,7 +99,7 @@ def restore(tensors: dict[str, Tensor], like: ServerState, round: int) -> Server
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of round `best`."""
+    """Remove all checkpoints but the newest `keep` and the checkpoint of round `best`."""
     for round, path in list(rounds_in(folder).items())[keep:]:
         if round != best:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What becomes of a finished run: adapters and models to use elsewhere, and a second evaluation."""
+"""Uses of a finished run: export of adapters and models, and another evaluation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export_run(
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     known = server.deltas(federation.method, state)
     if not known:
-        raise UserError(f"method {config.method.name!r} has no global model to export")
+        raise UserError(f"{run}: method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
     base, labels = loaded.source_for_adapter, summary["labels"] or ()
@@ -64,7 +64,7 @@ def export_run(
     got = max(lora.rank for lora in adapter.values())
     card = model_card(summary, "adapter", got, base=base, labels=labels)
     export_adapter(out, loaded, adapter, state.head, card)
-    short = "" if got == rank else f" (the update has no more, {rank} was asked for)"
+    short = "" if got == rank else f" (the rank of the update; asked for was {rank})"
     return [
         f"round {state.round}, PEFT adapter of rank {got}{short}: {out}",
         f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
@@ -94,12 +94,12 @@ def left_out(deltas: Mapping[str, Any], adapter: Mapping[str, LoRA]) -> float:
 
 
 def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher = SILENT) -> Table:
-    """The metrics of a checkpoint on the run's held-out rows, or on those of `source`, as a table."""
+    """The metrics of a checkpoint on the run's held-out rows, or on the rows of `source`, as a table."""
     config = load_run_config(run)
     if networked(run) and clients_keep(config):
         raise UserError(
-            f"only the clients of {run} can evaluate: they have kept factors of {config.method.name}'s for "
-            "themselves; metrics.jsonl has what they reported"
+            f"only the clients of {run} can evaluate, since {config.method.name} has them keep factors for "
+            "themselves; their reported metrics are in metrics.jsonl"
         )
     if clients_own_data(run):
         prepared = prepare_server_again(config, read_summary(run), watcher)
@@ -113,7 +113,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
         encoded = config.task.encode(rows, source, tokenizer, labels)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
-        raise UserError("this run has no held-out rows; name some with --data")
+        raise UserError(f"{run} has no held-out rows; name a file of rows with --data")
     state, _ = load_checkpoint(run, prepared.initial_state(), which, watcher)
     return table(evaluate_round(federation, state, every_rank=True), state)
 
@@ -133,7 +133,7 @@ def table(evaluation: dict[str, Any], state: ServerState) -> Table:
         rows[f"task {k}, among the labels so far"] = {"accuracy": accuracy}
     if not rows:
         raise UserError(
-            "there is no global model to evaluate on these rows, and no clients' own rows"
+            "there is no global model to evaluate on these rows, and no client has held-out rows of its own"
         )
     first = next(iter(rows.values()))
     names = [n for n in dict.fromkeys((evaluation["metric"], "loss", "examples")) if n in first]

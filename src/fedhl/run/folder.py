@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def refuse_other(folder: Path) -> None:
-    """Raises UserError unless this is a run folder."""
+    """Raises UserError unless `folder` is a run folder."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError unless a new run can have this folder."""
+    """Raises UserError unless `folder` is free for a new run."""
     if (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} exists already; continue it with `fedhl resume {folder}`, or choose another "
@@ -47,7 +47,7 @@ def refuse_taken(folder: Path) -> None:
 
 
 def load_run_config(folder: Path) -> Config:
-    """The config of a run folder. Raises UserError if it is not one."""
+    """The config of a run folder. Raises UserError if `folder` is not a run folder."""
     refuse_other(folder)
     return load_config(folder / "config.yaml")
 
@@ -60,8 +60,8 @@ def load_checkpoint(
 ) -> tuple[ServerState, dict[str, Any]]:
     """The state and manifest of a checkpoint: the newest good one, the best, or a round's.
 
-    A corrupt newest checkpoint is named, and the one before it is used. Raises UserError if there is
-    none that serves, naming those that are there.
+    If the newest checkpoint is corrupt, a warning names it, and the checkpoint before it is used. Raises
+    UserError if no checkpoint can be used, naming the checkpoints that were kept.
     """
     from fedhl.run import checkpoint  # imports torch, which the rest of this file does without
 
@@ -72,7 +72,7 @@ def load_checkpoint(
                 return checkpoint.load(path, like)
             except checkpoint.CorruptCheckpoint as error:
                 watcher.say(
-                    f"warning: the checkpoint of round {round} is corrupt and left out: {error}"
+                    f"warning: the checkpoint of round {round} is corrupt and is not used: {error}"
                 )
         raise UserError(
             f"{folder}: no checkpoint can be read; start the run anew with another --out"
@@ -80,12 +80,14 @@ def load_checkpoint(
     if which == "best":
         best = read_summary(folder)["best"]
         if best is None:
-            raise UserError(f"{folder}: no round was evaluated, so none is best; use --round last")
+            raise UserError(
+                f"{folder}: no round was evaluated, so that no round is the best; use --round last"
+            )
         which = int(best["round"])
     if which not in rounds:
         kept = ", ".join(str(round) for round in sorted(rounds)) or "none"
         raise UserError(
-            f"{folder}: no checkpoint of round {which}; kept: {kept} (checkpoints.keep)"
+            f"{folder}: no checkpoint of round {which}; kept: {kept} (see checkpoints.keep)"
         )
     try:
         return checkpoint.load(rounds[which], like)
@@ -94,7 +96,7 @@ def load_checkpoint(
 
 
 def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
-    """Cut the metrics back to the rounds before `last`, and `last` itself, the line of the checkpoint."""
+    """Cut metrics.jsonl back to the rounds up to `last`, the line of the checkpoint."""
     lines = read_metrics(folder)
     # the line in the file is the same, with the seconds of the checkpoint
     last = next((line for line in lines if line["round"] == last["round"]), last)
@@ -104,19 +106,19 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
 
 
 def networked(folder: Path) -> bool:
-    """Whether the clients of this run are other processes, which keep what is theirs."""
+    """Whether the clients of this run are other processes, which keep their own tensors."""
     return (folder / "run-id").exists()
 
 
 def secret_of(folder: Path, fresh: bytes) -> bytes:
-    """The secret that the noise of a run with privacy comes from, in `secret.key`, which only its owner
-    may read; a run that begins takes `fresh`. Raises UserError if it was lost."""
+    """The secret from which the noise of a run with privacy is drawn, in `secret.key`, which only its owner
+    may read. A new run takes `fresh`. Raises UserError if the secret of an old run is lost or damaged."""
     file = folder / "secret.key"
     if not file.exists():
         if rounds_in(folder / "state"):
             raise UserError(
-                f"{file} is missing: without the secret the noise of this run cannot be continued; restore "
-                "the file, or start a new run"
+                f"{file} is missing, and without the secret the noise of this run cannot be continued; "
+                "restore the file, or start a new run"
             )
         write_text(file, fresh.hex() + "\n", mode=0o600)
     try:
@@ -125,23 +127,23 @@ def secret_of(folder: Path, fresh: bytes) -> bytes:
         secret = b""
     if len(secret) != len(fresh):
         raise UserError(
-            f"{file} is damaged: expected {2 * len(fresh)} hexadecimal digits; restore it"
+            f"{file} is damaged: expected {2 * len(fresh)} hexadecimal digits; restore the file"
         )
     return secret
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into a message that says how to go on: what was saved stays saved."""
+    """Turn a failure to write into a message that says how to continue; saved rounds stay saved."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
         if (folder / "config.yaml").is_file():
-            advice = f"every finished round is saved. Make room, then: fedhl resume {folder}"
+            advice = f"every finished round is saved: make room, then run fedhl resume {folder}"
         else:
-            advice = "nothing was trained. Make room, or choose another folder with --out"
+            advice = "nothing was trained: make room, or choose another folder with --out"
         raise UserError(
             f"cannot write to {folder}: {error} ({free:,.0f} MiB free); {advice}"
         ) from None
@@ -149,15 +151,15 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Inside the block no other process writes to this run folder; the system lifts the lock when a
-    process ends, however it ends. Raises UserError if another one is at work."""
+    """Inside the block no other process writes to this run folder. The system lifts the lock when a process
+    ends, however it ends. Raises UserError if another process holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process is working in {folder}; wait for it, or stop it first"
+                f"another process is working in {folder}; wait until it ends, or stop it"
             ) from None
         except OSError:  # some network file systems have no such lock
             pass

@@ -31,8 +31,8 @@ from fedhl.run.folder import (
     uninterrupted,
     writing,
 )
+from fedhl.run.progress import COLLAPSE, describe, steps
 from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
-from fedhl.run.telling import COLLAPSE, describe, steps
 from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
 
@@ -40,46 +40,52 @@ from fedhl.watch import SILENT, Watcher
 def start_run(
     config: Config, folder: Path, watcher: Watcher = SILENT, examined: Examined | None = None
 ) -> None:
-    """Run from the first round into a new folder. Raises UserError if there is a run already.
+    """Run from the first round into a new folder. Raises UserError if the folder is taken.
 
-    `examined`: the rows and ranks, if they have been read already.
+    `examined`: the rows and the ranks, if they have been read already.
     """
     refuse_taken(folder)
-    begin(prepare(config, watcher, examined), folder, watcher)
+    start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
 def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
-    """Go on after the newest good checkpoint, to the same end as an uninterrupted run."""
+    """Continue after the newest good checkpoint, to the same end as an uninterrupted run."""
     config = load_run_config(folder)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
         raise UserError(
-            f"the clients of {folder} were other processes, with rows or factors of their own: go on as it "
-            "was begun, with --ray, or with fedhl serve"
+            f"the clients of {folder} were other processes, with rows or factors of their own; continue the "
+            "run as it was started, with fedhl run --ray or fedhl serve"
         )
     with alone(folder):
-        go_on(prepare(config, watcher), folder, watcher)
+        resume_prepared(prepare(config, watcher), folder, watcher)
 
 
-def begin(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
-    """All rounds, into a new run folder."""
+def start_prepared(
+    prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
+) -> None:
+    """`start_run` for a prepared federation and any engine."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         if (folder / "config.yaml").exists():
-            raise UserError(f"{folder} has been taken by another process in the meantime")
+            raise UserError(
+                f"{folder}: another process has started a run here in the meantime; choose another folder"
+            )
         with writing(folder):
             write_text(folder / "config.yaml", dump_config(prepared.config))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
-        carry_on(prepared, None, folder, watcher, engine=engine)
+        run_rounds(prepared, None, folder, watcher, engine=engine)
 
 
-def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS) -> None:
-    """The rounds that are left after the newest good checkpoint."""
+def resume_prepared(
+    prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
+) -> None:
+    """`resume_run` for a prepared federation and any engine."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
-        watcher.say("no checkpoint yet: starting from the first round")
-        carry_on(prepared, None, folder, watcher, engine=engine)
+        watcher.say("there is no checkpoint yet; starting from the first round")
+        run_rounds(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
     best, keep = manifest["best"], prepared.config.checkpoints.keep
@@ -87,10 +93,10 @@ def go_on(prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = I
         keep_metrics(folder, manifest["metrics"])
         checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
-    carry_on(prepared, state, folder, watcher, best, engine)
+    run_rounds(prepared, state, folder, watcher, best, engine)
 
 
-def carry_on(
+def run_rounds(
     prepared: Prepared,
     state: ServerState | None,
     folder: Path,
@@ -98,7 +104,7 @@ def carry_on(
     best: dict[str, Any] | None = None,
     engine: Engine = IN_PROCESS,
 ) -> None:
-    """The rounds that are left, from `state` or from the start; each ends on disk before the next."""
+    """The remaining rounds, after `state` or from the start; each round is on disk before the next begins."""
     rounds = prepared.config.rounds
     with writing(folder):
         prepared = with_secret(prepared, folder)
@@ -127,7 +133,7 @@ def carry_on(
 
 
 def with_secret(prepared: Prepared, folder: Path) -> Prepared:
-    """With privacy, the secret of this run in place of a new one."""
+    """With privacy: the same, with the secret of this run in place of a new secret."""
     federation = prepared.federation
     if federation.privacy is None:
         return prepared
@@ -195,7 +201,7 @@ def finish_round(
     for refused in outcome.refused:
         watcher.say(f"warning: client {refused['id']!r} does not count: {refused['reason']}")
     if not outcome.clients and round:
-        left = "only moves by its noise" if spent else "stays as it was"
+        left = "moves by the noise alone" if spent else "stays as it was"
         watcher.say(f"warning: no update was accepted in this round; the model {left}")
     effective = outcome.diagnostics.get("effective_clients")
     if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):

@@ -1,4 +1,4 @@
-"""What a config amounts to, before anything is trained: who trains what, on how much, at what cost."""
+"""A summary of a config before anything is trained: the clients, their layers and rows, and the cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedhl.task.examples import collate
 
 
 def overview(prepared: Prepared) -> Iterator[str]:
-    """What will be trained, in a few lines of text."""
+    """The clients, rows, layers and parameters to be trained, in a few lines of text."""
     config, federation = prepared.config, prepared.federation
     layers, count = peft.layers(federation.slots), parameters(prepared)
     cohort = config.participation.size(len(federation.clients))
@@ -47,7 +47,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
         + (f"; {prepared.tokenised.dropped} rows dropped" if prepared.tokenised.dropped else "")
     )
     if federation.validation:
-        yield f"{len(federation.validation):,} more to choose settings by"
+        yield f"{len(federation.validation):,} validation rows, for the choice of settings"
     if config.participation.stragglers:
         yield f"each client is a straggler with probability {config.participation.stragglers:g}"
     for client in federation.clients:
@@ -56,7 +56,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
     if config.channel is not None:
         yield f"updates are summed over the air, at {config.channel.snr_db:g} dB"
     if config.robust is not None:
-        yield f"clients who move too far: {robust_rules(config.robust)}"
+        yield f"updates that are too large: {robust_rules(config.robust)}"
     if config.privacy is not None and federation.privacy is not None:
         mechanism, delta = federation.privacy, config.privacy.delta
         yield (
@@ -67,7 +67,11 @@ def overview(prepared: Prepared) -> Iterator[str]:
         seen = accounting.epsilon(1.0, mechanism.noise, config.rounds, delta)
         yield (
             f"epsilon {prepared.epsilon(config.rounds):.2f} at delta {delta:g} after {config.rounds} rounds"
-            + (f"; {seen:.2f} if it is seen who takes part" if mechanism.rate < 1 else "")
+            + (
+                f"; {seen:.2f} against an observer who sees which clients take part"
+                if mechanism.rate < 1
+                else ""
+            )
         )
     yield (
         f"{count['base']:,} frozen parameters; LoRA on {len(layers)} layers"
@@ -76,7 +80,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
 
 
 def robust_rules(config: RobustConfig) -> str:
-    """What `robust` says, in words."""
+    """The rules of `robust`, in words."""
     rules = []
     if config.reject is not None:
         rules.append(
@@ -98,7 +102,7 @@ def clients_table(prepared: Prepared) -> Table:
 
 
 def ranks_table(prepared: Prepared) -> Table:
-    """For each rank: how many clients, parameters trained, bytes a client moves in a round."""
+    """For each rank: the number of clients and of trained parameters, and a client's bytes in a round."""
     federation = prepared.federation
     ranks = [client.rank for client in federation.cohort(1) or federation.clients]
     traffic = bytes_per_client(federation, federation.clients, ranks=ranks)
@@ -124,16 +128,18 @@ def memory_table(prepared: Prepared) -> Table:
     federation, config = prepared.federation, prepared.config
     slots = federation.slots
     adapters = sum(
-        _bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
+        tensor_bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
     )
-    base = sum(_bytes(p) for p in slots.model.parameters()) - adapters
+    base = sum(tensor_bytes(p) for p in slots.model.parameters()) - adapters
     top = slots.factors[federation.top_rank].values()
-    trained = sum(_bytes(p) for pair in top for p in pair)
-    trained += sum(_bytes(p) for p in slots.head.values())
+    trained = sum(tensor_bytes(p) for pair in top for p in pair)
+    trained += sum(tensor_bytes(p) for p in slots.head.values())
     state = prepared.initial_state()
-    server = sum(_bytes(t) for layer in state.layers.values() for t in flatten(layer).values())
+    server = sum(
+        tensor_bytes(t) for layer in state.layers.values() for t in flatten(layer).values()
+    )
     replies = sum(
-        sum(_bytes(p) for pair in slots.factors[client.rank].values() for p in pair)
+        sum(tensor_bytes(p) for pair in slots.factors[client.rank].values() for p in pair)
         for client in federation.clients
     ) * (config.participation.size(len(federation.clients)) / len(federation.clients))
     optimizer = 2 * trained if config.training.optimizer == "adamw" else 0
@@ -187,5 +193,5 @@ def activations(prepared: Prepared) -> int:
     return sum(kept.values())
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""`summary.json`: where a run stands, and everything needed to tell what made its numbers."""
+"""`summary.json`: the state of a run, and everything that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -90,22 +90,22 @@ def write_summary(
         "seeds": {"root": config.seed},
         "hashes": hashes(prepared, folder),
     }
-    store(folder, summary)
+    save_summary(folder, summary)
 
 
 def mark(folder: Path, status: str) -> None:
     """Change the status in the summary, which is that of the last finished round."""
-    store(folder, read_summary(folder) | {"status": status})
+    save_summary(folder, read_summary(folder) | {"status": status})
 
 
-def store(folder: Path, summary: dict[str, Any]) -> None:
+def save_summary(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     write_text(folder / "summary.json", text)
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
-    """How many training rows of each label a client has; None for language models, and where only the
-    client knows."""
+    """The number of a client's training rows by label; None for language models, and if only the client
+    knows it."""
     names = prepared.data.labels
     rows = prepared.tokenised.train.get(client)
     if names is None or rows is None:
@@ -132,8 +132,8 @@ def privacy_summary(
 
 
 def tasks_summary(prepared: Prepared, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The labels of each task; after each task that has been done its last round, and the accuracy on
-    all tasks so far; and after the last of them the mean accuracy, and how much was forgotten."""
+    """The labels of each task; for each finished task its last round, and the accuracy on all tasks so far;
+    after the last finished task the mean accuracy, and the forgetting."""
     names, tasks, period = prepared.data.labels, prepared.data.tasks, prepared.config.period
     if names is None or not tasks:
         return None
@@ -195,13 +195,13 @@ def commit() -> str | None:
 
 
 def clients_own_data(folder: Path) -> bool:
-    """Whether the clients of this run have brought their own rows."""
+    """Whether the clients of this run have rows of their own."""
     file = folder / "summary.json"
     return file.is_file() and read_summary(folder)["hashes"]["data"].startswith(CLIENTS_OWN)
 
 
 def check_same(folder: Path, config: Config, now: Mapping[str, str]) -> None:
-    """Raises UserError unless everything in `now` has the hash that it had when the run began."""
+    """Raises UserError unless each hash in `now` is the hash from when the run began."""
     if not (folder / "summary.json").is_file():
         return
     was = read_summary(folder)["hashes"]
@@ -213,6 +213,6 @@ def check_same(folder: Path, config: Config, now: Mapping[str, str]) -> None:
     for what, hash in now.items():
         if was[what] != hash:
             raise UserError(
-                f"the {what} has changed since {folder} began: {sources[what]} was {was[what]}, is "
-                f"{hash}; restore it, or start a new run"
+                f"the {what} has changed since {folder} began: {sources[what]} had the hash {was[what]}, now "
+                f"{hash}; restore the {what}, or start a new run"
             )

@@ -1,4 +1,4 @@
-"""What the server has of a reply, after the rounding of its payload."""
+"""A reply as the server receives it, after the rounding of its payload."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from fedhl.method import Broadcast
 from fedhl.server import Reply
 from fedhl.server.payload import carried_lora
 
-# --- replies ------------------------------------------------------------------------------------
 
-
-def leaving(sent: Broadcast) -> list[str]:
-    """The factors that the client trains and does not keep: they travel back."""
+def returned_factors(sent: Broadcast) -> list[str]:
+    """The factors that the client trains and does not keep: these travel back."""
     return sorted(sent.train - sent.keep)
 
 
 def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
-    """What the server has of a reply: `read_reply(encode_reply(reply))`, without the bytes.
+    """The reply as the server receives it: `read_reply(encode_reply(reply))`, without the bytes.
 
-    The factors that leave the client in the type of its payload, the others as they were sent;
-    magnitudes and head in float32; a loss or bound that is not finite is NaN.
+    The factors that leave the client have the type of its payload, the others are as they were sent;
+    magnitudes and head are in float32; a loss or bound that is not finite is NaN.
     """
     payload = reply.client.payload
     adapter = {
-        name: carried_lora(filled(lora, sent[name]), payload, frozenset(leaving(sent[name])))
+        name: carried_lora(
+            filled(lora, sent[name]), payload, frozenset(returned_factors(sent[name]))
+        )
         for name, lora in reply.adapter.items()
     }
     return replace(
@@ -41,6 +41,7 @@ def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:
 
 
 def filled(lora: LoRA, sent: Broadcast) -> LoRA:
-    """The adapter with the factors that do not travel as they were sent."""
-    fixed = {"A", "B"} - set(leaving(sent))
+    """The adapter, in which the factors that do not travel back are replaced by the factors that were
+    sent."""
+    fixed = {"A", "B"} - set(returned_factors(sent))
     return replace(lora, **{factor: getattr(sent.lora, factor) for factor in sorted(fixed)})

@@ -26,7 +26,7 @@ from fedhl.server.diagnostics import moved
 
 
 class Signal(NamedTuple):
-    """What one client transmits in one layer: `Σ x²` and how many numbers x has."""
+    """One client's transmission in one layer: `Σ x²`, and how many numbers x has."""
 
     energy: float
     size: int
@@ -48,7 +48,7 @@ class AirComp:
             raise ValueError(f"channel: power must be positive and finite, got {self.power}")
 
     def deviation(self, weights: Sequence[float], signals: Sequence[Sequence[Signal]]) -> float:
-        """Standard deviation of the noise on `Σ p_i x_i`; `signals`: of each client, by layer."""
+        """Standard deviation of the noise on `Σ p_i x_i`; `signals`: those of each client, by layer."""
         loudest = 0.0
         for p, layers in zip(weights, signals, strict=True):
             size = sum(signal.size for signal in layers)
@@ -58,13 +58,13 @@ class AirComp:
 
 
 def sends_products(method: Method[object]) -> bool:
-    """Whether the method sums products `s_i B_i A_i` (then those are what is transmitted, m n numbers
-    whatever the rank), or factors."""
+    """Whether the method sums products `s_i B_i A_i`, or factors. Products are transmitted as m n numbers,
+    whatever the rank."""
     return method.mixed_ranks and "gauge" in method.laws
 
 
 def signal(update: Update, products: bool) -> Signal:
-    """What this client transmits: the change of its product, or of the factors that leave it."""
+    """The signal of this client: of the change of its product, or of the factors that leave it."""
     sent, lora = update.sent, update.lora
     if products:
         m, n = lora.shape

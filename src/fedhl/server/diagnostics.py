@@ -1,4 +1,4 @@
-"""What a round did, in the quantities that the convergence conditions are about. Pure, per layer.
+"""Diagnostics of a round: the quantities of the convergence conditions. Pure, per layer.
 
 A truncation error that does not vanish, an aggregation error that does not shrink with the step
 size, weights far from the data's: each costs convergence (see docs/maths.md). All float64.
@@ -19,7 +19,7 @@ from fedhl.subspace import energy
 
 
 def truncation_error(delta: Tensor, sent: Broadcast) -> float:
-    """`e = ||delta - base - ΔW(sent)||_F²`: what a client's start lacks of the global change.
+    """`e = ||delta - base - ΔW(sent)||_F²`: the part of the global change that a client's start lacks.
 
     The difference is taken before squaring, in float64: `||W||² - Σ σ²` would cancel.
     """
@@ -36,7 +36,7 @@ def moved(update: Update) -> float:
 
 
 def of_products(updates: Iterable[Update]) -> Tensor:
-    """`Σ p_i s_i B_i A_i`, shape (m, n), which the next two compare with."""
+    """`Σ p_i s_i B_i A_i`, shape (m, n), for `aggregation_error` and `product_gap`."""
     first = next(iter(updates)).lora
     zero = working(first.B).new_zeros(first.shape)
     return add_products(zero, ((u.weight, u.lora) for u in updates))
@@ -45,14 +45,14 @@ def of_products(updates: Iterable[Update]) -> Tensor:
 def aggregation_error(
     before: LoRA | Tensor, after: LoRA | Tensor, updates: Iterable[Update], products: Tensor
 ) -> float:
-    """`||W_{t+1} - (W_t + Σ p_i (ΔW_i - ΔW(sent_i)))||_F²`: what aggregation lost or added."""
-    expected = add_products(dense(before), besides(updates))
+    """`||W_{t+1} - (W_t + Σ p_i (ΔW_i - ΔW(sent_i)))||_F²`: the error of the aggregation."""
+    expected = add_products(dense(before), remaining_terms(updates))
     return energy(dense(after) - expected - products.to(expected))
 
 
-def besides(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float, LoRA]]:
-    """The terms of `Σ p_i (ΔW_i - s_i B_i A_i - ΔW(sent_i))`: frozen directions, and what was sent,
-    taken together for those who were sent the same. No more than `most` components of these are held."""
+def remaining_terms(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float, LoRA]]:
+    """The terms of `Σ p_i (ΔW_i - s_i B_i A_i - ΔW(sent_i))`: the frozen directions, and the broadcasts, one
+    term for all clients that were sent the same. Broadcasts of at most `most` components are held at once."""
     held: dict[int, tuple[float, Broadcast]] = {}
     for u in updates:
         frozen = directions(u.sent.past, u.magnitudes)
@@ -68,8 +68,8 @@ def besides(updates: Iterable[Update], most: int = 512) -> Iterator[tuple[float,
 
 def product_gap(updates: Iterable[Update], products: Tensor) -> float:
     """`||Σ p_i s_i B_i A_i - (Σ p_i s_i B_i)(Σ p_i A_i)||_F²`, sum of products against product of
-    sums, factors zero-padded, each component in its place at the server. Updates are read one by one
-    and not held.
+    sums, factors zero-padded, each component in its place at the server. Updates are read one by one, and
+    none is held.
     """
     m, n = products.shape
     A, B = products.new_zeros(0, n).double(), products.new_zeros(m, 0).double()
@@ -86,7 +86,7 @@ def product_gap(updates: Iterable[Update], products: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The singular values of one layer's global change, and what follows from them."""
+    """The singular values of one layer's global change, and the numbers that follow from them."""
 
     sigma: Tensor
 

@@ -1,4 +1,4 @@
-"""The layers of a server's state in one round: what is sent for each, and what comes back."""
+"""The layers of a server's state in one round: the broadcasts and the updates of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedhl.server.state import Client, Reply, ServerState
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer: its `state`, after `round` rounds, and the root `seed` of what is drawn for its clients."""
+    """One layer: its `state` after `round` rounds, and the root `seed` of the draws for its clients."""
 
     method: Method[Any]
     name: str
@@ -29,8 +29,8 @@ class Layer:
     seed: int
 
     def broadcast(self, client: Client) -> Broadcast:
-        """What this client has of what it is sent, after the rounding of its payload; the same whenever it
-        is asked for in a round. Raises ValueError naming the layer and the client."""
+        """The broadcast as this client receives it, after the rounding of its payload; always the same within
+        a round. Raises ValueError naming the layer and the client."""
         key = derive(self.seed, "broadcast", self.round, client.id, self.name)
         try:
             sent = self.method.broadcast(self.state, client.rank, client.scale, key)
@@ -39,7 +39,7 @@ class Layer:
             raise ValueError(f"layer {self.name!r}, client {client.id!r}: {error}") from error
 
     def sender(self) -> Callable[[Client], Broadcast]:
-        """`broadcast`, which builds only once what many clients are sent."""
+        """`broadcast`, but a broadcast that many clients are sent is built only once."""
         built: dict[Any, Broadcast] = {}
 
         def send(client: Client) -> Broadcast:
@@ -58,11 +58,11 @@ class Layer:
         silence: float = 0.0,
         factors: Sequence[float] = (),
     ) -> LayerUpdates:
-        """What the clients have returned of this layer, with the weights `p_i / Σ_{j returned it} p_j`; with
-        weights 0 where the sum is.
+        """The clients' updates of this layer, with the weights `p_i / Σ_{j returned it} p_j`; with weights 0
+        if the sum is 0.
 
-        `silence`: the chance that no client would have returned it; `factors`: what the change of each
-        client is multiplied by where it is clipped; none: 1 for all.
+        `silence`: the probability that no client returns the layer; `factors`: the factor by which each
+        client's change is multiplied to clip it; empty: 1 for all.
         """
         members = [k for k, reply in enumerate(replies) if self.name in reply.adapter]
         theirs = p[members]
@@ -74,10 +74,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class LayerUpdates:
-    """The updates of one layer, read anew in each iteration, so that nothing is held longer.
+    """The updates of one layer, read anew in each iteration, so that none is held longer.
 
-    `replies` are those that have this layer, at the places `members` among all that were accepted;
-    their `weights` sum to 1. `silence` and `factors`: see `Layer.updates`.
+    `replies`: the accepted replies that have this layer; `members`: their places among all accepted
+    replies; `weights`: of sum 1. `silence` and `factors`: see `Layer.updates`.
     """
 
     layer: Layer
@@ -98,7 +98,7 @@ class LayerUpdates:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """All layers of `state` in its next round; each is read, maybe from disk, when it is asked for."""
+    """All layers of `state` in its next round; each is read when it is asked for, maybe from disk."""
 
     method: Method[Any]
     state: ServerState
@@ -108,7 +108,7 @@ class Layers:
         return self.of(name, self.state.layers[name])
 
     def of(self, name: str, state: Any) -> Layer:
-        """The layer of this name, whose state has been read."""
+        """The layer of this name with this state, which has been read already."""
         return Layer(self.method, name, state, self.state.round, self.seed)
 
     def __iter__(self) -> Iterator[Layer]:
@@ -121,14 +121,14 @@ class Layers:
 def broadcast_layer(
     method: Method[Any], state: ServerState, layer: str, client: Client, seed: int
 ) -> Broadcast:
-    """What this client is sent for one layer, after the rounding of its payload."""
+    """The broadcast to this client for one layer, after the rounding of its payload."""
     return Layers(method, state, seed).layer(layer).broadcast(client)
 
 
 def broadcast(
     method: Method[Any], state: ServerState, client: Client, seed: int
 ) -> dict[str, Broadcast]:
-    """What this client is sent, for every layer. Raises ValueError naming the layer."""
+    """The broadcast to this client for every layer, by layer name. Raises ValueError naming the layer."""
     return {layer.name: layer.broadcast(client) for layer in Layers(method, state, seed)}
 
 

@@ -1,4 +1,4 @@
-"""What is known of a cohort, and of a global change, before and after a round."""
+"""Measures of a cohort before aggregation, and of the global change after a round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fedhl.weighting import Cohort
 
 
 def change_norms(layers: Layers, replies: Sequence[Reply]) -> list[float]:
-    """`sqrt(Σ_layers ||ΔW_i - ΔW(sent_i)||_F² + ||h_i - h||²)` of each client, over what it returned."""
+    """`sqrt(Σ_layers ||ΔW_i - ΔW(sent_i)||_F² + ||h_i - h||²)` of each client, over the layers that it
+    returned."""
     squares = [robust.squared_head_change(layers.state.head, reply.head) for reply in replies]
     alike = torch.ones(len(replies), dtype=torch.float64)
     for layer in layers:
@@ -28,11 +29,11 @@ def change_norms(layers: Layers, replies: Sequence[Reply]) -> list[float]:
     return [square**0.5 for square in squares]
 
 
-def measure(
+def measure_cohort(
     layers: Layers, replies: Sequence[Reply], norms: bool = True, factors: Sequence[float] = ()
 ) -> Cohort:
-    """What the weighting may ask: rows, truncation errors and energies, before aggregation; what the
-    clients report; and the norms of the updates, if asked for, clipped by `factors` if given."""
+    """The cohort for the weighting: rows, truncation errors and energies before aggregation, the numbers that
+    the clients report, and, with `norms`, the norms of the updates, clipped by `factors` if there are any."""
     method, count = layers.method, len(layers)
     squares = torch.zeros(len(replies), count, dtype=torch.float64)
     error = torch.zeros(len(replies), count, dtype=torch.float64)
@@ -72,6 +73,7 @@ def measure(
 
 
 def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:
-    """Spectrum, energy, share beyond `rank` and effective rank of the global change; {} if none."""
+    """Spectrum, energy, share beyond `rank` and effective rank of the global change; {} without a global
+    model."""
     known = dict(side_by_side(lambda _, delta: diagnostics.spectrum(delta), deltas(method, state)))
     return diagnostics.summarise_spectra(known, rank) if known else {}

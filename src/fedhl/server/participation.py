@@ -1,4 +1,4 @@
-"""Clients that finish only part of a model: which layers they train, and what the server makes of it.
+"""Clients that train only part of a model: which layers they return, and the server's correction for it.
 
 A layer is averaged over the clients that returned it, with their weights renormalised. Dividing by
 all clients instead would damp exactly the layers that few reach.
@@ -19,18 +19,20 @@ from fedhl.seeds import generator
 def matching(layers: Sequence[str], parts: Sequence[str]) -> list[str]:
     """The layers whose dotted name contains one of `parts`, e.g. `layer.4` or `query`.
 
-    Raises ValueError for a part that matches none.
+    Raises ValueError for a part that matches no layer.
     """
     found = {part: [name for name in layers if f".{part}." in f".{name}."] for part in parts}
     for part, names in found.items():
         if not names:
-            raise ValueError(f"{part!r} is part of no layer's name; the last is {layers[-1]!r}")
+            raise ValueError(
+                f"{part!r} is part of no layer's name; the last layer is {layers[-1]!r}"
+            )
     return [name for name in layers if any(name in names for names in found.values())]
 
 
 def reached(layers: Sequence[str], chance: float, seed: int) -> list[str]:
-    """The layers a client gets to: all, or, if it is a straggler (with probability `chance`), the
-    last D of them, D uniform on 1..L: backpropagation begins at the output.
+    """The layers that a client reaches: all, or, if it is a straggler (with probability `chance`), the last D
+    layers, D uniform on 1..L: backpropagation begins at the output.
 
     `layers` in the order of the forward pass. Source: SALF, arXiv 2403.18375.
     """
@@ -58,13 +60,13 @@ def silence(cohort: Sequence[Sequence[str]], chance: float) -> dict[str, float]:
 
 
 def corrected(update: Update, silence: float, products: bool) -> Update:
-    """The update enlarged by `c = 1/(1 - silence)`, since with probability `silence` it is not there
-    at all (SALF): where clients are weighted alike and train as many layers, its expectation over the
-    rounds is what it would be without stragglers.
+    """The update enlarged by `c = 1/(1 - silence)`, since with probability `silence` no client returns the
+    layer (SALF). If clients are weighted alike and train equally many layers, the expectation over the
+    rounds is the same as without stragglers.
 
     `products`: for a method that sums products, `ΔW ← ΔW_sent + c (ΔW - ΔW_sent)`, as one adapter of
-    twice the rank. Else the factors move on, `F ← F_sent + c (F - F_sent)`, and so do magnitudes: exact
-    for the product where one of them is trained, to first order in the change where several are.
+    twice the rank. For other methods each factor moves, `F ← F_sent + c (F - F_sent)`, and so do the
+    magnitudes: exact for the product if one factor is trained, to first order in the change if several are.
     """
     if silence == 0:
         return update

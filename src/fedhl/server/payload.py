@@ -1,15 +1,15 @@
-"""The types that numbers travel in, and what the receiver has of them. Pure, per layer.
+"""The types in which numbers travel, and the values that the receiver gets. Pure, per layer.
 
-Factors are rounded in effective units, the rows of `A` and the columns of `s B`, so that what a client
-starts from does not depend on its scale. With float32 they travel as they are. With int8 each such row or
-column x, one component of one factor, travels as whole numbers and one step:
+Factors are rounded in effective units, the rows of `A` and the columns of `s B`, so that a client's
+start does not depend on its scale. Float32 is not rounded. With int8 each such row or column x, one
+component of one factor, travels as whole numbers and one step:
 
     x ≈ d q,   d = max|x| / 127 rounded to bfloat16,   q = round(x / d) in -127..127.
 
 `d` has 8 significant bits and q has 7, so `d q` is exact in float32; and d is off by at most 2^-8 of it,
 so that the largest entry is `x / d = 127 ± 127/256`, which rounds to 127: nothing is clipped, and no
-entry is off by more than d/2. So rounding what has been rounded already, by any of the types, changes
-nothing, to the bit: the server may compute what it sent, encode it, and compute it again.
+entry is off by more than d/2. So rounding a rounded value again, by any of the types, changes no bit: the
+server may compute a broadcast, encode it, and compute it again.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PAYLOADS = {
 }
 """The types of a run's payload, by name."""
 TINY = 2.0**-100
-"""Numbers below are zero in the narrower types: so dividing by a scale, `s < 2^20`, reaches no subnormal
-numbers, whose rounding is coarser."""
+"""Numbers below this are zero in the narrower types: so division by a scale, `s < 2^20`, gives no subnormal
+number, whose rounding is coarser."""
 STEP_BYTES = 2
 """Bytes of one step of int8, a bfloat16."""
 
 
-def stored(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
+def to_payload(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
     """`x` (k, n) in the type that travels, and with int8 the step of each row, (k,) in bfloat16.
 
-    A row that is not finite has a step that is not.
+    A row that is not finite has a step that is not finite.
     """
     x = x.float()
     if payload == "float32":
@@ -52,8 +52,8 @@ def stored(x: Tensor, payload: str) -> tuple[Tensor, Tensor | None]:
     return q.round().to(torch.int8), step
 
 
-def restored(x: Tensor, step: Tensor | None) -> Tensor:
-    """What the receiver has of `stored(x)`: float32, (k, n)."""
+def from_payload(x: Tensor, step: Tensor | None) -> Tensor:
+    """The values of `to_payload(x)` at the receiver: float32, (k, n)."""
     return x.float() if step is None else x.float() * step.float()[:, None]
 
 
@@ -65,34 +65,37 @@ def rows(lora: LoRA, factor: str, payload: str) -> Tensor:
 
 
 def factor_of(rows: Tensor, factor: str, scale: float, payload: str) -> Tensor:
-    """The factor that these rows are of: A (r, n) or B (m, r)."""
+    """The factor with these `rows`: A (r, n) or B (m, r)."""
     if factor == "A":
         return rows.contiguous()
     return (rows if payload == "float32" else rows / scale).T.contiguous()
 
 
 def carried_lora(lora: LoRA, payload: str, factors: frozenset[str] = frozenset("AB")) -> LoRA:
-    """What the receiver has of this adapter, of which only `factors` travel."""
+    """The adapter at the receiver, if only `factors` travel."""
     received = {
-        f: factor_of(restored(*stored(rows(lora, f, payload), payload)), f, lora.scale, payload)
+        f: factor_of(
+            from_payload(*to_payload(rows(lora, f, payload), payload)), f, lora.scale, payload
+        )
         for f in sorted(factors)
     }
     return replace(lora, **received)
 
 
 def carried(broadcast: Broadcast, payload: str) -> Broadcast:
-    """What the receiver has of a broadcast: this is what a client starts from, and what is subtracted.
+    """The broadcast at the receiver: the start of a client, and the adapter that is subtracted from its
+    reply.
 
     Rounded are the factors, those of the frozen directions too, and the base (m, n), with int8 row by
     row. Magnitudes, one number for each direction, travel as float32, an index as it is.
-    `carried(carried(x)) == carried(x)` to the bit. Raises ValueError if a finite value is not finite
-    any more, which float16 does from 65,520 on.
+    `carried(carried(x)) == carried(x)` to the bit. Raises ValueError if the rounding makes a finite
+    value infinite, as float16 does from 65,520 on.
     """
     lora, base, past = broadcast.lora, broadcast.base, broadcast.past
     received = replace(
         broadcast,
         lora=carried_lora(lora, payload),
-        base=None if base is None else restored(*stored(base, payload)),
+        base=None if base is None else from_payload(*to_payload(base, payload)),
         past=None if past is None else carried_lora(past, payload),
         magnitudes=None if broadcast.magnitudes is None else broadcast.magnitudes.float(),
     )
@@ -106,6 +109,6 @@ def carried(broadcast: Broadcast, payload: str) -> Broadcast:
 
 
 def number_bytes(payload: str, m: int, n: int) -> float:
-    """Bytes per number of an adapter of an (m, n) layer: `r (m + n)` of them have 2 r steps with int8."""
+    """Bytes per number of an adapter of an (m, n) layer: with int8 `r (m + n)` numbers have 2 r steps."""
     size = PAYLOADS[payload].itemsize
     return size + (STEP_BYTES * 2 / (m + n) if payload == "int8" else 0)

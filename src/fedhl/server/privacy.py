@@ -1,15 +1,15 @@
-"""Client-level differential privacy: what leaves the server is a clipped sum with Gaussian noise.
+"""Client-level differential privacy: only a clipped sum with Gaussian noise leaves the server.
 
 In every round, with C the clip, z the noise multiplier and D a constant,
 
     S = 1/D Σ_{i arrived} c_i (ΔW_i - ΔW(sent_i)) + N(0, (z C / D)²),   c_i = min(1, C / ||change_i||),
 
-in every layer, and the same for the head; the norm is over all of them together, so one client moves
-the sum by at most C/D whatever it returns. The method is given S as if one client had returned it, so
-its next state, and all that is ever sent, is a function of S and of what was sent before: no method
-can leak more. docs/privacy.md has the argument, and what it does not protect.
+in every layer, and the same for the head; the norm is over all of them together, so that one client
+moves the sum by at most C/D, whatever it returns. The method is given S as if one client had returned it, so
+that its next state, and every later broadcast, is a function of S and of earlier broadcasts: no method
+can leak more. docs/privacy.md has the argument and its limits.
 
-Sampling and noise come from a secret, by SHAKE-256: whoever knew them could take the noise away.
+Sampling and noise come from a secret, by SHAKE-256: anyone who knew the secret could remove the noise.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fedhl.method import Method, Update
 from fedhl.server.robust import change
 
 SECRET_BYTES = 32
-"""The length of the secret: 256 bits, as many as SHAKE-256 has strength."""
+"""The length of the secret: 256 bits, the strength of SHAKE-256."""
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """The sampled Gaussian mechanism: `clip` C, `noise` z, `rate` q with which each client takes part,
-    on its own, in a round, and the number of `clients` N who are registered.
+    """The sampled Gaussian mechanism: `clip` C, `noise` z, `rate` q, the probability with which each
+    client takes part in a round, independently of the others, and the number N of registered `clients`.
 
     Raises ValueError unless clip, noise and clients are positive, q in (0, 1] and the secret of 32 bytes.
     Source: DP-FedAvg, arXiv 1710.06963, with a fixed denominator.
@@ -61,7 +61,7 @@ class Mechanism:
 
     @property
     def denominator(self) -> float:
-        """`D = q N`, the expected number of clients in a round; a constant, never that of arrivals."""
+        """`D = q N`, the expected number of clients in a round; a constant, never the number of arrivals."""
         return self.rate * self.clients
 
     @property
@@ -70,7 +70,8 @@ class Mechanism:
         return self.noise * self.clip / self.denominator
 
     def takes_part(self, client: str, round: int) -> bool:
-        """Whether this client is in the cohort of this round: with probability q, on its own."""
+        """Whether this client is in the cohort of this round: with probability q, independently of the
+        others."""
         return float(uniforms(self.secret, 1, "cohort", round, client)) < self.rate
 
     def released(
@@ -81,9 +82,9 @@ class Mechanism:
         round: int,
         layer: str,
     ) -> Update:
-        """S of one layer, as one update of weight 1; `updates` with their factors c_i, maybe none.
+        """S of one layer, as one update of weight 1; `updates`: pairs of c_i and update, maybe none.
 
-        It answers a broadcast that exists whoever arrived, that of rank 1 and scale 1.
+        It answers the broadcast of rank 1 and scale 1, which does not depend on which clients arrived.
         """
         delta = method.delta(state)
         assert delta is not None, "a method with the law of the exact mean has a global change"
@@ -101,7 +102,7 @@ class Mechanism:
         heads: Iterable[tuple[float, Mapping[str, Tensor]]],
         round: int,
     ) -> dict[str, Tensor]:
-        """`h + S` of the head, from the clients' heads with their factors c_i, maybe none."""
+        """`h + S` of the head, from pairs of c_i and a client's head, maybe none."""
         heads = list(heads)
         following = {}
         for name, h in start.items():
@@ -115,7 +116,7 @@ class Mechanism:
 
 
 def why_not(method: Method[Any]) -> str | None:
-    """Why this method cannot be used with a noisy sum in place of the clients' updates, or None."""
+    """The reason why this method cannot work on a noisy sum in place of the clients' updates, or None."""
     if not {"exact mean", "gauge"} <= method.laws or not method.mixed_ranks:
         return "does not move by the sum of the clients' products alone"
     if method.traffic(2, 2, 1, [1]) != method.traffic(2, 2, 1, [1, 1]):
@@ -124,8 +125,8 @@ def why_not(method: Method[Any]) -> str | None:
 
 
 def uniforms(secret: bytes, count: int, *path: str | int) -> Tensor:
-    """`count` numbers of U(0, 1) in float64, multiples of 2⁻⁵³ and half of one: the stream that `path`
-    names, of those who know the secret; to others indistinguishable from chance."""
+    """`count` numbers of U(0, 1) in float64, multiples of 2⁻⁵³ and half of one: the stream that
+    `path` names. Without the secret it cannot be told from chance."""
     key = hashlib.blake2b(ascii(path).encode(), key=secret).digest()
     words = bytearray(hashlib.shake_256(key).digest(8 * count))
     bits = torch.frombuffer(words, dtype=torch.int64).bitwise_right_shift(11) & (2**53 - 1)

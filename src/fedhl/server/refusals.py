@@ -1,4 +1,4 @@
-"""Why a reply is not accepted: each is checked whole before any state moves."""
+"""The reasons to refuse a reply: each reply is checked whole before any state moves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fedhl.server.layers import Layers
 from fedhl.server.state import Reply, ServerState
 
 HUGE = torch.finfo(torch.float32).max ** 0.5
-"""The largest factor, update, head or loss that is accepted: the square of a larger one would overflow."""
+"""The largest norm of a factor, update or head, and the largest loss, that is accepted: the square of a
+larger number would overflow."""
 
 
 def refusals(
     layers: Layers, replies: Sequence[Reply], stragglers: bool = False
 ) -> list[str | None]:
-    """For each reply why it cannot be accepted, or None. Each is read and checked whole, one layer of
-    all of them at a time.
+    """For each reply the reason why it cannot be accepted, or None. Every reply is read and checked whole,
+    one layer of all replies at a time.
 
     `stragglers`: whether a client may return fewer layers than it was asked for.
     """
@@ -40,7 +41,7 @@ def refusals(
 
 
 def refusal(layers: Layers, reply: Reply, stragglers: bool = False) -> str | None:
-    """Why this reply cannot be accepted, or None."""
+    """The reason why this reply cannot be accepted, or None."""
     return refusals(layers, [reply], stragglers)[0]
 
 
@@ -51,9 +52,9 @@ def asked_of(state: ServerState, reply: Reply, stragglers: bool) -> set[str]:
 
 
 def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None:
-    """What is wrong with the round, layers or head parameters that a reply is of, or None."""
+    """The mistake in a reply's round, or in the names of its layers or head parameters, or None."""
     if reply.round != state.round + 1:
-        return f"it is for round {reply.round}, this is round {state.round + 1}"
+        return f"the reply is for round {reply.round}, expected round {state.round + 1}"
     for what, got, expected in (
         ("layer", set(reply.adapter), asked),
         ("head parameter", set(reply.head), set(state.head)),
@@ -61,13 +62,13 @@ def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None
         if got != expected:
             name = sorted(got ^ expected)[0]
             known = state.layers if what == "layer" else state.head
-            surplus = "not one it trains" if name in known else "not one of this model"
+            surplus = "not a layer that the client trains" if name in known else "not in this model"
             return f"{what} {name!r} is {'missing' if name in expected else surplus}"
     return None
 
 
 def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
-    """What is wrong with a reply's head, or with what it reports, or None."""
+    """The mistake in a reply's head, or in the numbers that it reports, or None."""
     for name, value in state.head.items():
         if reply.head[name].shape != value.shape:
             return (
@@ -75,16 +76,18 @@ def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
                 f"expected {tuple(value.shape)}"
             )
         if not reply.head[name].isfinite().all():
-            return f"head parameter {name!r}: it has a non-finite value (did training diverge?)"
+            return f"head parameter {name!r}: got a non-finite value (did training diverge?)"
         if not (size := float(torch.linalg.vector_norm(reply.head[name]))) <= HUGE:
-            return f"head parameter {name!r}: its norm is {size:.0e}, expected at most {HUGE:.0e}"
+            return f"head parameter {name!r}: got norm {size:.0e}, expected at most {HUGE:.0e}"
     if not abs(reply.loss) <= HUGE or not 0 <= reply.bound <= HUGE:  # also when they are NaN
-        return f"it reports a loss of {reply.loss} and a bound of {reply.bound} (did training diverge?)"
+        return (
+            f"the reply reports loss {reply.loss} and bound {reply.bound} (did training diverge?)"
+        )
     return None
 
 
 def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
-    """What is wrong with a reply's adapter of this layer, or None."""
+    """The mistake in a reply's adapter of this layer, or None."""
     lora, sent, scale = reply.adapter[name], broadcast.lora, reply.client.scale
     if not isinstance(lora, LoRA):
         return f"got a {type(lora).__name__}, expected a LoRA"
@@ -96,39 +99,39 @@ def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
     if not abs(lora.scale - scale) <= 1e-6 * scale:  # also when it is NaN
         return f"got scale {lora.scale:g}, expected {scale:g}"
     if not finite(lora):
-        return "it has a non-finite value (did training diverge?)"
+        return "got a non-finite value (did training diverge?)"
     for factor in sorted({"A", "B"} - (broadcast.train - broadcast.keep)):
         if not torch.equal(getattr(lora, factor).to(sent.A), getattr(sent, factor)):
-            return f"factor {factor} was not to be changed, but came back different"
+            return f"factor {factor} is frozen, but came back changed"
     a, b = (float(torch.linalg.vector_norm(x)) for x in (lora.A, lora.B))
     size = max(a, b, scale * a * b)  # a large factor is one even where the other is zero
     if not size <= HUGE:
         return (
-            f"its update may be as large as {size:.0e}, expected at most "
+            f"got an update that may be as large as {size:.0e}, expected at most "
             f"{HUGE:.0e} (did training diverge?)"
         )
     return wrong_magnitudes(broadcast, reply.magnitudes.get(name))
 
 
 def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
-    """Why these are not the magnitudes of the frozen directions sent, or None."""
+    """The mistake in a reply's magnitudes of the frozen directions, or None."""
     got, expected = (None if x is None else tuple(x.shape) for x in (magnitudes, sent.magnitudes))
     if got != expected:
         return f"got magnitudes of shape {got}, expected {expected}"
     if magnitudes is not None and not float(magnitudes.double().norm()) <= HUGE:  # also when NaN
-        return "it has a non-finite or huge magnitude (did training diverge?)"
+        return "got a non-finite or huge magnitude (did training diverge?)"
     return None
 
 
 def accept(
     layers: Layers, replies: Sequence[Reply], stragglers: bool = False
 ) -> tuple[list[Reply], list[dict[str, Any]]]:
-    """The replies that can be accepted, by client id, one of each; and the others with the reason."""
+    """The accepted replies, sorted by client id, one of each client; and the refused ones with the reason."""
     accepted, refused = [], []
     replies = sorted(replies, key=lambda reply: reply.client.id)
     for reply, reason in zip(replies, refusals(layers, replies, stragglers), strict=True):
         if accepted and accepted[-1].client.id == reply.client.id:
-            reason = "another reply of this client was accepted already"
+            reason = "another reply of this client has been accepted already"
         if reason is None:
             accepted.append(reply)
         else:

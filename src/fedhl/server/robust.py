@@ -1,7 +1,7 @@
-"""How far each client moved, and what becomes of one that moved too far: clipped, or left out.
+"""The size of each client's update, and the rules for updates that are too large: clipped, or refused.
 
-What counts is the product, never the factors: `(B G, G⁻¹ A)` is the same update as `(B, A)`, and a
-small change of both factors of a large product is a large one. All float64, on one layer.
+The size is that of the product, never of the factors: `(B G, G⁻¹ A)` is the same update as `(B, A)`, and a
+small change of both factors of a large product is a large change. All float64, on one layer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def change(update: Update) -> tuple[Tensor, Tensor]:
 def squared_change(update: Update) -> float:
     """`||ΔW_i - ΔW(sent_i)||_F²`, rounded up, from k x k Gram matrices: `<BᵀB, A Aᵀ>`, never dense.
 
-    Large factors may cancel in a small product, and rounding hide what is left. So its bound is added,
-    `(m + n + k²) eps ||B||_F² ||A||_F²`: a norm that is too small would be a client that is not clipped.
+    Large factors may cancel in a small product, and rounding may hide the rest. So the bound of the rounding
+    error is added, `(m + n + k²) eps ||B||_F² ||A||_F²`: a norm that is too small would leave a client
+    unclipped.
     """
     B, A = change(update)
     gram = float(((B.T @ B) * (A @ A.T)).sum())
@@ -44,21 +45,22 @@ def squared_head_change(start: Mapping[str, Tensor], head: Mapping[str, Tensor])
 
 
 def clip_factors(norms: Sequence[float], bound: float | None) -> list[float]:
-    """`c_i = min(1, C / ||change_i||)`; 1 for all if there is no bound C."""
+    """`c_i = min(1, C / ||change_i||)`; 1 for all without a bound C."""
     if bound is None:
         return [1.0] * len(norms)
     return [1.0 if norm <= bound else bound / norm for norm in norms]
 
 
 def clipped(update: Update, c: float) -> Update:
-    """The update moved by c times as much; itself where c = 1. For methods that sum products."""
+    """The update with its change multiplied by c; the update itself if c = 1. For methods that sum
+    products."""
     return update if c == 1 else scaled(update, c)
 
 
 def clipped_head(
     start: Mapping[str, Tensor], head: Mapping[str, Tensor], c: float
 ) -> Mapping[str, Tensor]:
-    """`h + c (h_i - h)`; the head itself where c = 1."""
+    """`h + c (h_i - h)`; the head itself if c = 1."""
     if c == 1:
         return head
     moved = {name: h.double() + c * (head[name].double() - h.double()) for name, h in start.items()}
@@ -66,17 +68,17 @@ def clipped_head(
 
 
 class Rejection(Protocol):
-    """For each client why it is left out of the round, or None, from the norms of all who arrived."""
+    """For each client the reason to refuse it in this round, or None, from the norms of all that arrived."""
 
     def __call__(self, norms: Sequence[float]) -> list[str | None]: ...
 
 
 @dataclass(frozen=True)
 class Median:
-    """Leaves out who moved more than `factor` times the median of the norms.
+    """Refuses clients whose norm is more than `factor` times the median of the norms.
 
-    Holds as long as fewer than half of those who arrived are faulty. Raises ValueError unless
-    `factor >= 1`, below which about half of the clients would be left out in every round.
+    Works as long as fewer than half of the clients that arrived are faulty. Raises ValueError unless
+    `factor >= 1`, below which about half of the clients would be refused in every round.
     """
 
     factor: float
@@ -90,7 +92,7 @@ class Median:
             return []
         middle = median(norms)
         return [
-            f"it moved by {norm:.3g}, more than {self.factor:g} times the median of {middle:.3g} "
+            f"its update has norm {norm:.3g}, more than {self.factor:g} times the median of {middle:.3g} "
             "(robust.reject)"
             if norm > self.factor * middle
             else None
@@ -100,9 +102,9 @@ class Median:
 
 @dataclass(frozen=True)
 class Trimmed:
-    """Leaves out the `⌊share · K⌋` of K clients who moved furthest; of equals, the last.
+    """Refuses the `⌊share · K⌋` of K clients with the largest norms; of equal ones, the last.
 
-    Honest clients too, in every round: those of high rank or rare data before others.
+    Honest clients too, in every round: first the clients of high rank or rare data.
     Raises ValueError unless `0 < share < 1`.
     """
 
@@ -116,7 +118,7 @@ class Trimmed:
         count = int(self.share * len(norms))
         furthest = sorted(range(len(norms)), key=lambda k: (norms[k], k))[len(norms) - count :]
         return [
-            f"it moved by {norm:.3g}, among the {count} of {len(norms)} who moved furthest "
+            f"its update has norm {norm:.3g}, among the {count} largest of {len(norms)} "
             "(robust.reject)"
             if k in furthest
             else None
@@ -126,8 +128,8 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Guard:
-    """`reject`: who is left out; `clip`: the largest norm of the others' updates, over all layers and
-    the head together. Raises ValueError unless `clip` is positive."""
+    """`reject`: the rule that refuses updates; `clip`: the largest norm of the other updates, over all layers
+    and the head together. Raises ValueError unless `clip` is positive."""
 
     clip: float | None = None
     reject: Rejection | None = None

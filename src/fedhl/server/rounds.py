@@ -19,7 +19,7 @@ from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.server.layers import Layer, Layers, LayerUpdates
-from fedhl.server.measures import change_norms, measure
+from fedhl.server.measures import change_norms, measure_cohort
 from fedhl.server.privacy import Mechanism
 from fedhl.server.refusals import accept
 from fedhl.server.robust import Guard
@@ -30,11 +30,11 @@ from fedhl.weighting import Weighting, data_share, relative_error
 
 @dataclass(frozen=True)
 class Rules:
-    """What a round does with replies besides weighting and summing them; nothing by default.
+    """The rules of a round for its replies, apart from their weighted sum; none by default.
 
-    `guard`: an update that moved too far is refused as if it had not arrived, or clipped, before anything
-    is weighted. `silence`: clients may return fewer layers than they were asked for, and this is the
-    chance, by layer, that none returns it (see `fedhl.server.participation`). `channel`: the updates are
+    `guard`: an update that is too large is refused, as if it had not arrived, or clipped, before the
+    weighting. `silence`: clients may return fewer layers than they were asked for; by layer, the
+    probability that no client returns it (see `fedhl.server.participation`). `channel`: the updates are
     summed over the air. `head_rows`: the only rows of these head parameters that this round trains; the
     others stay as they are, to the bit, whatever was returned.
     """
@@ -60,16 +60,16 @@ def aggregate(
     into: MutableMapping[str, Any] | None = None,
     watch: bool = True,
 ) -> tuple[ServerState, Outcome]:
-    """The next state from the replies that arrived, and what happened on the way.
+    """The next state from the replies that arrived, and the outcome of the round.
 
-    Every reply is checked whole before the first layer is touched; a refused one changes nothing
-    but the list of the refused. With no reply accepted the layers and the head stay as they are.
+    Every reply is checked whole before the first layer is touched; a refused reply changes nothing
+    but the list of refused clients. Without an accepted reply the layers and the head stay as they are.
     A layer is aggregated over the clients that returned it, with weights renormalised over them;
-    one that nobody returned stays as it is.
+    a layer that no client returned stays as it is.
 
-    `into`: where the next layer states are put, each as soon as it is known (see `fedhl.shelf`); a new dict
-    by default. `watch`: whether to compute the diagnostics of each layer, which cost about as much as
-    the round.
+    `into`: the mapping that receives each next layer state as soon as it is known (see `fedhl.shelf`); a
+    new dict by default. `watch`: whether to compute the diagnostics of each layer, which cost about as much
+    as the round.
     """
     start = perf_counter()
     layers = Layers(method, state, seed)
@@ -84,7 +84,7 @@ def aggregate(
         return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
 
     factors, silence = [check.factor for check in checks], rules.silence or {}
-    cohort = measure(layers, accepted, weighting.norms, factors)
+    cohort = measure_cohort(layers, accepted, weighting.norms, factors)
     p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
     def arrived(layer: Layer) -> LayerUpdates:
@@ -92,11 +92,11 @@ def aggregate(
 
     noise = None
     if rules.channel is not None:
-        noise = loudness(rules.channel, accepted, p, map(arrived, layers))
+        noise = channel_deviation(rules.channel, accepted, p, map(arrived, layers))
 
     def step(name: str, before: Any) -> LayerStep:
         began, updates = perf_counter(), arrived(layers.of(name, before))
-        if not sum(updates.weights):  # nobody who counts returned it
+        if not sum(updates.weights):  # no client of weight > 0 returned it
             return LayerStep(before)
         heard = updates if noise is None else over_the_air(updates, noise, p)
         done = LayerStep(method.aggregate(before, heard), perf_counter() - began)
@@ -139,8 +139,8 @@ def release(
     """`aggregate` with client-level differential privacy: the method is given the noisy sum of the
     clipped updates in place of the updates, and the head moves by such a sum, too (`fedhl.server.privacy`).
 
-    Also when nobody arrived, or nobody is accepted: the noise hides that. What the round reports is of
-    the clients' own numbers, and for the server alone.
+    Also if no client arrived, or none is accepted: the noise hides that. The outcome holds the clients' own
+    numbers, and is for the server alone.
     """
     start = perf_counter()
     layers = Layers(method, state, seed)
@@ -163,7 +163,7 @@ def release(
     result = ServerState(state.round + 1, following, head, state.clients)
     clients, numbers = [], {}
     if accepted:
-        cohort = measure(layers, accepted, norms=False)
+        cohort = measure_cohort(layers, accepted, norms=False)
         error = relative_error(cohort)
         weights, moved = [1 / mechanism.denominator] * len(accepted), [None] * len(accepted)
         clients = records(accepted, weights, error.tolist(), moved, checks)
@@ -173,7 +173,8 @@ def release(
 
 
 class Check(NamedTuple):
-    """How far a client moved, over all that it returned, and what that is multiplied by."""
+    """The norm of a client's update, over all layers that it returned and the head, and the factor c_i by
+    which its change is multiplied."""
 
     norm: float
     factor: float
@@ -182,8 +183,8 @@ class Check(NamedTuple):
 def guarded(
     guard: Guard, layers: Layers, replies: Sequence[Reply]
 ) -> tuple[list[Reply], list[dict[str, Any]], list[Check]]:
-    """The replies that stay; the others, with the reason; and how far the clients of those that stay moved,
-    with the factors by which their changes are yet to be clipped."""
+    """The replies that stay; the refused replies, with the reason; and for each reply that stays its norm and
+    the factor by which its change is yet to be clipped."""
     norms = change_norms(layers, replies)
     reasons = guard.reject(norms) if guard.reject is not None else [None] * len(norms)
     factors = robust.clip_factors(norms, guard.clip)
@@ -214,7 +215,7 @@ def records(
     drifts: Sequence[float | None],
     checks: Sequence[Check],
 ) -> list[dict[str, Any]]:
-    """What is noted of each client; with `checks`, how far it moved before it was clipped, and c_i."""
+    """The record of each client for the metrics; with `checks`, also its norm before clipping, and c_i."""
     noted = [
         {
             "id": reply.client.id,
@@ -237,9 +238,9 @@ def records(
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One layer's next state and the seconds that it took; what `observed` adds: squared diagnostics (the
-    first is None without a global model), how far each client moved, by its place among the accepted, and
-    the seconds that this took."""
+    """One layer's next state and the seconds of its aggregation. `observed` adds: the squared diagnostics
+    (`aggregation_error` is None without a global model), `moved`, the squared norm of each client's update by
+    its place among the accepted replies, and `watched`, the seconds of these diagnostics."""
 
     following: Any
     seconds: float = 0.0
@@ -275,7 +276,7 @@ def over_layers(steps: Sequence[LayerStep]) -> dict[str, float]:
 
 
 def drifts(steps: Sequence[LayerStep], count: int) -> list[float]:
-    """How far each of `count` clients moved, over all layers."""
+    """The norm of the update of each of `count` clients, over all layers."""
     squares = torch.zeros(count, dtype=torch.float64)
     for step in steps:
         for k, square in step.moved.items():
@@ -283,7 +284,7 @@ def drifts(steps: Sequence[LayerStep], count: int) -> list[float]:
     return squares.sqrt().tolist()
 
 
-def loudness(
+def channel_deviation(
     channel: AirComp, replies: Sequence[Reply], p: Tensor, arrived: Iterable[LayerUpdates]
 ) -> float:
     """The standard deviation of the noise that this round's updates get over `channel`."""
@@ -296,8 +297,8 @@ def loudness(
 
 
 def over_the_air(updates: LayerUpdates, noise: float, p: Tensor) -> list[Update]:
-    """The updates of one layer as the antenna receives them. Their weights were divided by the share of
-    the clients that returned the layer, and so is the noise."""
+    """The updates of one layer as the antenna receives them. Their weights were divided by the total weight
+    of the clients that returned the layer, and so is the noise."""
     layer = updates.layer
     share = sum(float(p[k]) for k in updates.members)
     g = generator(layer.seed, "channel", layer.round, layer.name)
@@ -320,7 +321,8 @@ def mean_head(replies: Sequence[Reply], q: Tensor) -> dict[str, Tensor]:
 def only_rows(
     head: Mapping[str, Tensor], before: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]]
 ) -> dict[str, Tensor]:
-    """`head`, but of the parameters of `rows` only these rows, and the others as they were `before`."""
+    """`head`, in which the parameters named in `rows` change in these rows only; their other rows are as
+    `before`."""
     kept = dict(head)
     for name, those in rows.items():
         kept[name] = before[name].clone()

@@ -18,9 +18,9 @@ SMALL = 2**21
 def side_by_side(
     step: Callable[[str, Any], Done], layers: Mapping[str, Any]
 ) -> Iterator[tuple[str, Done]]:
-    """`step` on every layer, in order. Small layers several at a time, each on one thread: their products,
-    and still more their SVDs, are too small to be shared out among threads. Large ones, and what is on
-    disk or on an accelerator, one by one."""
+    """`step` on every layer, in order. Small layers are processed several at a time, each on one thread:
+    their products, and still more their SVDs, are too small to be divided among threads. Large layers, and
+    layers on disk or on an accelerator, are processed one by one."""
     threads = torch.get_num_threads()
     small = isinstance(layers, dict) and all(
         tensor.device.type == "cpu" and tensor.numel() <= SMALL

@@ -1,4 +1,4 @@
-"""The values that a round of the server works on: clients, its state, their replies, what became of them."""
+"""The values that a round of the server works on: clients, the server's state, replies, and the outcome."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from fedhl.seeds import derive, generator
 
 @dataclass(frozen=True)
 class Client:
-    """Who takes part: an id, the rank and LoRA scale of its adapters, its number of training rows,
-    the only layers that it trains (None: all), and the type that its numbers travel in (see
-    `fedhl.server.payload`)."""
+    """A client: its id, the rank and LoRA scale of its adapters, its number of training rows, the layers that
+    it trains (None: all), and the type in which its numbers travel (see `fedhl.server.payload`)."""
 
     id: str
     rank: int
@@ -31,8 +30,9 @@ class Client:
 @dataclass(frozen=True)
 class ServerState:
     """`layers`: each layer's method state, by layer name; `head`: trained parameters outside the
-    adapters, by name; `round`: the rounds done. `clients`: what each client keeps for itself between
-    rounds, by id and name; only where clients live in the server's process, and never used here."""
+    adapters, by name; `round`: the rounds done. `clients`: the tensors that each client keeps for itself
+    between rounds, by client id and name; only if the clients are in the server's process, and never used
+    by the server."""
 
     round: int
     layers: Mapping[str, Any]
@@ -42,10 +42,10 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one client returned for round `round`: its adapter (which may be read lazily, a layer at
+    """One client's reply in round `round`: its adapter (which may be read lazily, a layer at
     a time, and lacks the layers that it did not train), its head, its mean training loss, its number
     of steps, and the distance of the bounds it estimates (see `fedhl.weighting.moment_bounds`);
-    `magnitudes`: those of the frozen directions, by layer, if it was sent some."""
+    `magnitudes`: of the frozen directions, by layer, if it was sent any."""
 
     client: Client
     round: int
@@ -59,8 +59,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a round, as plain data for the metrics: a record of each client that counted and of each
-    that was refused, diagnostics, and seconds by phase."""
+    """The outcome of a round, as plain data for the metrics: a record of each accepted and of each refused
+    client, diagnostics, and seconds by phase."""
 
     clients: list[dict[str, Any]]
     refused: list[dict[str, Any]]
@@ -89,7 +89,7 @@ def sample(clients: Sequence[Client], size: int, seed: int, round: int) -> list[
 
 
 def next_task(method: Method[Any], state: ServerState) -> ServerState:
-    """The state in which a new task begins: as it is, unless the method does something about it."""
+    """The state in which a new task begins: the same state, unless the method has its own `next_task`."""
     if not isinstance(method, TaskSequence):
         return state
     return replace(state, layers={n: method.next_task(x) for n, x in state.layers.items()})

@@ -101,7 +101,7 @@ def encode_completion(
         return encode_chat(tokenizer, conversations, max_length)
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError("the tokenizer has no end-of-text token, so a completion could never end.")
+        raise UserError("the tokenizer has no end-of-text token, so a completion could never end")
     bos = [tokenizer.bos_token_id]
     if bos != tokenizer("")["input_ids"][:1]:
         bos = []
@@ -127,7 +127,7 @@ def encode_chat(
     if not tokenizer.chat_template:
         raise UserError(
             "the model's tokenizer has no chat template; use prompt and completion fields instead "
-            "of messages, or a chat model."
+            "of messages, or a chat model"
         )
     texts: list[str] = []
     spans: list[list[Span]] = []
@@ -164,7 +164,7 @@ def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> E
     if starts and not examples:
         raise UserError(
             f"max_length {max_length} leaves no room for a completion in any of {len(starts)} rows: "
-            f"the shortest prompt has {min(starts)} tokens with its template. Raise max_length."
+            f"the shortest prompt has {min(starts)} tokens with its template; raise max_length"
         )
     return Encoded(examples, kept, truncated)
 
@@ -217,7 +217,7 @@ def _render_turns(
                 f"row {row} (counted from 0): the chat template renders message {i} differently "
                 "once the conversation goes on, so the assistant's tokens cannot be told apart. "
                 "Train on rows with one answer each (prompt and completion), or use a chat "
-                "template whose output only grows."
+                "template whose output only grows"
             )
         done = len(turn)
         spans.append((len(head), done))
@@ -240,7 +240,7 @@ def _render(
         )
     except TemplateError as error:
         raise UserError(
-            f"row {row} (counted from 0): the model's chat template refuses it: {error}."
+            f"row {row} (counted from 0): the model's chat template refuses it: {error}"
         ) from error
     assert isinstance(text, str)
     return text
@@ -249,17 +249,17 @@ def _render(
 def _check_conversation(messages: Sequence[Message], row: int) -> None:
     where = f"row {row} (counted from 0)"
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}.")
+        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise UserError(
                 f"{where}, message {i}: expected {{'role': ..., 'content': ...}} with texts, "
-                f"got {message!r:.60}."
+                f"got {message!r:.60}"
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)}).")
+        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)})")
     if roles[0] == "assistant":
-        raise UserError(f"{where}: it starts with the assistant; put what it answers before it.")
+        raise UserError(f"{where}: it starts with the assistant; put what it answers before it")

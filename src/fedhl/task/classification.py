@@ -91,5 +91,5 @@ def encode_classification(
     examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
     for row, example in enumerate(examples):
         if not example.input_ids:
-            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens.")
+            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens")
     return examples

@@ -61,5 +61,5 @@ def check_texts(texts: Sequence[Any], what: str) -> None:
         if not isinstance(text, str):
             raise UserError(
                 f"row {row} (counted from 0): the {what} is {type(text).__name__} {text!r:.60}, "
-                "expected text."
+                "expected text"
             )

@@ -23,13 +23,13 @@ def label_ids(
     if known is None:
         known = sorted_labels(set(names))
         if len(known) < 2:
-            raise UserError(f"all {len(names)} rows have the same label {known}; need two or more.")
+            raise UserError(f"all {len(names)} rows have the same label {known}; need two or more")
     index = {name: i for i, name in enumerate(known)}
     for row, name in enumerate(names):
         if name not in index:
             raise UserError(
                 f"row {row} (counted from 0) has label {name!r}, which was not in training; "
-                f"known labels: {', '.join(known)}."
+                f"known labels: {', '.join(known)}"
             )
     return [index[name] for name in names], list(known)
 
@@ -60,8 +60,8 @@ def _label_name(value: Any, row: int) -> str:
     if value is None or (isinstance(value, float) and not value.is_integer()):
         raise UserError(
             f"row {row} (counted from 0): {value!r} is no class label; "
-            "expected a name or a whole number."
+            "expected a name or a whole number"
         )
     if isinstance(value, (list, dict)):
-        raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}.")
+        raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}")
     return str(int(value)) if isinstance(value, float) else str(value)

@@ -19,12 +19,12 @@ def column(rows: Rows, field: str, source: str) -> list[Any]:
         if field not in row:
             raise UserError(
                 f"{source}: row {index} (counted from 0) has no field {field!r}"
-                f"{meant(field, row)}. Its fields: {', '.join(map(str, row)) or 'none'}."
+                f"{meant(field, row)}; its fields: {', '.join(map(str, row)) or 'none'}"
             )
         if row[field] is None:
             raise UserError(
                 f"{source}: field {field!r} is empty in row {index} (counted from 0); "
-                "fill it in or remove the row."
+                "fill it in or remove the row"
             )
     return [row[field] for row in rows]
 

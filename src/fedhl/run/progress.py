@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a line for each round, and warnings."""
+"""The lines that a run prints for each round, and its progress within a round."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fedhl.server import ServerState
 from fedhl.watch import Watcher
 
 COLLAPSE = 0.25
-"""Warn when the effective clients are less than this share of the way from one to all."""
+"""A warning is given when the number of effective clients is below this share of the way from 1 to all."""
 
 
 def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Callable[[], None]:
-    """What `run_round` calls after each optimizer step, telling `watcher` how far the round is."""
+    """The function for `run_round` to call after each optimizer step; it tells `watcher` the round's
+    progress."""
     federation = federation.in_round(state.round + 1)
     round, config, cohort = state.round + 1, federation.config, federation.cohort(state.round + 1)
     total = sum(config.training.steps_for(client.examples) for client in cohort)
@@ -29,7 +30,7 @@ def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Calla
 
 
 def describe(line: dict[str, Any], rounds: int) -> str:
-    """One round in one line of text."""
+    """The metrics of one round as one line of text."""
     parts = [f"round {line['round']:>{len(str(rounds))}}/{rounds}"]
     evaluation = line["evaluation"]
     if evaluation:
