@@ -489,7 +489,7 @@ def test_a_node_that_flower_takes_no_message_for_is_missing(settings: Config, tm
 LIES: list[tuple[dict[str, Any], str]] = [
     ({"examples": 10**400}, "expected 1 to 2"),
     ({"examples": 10**9}, "has 1000000000 rows, expected"),
-    ({"rank": 10**6}, "has rank 1000000, but began with 2"),
+    ({"rank": 10**6}, "has rank 1000000, expected rank 2, with which it began"),
     ({"client": "mallory", "rank": 10**6}, "'mallory' is not a client of the config's partition"),
     ({"client": "client-0"}, "client 'client-0' is connected already, from another node"),
     ({"tokenizer": "0" * 64}, "another tokenizer than the server"),
