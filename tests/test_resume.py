@@ -267,7 +267,7 @@ def test_no_disk_space(project: Path, expected: dict[str, Any], tmp_path: Path) 
     done = command.wait()
     assert done.code == 2 and "Traceback" not in done.err
     assert f"cannot write to {run}" in done.err and "MiB free" in done.err
-    assert f"Make room, then: fedhl resume {run}" in done.err
+    assert f"make room, then run fedhl resume {run}" in done.err
     assert not list(run.glob("state/.partial*"))
     saved = max(int(path.name.removeprefix("round-")) for path in run.glob("state/round-*"))
     assert 2 <= saved < 5

@@ -159,7 +159,7 @@ def test_a_run_that_nobody_evaluates(project: Path, tmp_path: Path) -> None:
     assert done.code == 0 and " 400 " in done.out
     export = ["export", "runs/unseen", "--rank", "2", "--out", tmp_path / "adapter"]
     done = fedhl(project, *export, "--round", "best")
-    assert done.code == 2 and "no round was evaluated, so none is best" in done.err
+    assert done.code == 2 and "no round was evaluated, so that no round is the best" in done.err
     assert fedhl(project, *export).code == 0
 
 

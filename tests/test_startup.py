@@ -90,13 +90,13 @@ MISTAKES = {
     NEW + "data.where.site=mars": "no row of rows.jsonl has site mars",
     NEW + "partition.clients=500": "rows cannot give 500 clients",
     NEW + "lora.ranks=[1,2]": "2 ranks for 6 clients",
-    NEW + "participation={count:\xa09}": "there are only 6",
+    NEW + "participation={count:\xa09}": "expected at most 6, the number of clients, got 9",
     # other commands
     "merge nowhere/at/all --out new": "no file or folder 'nowhere/at/all'",
     "merge nowhere --out new": "no adapter folder 'nowhere' here",
-    "merge bert --weights 1;2 --out new": "expected numbers with commas",
+    "merge bert --weights 1;2 --out new": "expected numbers separated by commas",
     "compare tiny.yaml --methods fedhl,fedlh": "--methods fedlh: method: unknown method 'fedlh'",
-    "compare tiny.yaml --methods fedhl --seeds x": "--seeds 'x': expected numbers with commas",
+    "compare tiny.yaml --methods fedhl --seeds x": "--seeds 'x': expected numbers separated by commas",
     "methods balancd": "did you mean 'balanced'?",
     "bench server --folder nowhere": "nowhere is not a folder",
 }

@@ -155,7 +155,7 @@ def parse_weights(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--weights {text!r}: expected numbers with commas, e.g. 0.5,0.3,0.2"
+            f"--weights {text!r}: expected numbers separated by commas, e.g. 0.5,0.3,0.2"
         ) from None
 
 
