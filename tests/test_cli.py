@@ -183,7 +183,7 @@ def test_exports_that_make_no_sense(arguments: list[str], said: str, bad: Path, 
     ("arguments", "said"),
     [
         (["bert"], "bert holds no adapter_config.json"),
-        (["bert", "--weights", "1;2"], "expected numbers with commas"),
+        (["bert", "--weights", "1;2"], "expected numbers separated by commas"),
         (["nowhere/at/all"], "no file or folder 'nowhere/at/all'"),
     ],
 )
