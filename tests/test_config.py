@@ -18,6 +18,7 @@ from fedhl.config.conduct import Participation, TrainingConfig
 from fedhl.config.inputs import LoRAConfig
 from fedhl.config.ranks import RankByClient
 from fedhl.errors import UserError
+from fedhl.strict import help_of
 
 
 def load(tmp_path: Path, config: dict[str, Any] | str, *overrides: str) -> Config:
@@ -47,7 +48,7 @@ def test_every_setting_is_explained() -> None:
     for model in found:
         for name, field in model.model_fields.items():
             grouped = models(field.annotation)
-            explained = field.description or (grouped and all(m.__doc__ for m in grouped))
+            explained = help_of(model).get(name) or (grouped and all(m.__doc__ for m in grouped))
             assert explained or (name in chosen and model.__doc__), f"{model.__name__}.{name}"
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
+from fedhl.strict import help_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/CARD.md")]
@@ -29,8 +30,10 @@ def test_the_config_reference_is_what_the_code_says() -> None:
 def test_every_setting_is_explained() -> None:
     for path, model in config_page.sections(Config):
         assert model.__doc__, f"{path} has no help"
+        help = help_of(model)
         for name, field in model.model_fields.items():
-            assert config_page.meaning(field) or name == "kind", f"{path}.{name} has no help"
+            text = config_page.meaning(field, help.get(name))
+            assert text or name == "kind", f"{path}.{name} has no help"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from fedhl.config import Config
 from fedhl.config.named import Named
 from fedhl.config.text import ConfigDumper
+from fedhl.strict import help_of
 
 INTRODUCTION = """# Configuration
 
@@ -120,10 +121,10 @@ def title(path: str, model: type[BaseModel], alone: bool) -> str:
     return path if alone else f"{path} (with {next(iter(model.model_fields))})"
 
 
-def meaning(field: FieldInfo) -> str:
+def meaning(field: FieldInfo, help: str | None) -> str:
     """The help of a setting on one line; for a group without one, that of its section."""
     inside = groups(field.annotation)
-    text = field.description or (inside[0].__doc__ if len(inside) == 1 else None) or ""
+    text = help or (inside[0].__doc__ if len(inside) == 1 else None) or ""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -139,8 +140,10 @@ def config_page() -> str:
         else:
             lines.append("## top level\n")
         lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        help = help_of(model)
         for name, field in model.model_fields.items():
-            cells = (f"`{name}`", type_name(field.annotation), default(field), meaning(field))
+            text = meaning(field, help.get(name))
+            cells = (f"`{name}`", type_name(field.annotation), default(field), text)
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
