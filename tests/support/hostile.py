@@ -84,7 +84,7 @@ KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
     (not_finite, "got a non-finite value"),
     (huge, "got an update that may be as large as"),
     (stale, "the reply is for round"),
-    (another_sender, "its client id is 'client-0', not 'client-5'"),
+    (another_sender, "its client id is 'client-0', expected 'client-5'"),
     (another_model, "its base model is '000"),
     (another_tokenizer, "its tokenizer is '000"),
     (another_protocol, "it has protocol version 999, expected version 1"),
