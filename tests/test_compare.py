@@ -16,9 +16,10 @@ from markupsafe import escape
 from support.fake_run import EVIL, Page, evil, evil_metric, fake_run
 from support.tiny import classification, fedhl, start, write_config
 
+from fedhl.cli.app import parse_numbers
 from fedhl.compare import compare
 from fedhl.compare.study import Study, best_rate, difference, warn_of_left_out
-from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
+from fedhl.compare.variants import parse_variant, parse_variants
 from fedhl.config import Config, load_config
 from fedhl.config.ranks import RankShares
 from fedhl.errors import UserError
@@ -318,7 +319,7 @@ def test_the_command_line_refuses_too(project: Path, compared: Path) -> None:
     assert written(compared) == before
     assert "cannot write to rows.jsonl" in refused(*ARGUMENTS, "--out", "rows.jsonl")
     with pytest.raises(UserError, match="--seeds '0;1': expected numbers separated by commas"):
-        parse_numbers("--seeds", "0;1", int)
+        parse_numbers("--seeds", "0;1", int, "0,1,2")
 
 
 def test_variants_that_are_not_named_again_are_missed(compared: Path) -> None:

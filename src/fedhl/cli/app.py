@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedhl.watch import Watcher
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(
     name="fedhl",
@@ -195,3 +197,15 @@ def stdout() -> Console:
 
     console = Console(highlight=False, emoji=False)
     return console if console.is_terminal else Console(highlight=False, emoji=False, width=120)
+
+
+def parse_numbers(
+    option: str, text: str, kind: Callable[[str], Number], example: str
+) -> list[Number]:
+    """Numbers between commas. Raises UserError, naming the option and showing the example."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
+        ) from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedhl.cli.app import Round, RunFolder, friendly, stdout, watching
+from fedhl.cli.app import Round, RunFolder, friendly, parse_numbers, stdout, watching
 from fedhl.errors import UserError
 
 commands = typer.Typer()
@@ -119,7 +119,9 @@ def merge(
     another.
     """
     with friendly():
-        given = parse_weights(weights)
+        given = (
+            None if weights is None else parse_numbers("--weights", weights, float, "0.5,0.3,0.2")
+        )
         check_rank(rank)
         from fedhl.export.fetch import adapter_folder
 
@@ -146,17 +148,6 @@ def merge(
 def check_rank(rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
-
-
-def parse_weights(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--weights {text!r}: expected numbers separated by commas, e.g. 0.5,0.3,0.2"
-        ) from None
 
 
 def parse_round(text: str) -> Any:

@@ -18,6 +18,7 @@ from fedhl.cli.app import (
     RunFolder,
     friendly,
     method_names,
+    parse_numbers,
     stdout,
     watching,
     weighting_names,
@@ -220,10 +221,10 @@ def compare(
 
         overrides = [*([f"weighting={weighting}"] if weighting else []), *(set or ())]
         load_config(config, overrides, draft=True)
-        from fedhl.compare.variants import parse_numbers, parse_variant, parse_variants
+        from fedhl.compare.variants import parse_variant, parse_variants
 
-        variants, numbers = parse_variants(methods), parse_numbers("--seeds", seeds, int)
-        grid = parse_numbers("--rates", rates, float) if rates else []
+        variants, numbers = parse_variants(methods), parse_numbers("--seeds", seeds, int, "0,1,2")
+        grid = parse_numbers("--rates", rates, float, "5e-4,1e-3,2e-3") if rates else []
         for text in variants:
             parse_variant(text)
         from fedhl.compare import compare as run_all

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -14,8 +12,6 @@ from fedhl.config.text import explain, set_value
 from fedhl.errors import UserError
 from fedhl.methods import METHODS
 from fedhl.names import unknown
-
-Number = TypeVar("Number", int, float)
 
 DECIDED = {
     "name": "its folder",
@@ -110,14 +106,3 @@ def parse_variant(text: str) -> Variant:
 def hyperparameters(method: str) -> set[str]:
     """The names of a method's settings; empty if there is no such method."""
     return {field.name for field in fields(METHODS[method])} if method in METHODS else set()
-
-
-def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers between commas. Raises UserError, naming the option."""
-    example = "0,1,2" if kind is int else "5e-4,1e-3,2e-3"
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
-        ) from None
