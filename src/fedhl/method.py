@@ -75,6 +75,9 @@ class Broadcast:
     components of the server's state that are sent, for methods that do not send a prefix.
     `past`: k frozen directions of equal rank, one after the other, and `magnitudes` (k,): the number
     α_k that the client trains for each. They add `s Σ_k α_k D_k` to the model.
+
+    To a client that remembers (see `Remembering`): `merged`, what it adds to its base for good, before it
+    starts; `lost`: `||delta - start||_F²`, which the method knows and the client is not told.
     """
 
     lora: LoRA
@@ -84,6 +87,8 @@ class Broadcast:
     index: Tensor | None = None
     past: LoRA | None = None
     magnitudes: Tensor | None = None
+    merged: LoRA | None = None
+    lost: float | None = None
 
     @property
     def whole(self) -> LoRA:
@@ -226,6 +231,23 @@ class Truncating(Protocol):
 
     def lost(self, state: Any, rank: int) -> float:
         """`||delta - base - ΔW(sent)||_F²`, in float64."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """The part of a method whose clients remember: each holds M, the sum of all that it was ever sent, in its
+    frozen base. After a broadcast it holds `M + ΔW(merged) + ΔW(lora)`, with the adapter as it was sent.
+
+    `Method.broadcast` is for a client that holds nothing, M = 0: a newcomer, or a client that has lost
+    its memory.
+    """
+
+    def catch_up(
+        self, state: Any, held: Tensor, rank: int, scale: float, key: int = 0
+    ) -> Broadcast:
+        """The broadcast to a client that holds `held` (m, n), relative to it: the start is
+        `W0 + held + ΔW(merged) + ΔW(lora)`. Raises ValueError as `Method.broadcast` does."""
         ...
 
 

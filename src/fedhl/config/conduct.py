@@ -71,12 +71,17 @@ class ChannelConfig(Strict):
     all clients."""
 
 
+Payload = Literal["float32", "float16", "bfloat16", "int8"]
+
+
 class WireConfig(Strict):
     """What travels between the server and its clients."""
 
-    payload: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    payload: Payload = "float32"
     """The type in which adapters travel, in both directions. A run in one process rounds numbers in the same
     way. int8 has one step size for each component of each factor. The head always travels as float32."""
+    download: Payload | None = None
+    """The type in which adapters travel to the clients, if it is another one; null: the type of `payload`."""
 
 
 class MedianRule(Strict):

@@ -96,9 +96,10 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def analog_payload(self) -> Config:
-        if self.channel is not None and self.wire.payload != "float32":
+        narrow = {self.wire.payload, self.wire.download} - {"float32", None}
+        if self.channel is not None and narrow:
             raise ValueError(
-                f"wire.payload: an analog channel transmits the numbers themselves, not {self.wire.payload}; "
+                f"wire: an analog channel transmits the numbers themselves, not {min(narrow)}; "  # pyright: ignore
                 "leave out either wire or channel"
             )
         return self

@@ -92,7 +92,10 @@ class InProcess:
                 seconds["broadcast"] += perf_counter() - start
                 start = perf_counter()
                 own = state.clients.get(client.id, {})
-                local = train_client(federation, client, sent, state.head, round, on_step, own=own)
+                version = state.ledger.version(client.id)
+                local = train_client(
+                    federation, client, sent, state.head, round, on_step, own=own, version=version
+                )
                 seconds["train"] += perf_counter() - start
                 seconds["compute"] += local.seconds
                 replies.append(local.reply)

@@ -94,8 +94,9 @@ def load_federation(
     )
     method = config.method.build()
     layers = trained_layers(config, slots.order)
+    wire = config.wire
     clients = [
-        Client(name, r, peft.scale(slots, r), 0, layers.get(name), config.wire.payload)
+        Client(name, r, peft.scale(slots, r), 0, layers.get(name), wire.payload, wire.download)
         for name, r in sorted(ranks.items())
     ]
     refuse_mixed_ranks(config, method.mixed_ranks, clients)

@@ -32,8 +32,9 @@ def bytes_per_client(
             for name, (m, n) in shapes.items()
         }
         layers = federation.layers_of(client) if returned is None else returned[client.id]
-        size = {name: number_bytes(client.payload, m, n) for name, (m, n) in shapes.items()}
-        down = sum(size[name] * t.down for name, t in traffic.items())
-        up = sum(size[name] * traffic[name].up for name in layers)
+        down = sum(
+            number_bytes(client.downloaded, *shapes[name]) * t.down for name, t in traffic.items()
+        )
+        up = sum(number_bytes(client.payload, *shapes[name]) * traffic[name].up for name in layers)
         table[client.id] = (round(down + 4 * head), round(up + 4 * head))
     return table

@@ -16,6 +16,7 @@ METHODS = Table(
         "fedex_lora": "fedhl.methods.fedex_lora:FedExLoRA",
         "fedhera": "fedhl.methods.fedhera:FedHera",
         "fedhl": "fedhl.methods.fedhl:FedHL",
+        "fedhl_ef": "fedhl.methods.fedhl_ef:FedHLEF",
         "fedit": "fedhl.methods.fedit:FedIT",
         "fedsa_lora": "fedhl.methods.fedsa_lora:FedSALoRA",
         "fedsvd": "fedhl.methods.fedsvd:FedSVD",

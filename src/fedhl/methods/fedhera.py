@@ -10,16 +10,7 @@ from torch import Tensor
 
 from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update, check_broadcast
-from fedhl.methods.full_rank import FullRank, lost, move, send, start, unbiased
-
-
-@dataclass(frozen=True, eq=False)
-class Tailed:
-    """`full`: W with its truncation to the highest rank that is downloaded; `top`: the highest rank that is
-    trained."""
-
-    full: FullRank
-    top: int
+from fedhl.methods.full_rank import Tailed, lost, move, send, start, unbiased
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,15 @@ class FullRank:
         return self.W.shape[0], self.W.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Tailed:
+    """`full`: W with its truncation to the highest rank that is downloaded; `top`: the highest rank that is
+    trained."""
+
+    full: FullRank
+    top: int
+
+
 def begin(lora: LoRA, seed: int) -> FullRank:
     """`W = ΔW(lora)`, and the adapter's own A with `B = 0` to send, `A_r` being its first r rows.
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Method, Update
+from fedhl.method import Broadcast, Method, Remembering, Update
 from fedhl.seeds import derive
 from fedhl.server import robust
 from fedhl.server.channel import sends_products
+from fedhl.server.ledger import Ledger, Memory, after, base_of, next_version
 from fedhl.server.participation import corrected
 from fedhl.server.payload import carried
 from fedhl.server.state import Client, Reply, ServerState
@@ -20,31 +21,47 @@ from fedhl.server.state import Client, Reply, ServerState
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer: its `state` after `round` rounds, and the root `seed` of the draws for its clients."""
+    """One layer: its `state` after `round` rounds, the root `seed` of the draws for its clients, what they
+    hold, and the broadcasts to clients that remember, as far as they are `built`."""
 
     method: Method[Any]
     name: str
     state: Any
     round: int
     seed: int
+    ledger: Ledger
+    built: dict[Any, Broadcast]
 
     def broadcast(self, client: Client) -> Broadcast:
         """The broadcast as this client receives it, after the rounding of its payload; always the same within
         a round. Raises ValueError naming the layer and the client."""
         key = derive(self.seed, "broadcast", self.round, client.id, self.name)
+        held = self.ledger.held(client.id, self.name)
         try:
-            sent = self.method.broadcast(self.state, client.rank, client.scale, key)
-            return carried(sent, client.payload)
+            if held is not None and isinstance(self.method, Remembering):
+                sent = self.method.catch_up(self.state, held, client.rank, client.scale, key)
+            else:
+                sent = self.method.broadcast(self.state, client.rank, client.scale, key)
+            return carried(sent, client.downloaded)
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}, client {client.id!r}: {error}") from error
 
+    def start(self, client: Client) -> Broadcast:
+        """The broadcast with, for a client that remembers, all of its base: what it holds, and what it adds
+        to that."""
+        sent = self.sender()(client)
+        if not isinstance(self.method, Remembering):
+            return sent
+        return replace(sent, base=base_of(self.ledger.held(client.id, self.name), sent))
+
     def sender(self) -> Callable[[Client], Broadcast]:
         """`broadcast`, but a broadcast that many clients are sent is built only once."""
-        built: dict[Any, Broadcast] = {}
+        remembers = isinstance(self.method, Remembering)
+        built = self.built if remembers else {}
 
         def send(client: Client) -> Broadcast:
-            alike = client.rank, client.scale, client.payload
-            key = client.id if self.method.per_client else alike
+            alike = alike_of(client), self.ledger.version(client.id)
+            key = self.name, client.id if self.method.per_client else alike
             if key not in built:
                 built[key] = self.broadcast(client)
             return built[key]
@@ -109,7 +126,26 @@ class Layers:
 
     def of(self, name: str, state: Any) -> Layer:
         """The layer of this name with this state, which has been read already."""
-        return Layer(self.method, name, state, self.state.round, self.seed)
+        known = self.state.ledger, self.state.built
+        return Layer(self.method, name, state, self.state.round, self.seed, *known)
+
+    def versions(self, clients: Iterable[Client]) -> dict[str, str]:
+        """The version that each client holds once it has received its broadcast, by client id."""
+        known: dict[Any, str] = {}
+        found = {}
+        for client in clients:
+            before = self.state.ledger.version(client.id)
+            key = client.id if self.method.per_client else (alike_of(client), before)
+            if key not in known:
+                sent = {layer.name: layer.sender()(client) for layer in self}
+                known[key] = next_version(before, sent)
+            found[client.id] = known[key]
+        return found
+
+    def after(self, client: Client) -> Memory:
+        """What this client holds once it has received its broadcast."""
+        ledger = self.state.ledger
+        return {x.name: after(ledger.held(client.id, x.name), x.sender()(client)) for x in self}
 
     def __iter__(self) -> Iterator[Layer]:
         return (self.of(name, state) for name, state in self.state.layers.items())
@@ -118,18 +154,24 @@ class Layers:
         return len(self.state.layers)
 
 
+def alike_of(client: Client) -> tuple[int, float, str]:
+    """What two clients that hold the same must have in common, so that they are sent the same."""
+    return client.rank, client.scale, client.downloaded
+
+
 def broadcast_layer(
     method: Method[Any], state: ServerState, layer: str, client: Client, seed: int
 ) -> Broadcast:
-    """The broadcast to this client for one layer, after the rounding of its payload."""
-    return Layers(method, state, seed).layer(layer).broadcast(client)
+    """The broadcast to this client for one layer, after the rounding of its payload; the base of a client
+    that remembers is not in it."""
+    return Layers(method, state, seed).layer(layer).sender()(client)
 
 
 def broadcast(
     method: Method[Any], state: ServerState, client: Client, seed: int
 ) -> dict[str, Broadcast]:
-    """The broadcast to this client for every layer, by layer name. Raises ValueError naming the layer."""
-    return {layer.name: layer.broadcast(client) for layer in Layers(method, state, seed)}
+    """The start of this client in every layer, by layer name. Raises ValueError naming the layer."""
+    return {layer.name: layer.start(client) for layer in Layers(method, state, seed)}
 
 
 def deltas(method: Method[Any], state: ServerState) -> dict[str, LoRA | Tensor]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedhl.lora import dense, squared_norm
-from fedhl.method import Method, Truncating, with_past
+from fedhl.method import Broadcast, Method, Truncating, with_past
 from fedhl.server import diagnostics, robust
-from fedhl.server.layers import Layers, deltas
+from fedhl.server.layers import Layer, Layers, deltas
 from fedhl.server.side_by_side import side_by_side
-from fedhl.server.state import Reply, ServerState
+from fedhl.server.state import Client, Reply, ServerState
 from fedhl.subspace import energy
 from fedhl.weighting import Cohort
 
@@ -54,11 +55,7 @@ def measure_cohort(
             if W is not None and whole[column] > 0:
                 key = id(sent)  # `send` holds on to it
                 if key not in known:
-                    known[key] = (
-                        method.lost(layer.state, reply.client.rank)
-                        if isinstance(method, Truncating)
-                        else diagnostics.truncation_error(W, sent)
-                    )
+                    known[key] = lost(layer, reply.client, sent, W)
                 error[row, column] = known[key]
     # of the layers that a client returned, as if it had returned as many as the others
     returned = torch.tensor([len(reply.adapter) for reply in replies], dtype=torch.float64)
@@ -70,6 +67,15 @@ def measure_cohort(
         losses=[reply.loss for reply in replies],
         bounds=[reply.bound for reply in replies],
     )
+
+
+def lost(layer: Layer, client: Client, sent: Broadcast, W: Tensor) -> float:
+    """`||delta - start||_F²` of this client, `delta = W`."""
+    if sent.lost is not None:
+        return sent.lost
+    if isinstance(layer.method, Truncating):
+        return layer.method.lost(layer.state, client.rank)
+    return diagnostics.truncation_error(W, sent)
 
 
 def spectra(method: Method[Any], state: ServerState, rank: int) -> dict[str, Any]:

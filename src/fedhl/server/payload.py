@@ -86,23 +86,25 @@ def carried(broadcast: Broadcast, payload: str) -> Broadcast:
     """The broadcast at the receiver: the start of a client, and the adapter that is subtracted from its
     reply.
 
-    Rounded are the factors, those of the frozen directions too, and the base (m, n), with int8 row by
-    row. Magnitudes, one number for each direction, travel as float32, an index as it is.
+    Rounded are the factors, those of frozen directions and of what is merged too, and the base (m, n), with
+    int8 row by row. Magnitudes, one number for each direction, travel as float32, an index as it is.
     `carried(carried(x)) == carried(x)` to the bit. Raises ValueError if the rounding makes a finite
     value infinite, as float16 does from 65,520 on.
     """
-    lora, base, past = broadcast.lora, broadcast.base, broadcast.past
+    lora, base, past, merged = broadcast.lora, broadcast.base, broadcast.past, broadcast.merged
     received = replace(
         broadcast,
         lora=carried_lora(lora, payload),
         base=None if base is None else from_payload(*to_payload(base, payload)),
         past=None if past is None else carried_lora(past, payload),
         magnitudes=None if broadcast.magnitudes is None else broadcast.magnitudes.float(),
+        merged=None if merged is None else carried_lora(merged, payload),
     )
     if payload != "float32" and not (
         finite(received.lora)
         and (received.base is None or received.base.isfinite().all())
         and (received.past is None or finite(received.past))
+        and (received.merged is None or finite(received.merged))
     ):
         raise ValueError(f"a value is too large for {payload}; set wire.payload to bfloat16")
     return received

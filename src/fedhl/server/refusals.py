@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.method import Broadcast, finite
+from fedhl.method import Broadcast, Remembering, finite
 from fedhl.server.layers import Layers
 from fedhl.server.state import Reply, ServerState
 
@@ -34,8 +34,10 @@ def refusals(
             if reasons[k] is None and name in reply.adapter:
                 reason = wrong_layer(reply, name, send(reply.client))
                 reasons[k] = reason and f"layer {name!r}: {reason}"
+    remembers = isinstance(layers.method, Remembering)
+    versions = layers.versions([reply.client for reply in replies]) if remembers else {}
     return [
-        wrong_numbers(state, reply) if reason is None else reason
+        reason or wrong_version(reply, versions) or wrong_numbers(state, reply)
         for reply, reason in zip(replies, reasons, strict=True)
     ]
 
@@ -64,6 +66,17 @@ def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None
             known = state.layers if what == "layer" else state.head
             surplus = "not a layer that the client trains" if name in known else "not in this model"
             return f"{what} {name!r} is {'missing' if name in expected else surplus}"
+    return None
+
+
+def wrong_version(reply: Reply, versions: Mapping[str, str]) -> str | None:
+    """The mistake in what a reply's client holds, or None. `versions`: what each client should hold, by id;
+    empty if clients remember nothing."""
+    expected = versions.get(reply.client.id)
+    if reply.version != expected:
+        got = "nothing" if reply.version is None else f"version {reply.version[:12]}"
+        wanted = "nothing" if expected is None else f"version {expected[:12]}"
+        return f"its client holds {got}, expected {wanted}: the reply is relative to another start"
     return None
 
 

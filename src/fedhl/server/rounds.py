@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.method import Method, Update
+from fedhl.method import Method, Remembering, Update
 from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
 from fedhl.server.layers import Layer, Layers, LayerUpdates
+from fedhl.server.ledger import Ledger
 from fedhl.server.measures import change_norms, measure_cohort
 from fedhl.server.privacy import Mechanism
 from fedhl.server.refusals import accept
@@ -113,7 +114,8 @@ def aggregate(
     wall = perf_counter() - began
 
     head = only_rows(mean_head(accepted, q), state.head, rules.head_rows)
-    result = ServerState(state.round + 1, following, head, state.clients)
+    ledger = remembered(layers, accepted)
+    result = ServerState(state.round + 1, following, head, state.clients, ledger)
     # layers may have been done side by side: the wall time, divided as their own seconds are
     spent, watched = sum(done.seconds for done in steps), sum(done.watched for done in steps)
     watching = wall * watched / (spent + watched) if watched else 0.0
@@ -160,7 +162,8 @@ def release(
         following[name] = after
     heads = ((c, reply.head) for c, reply in zip(factors, accepted, strict=True))
     head = mechanism.released_head(state.head, heads, state.round + 1)
-    result = ServerState(state.round + 1, following, head, state.clients)
+    ledger = remembered(layers, accepted)
+    result = ServerState(state.round + 1, following, head, state.clients, ledger)
     clients, numbers = [], {}
     if accepted:
         cohort = measure_cohort(layers, accepted, norms=False)
@@ -170,6 +173,18 @@ def release(
         numbers = diagnostics.summarise_weights(alike, data_share(cohort), error)
     seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
     return result, Outcome(clients, refused, numbers, seconds)
+
+
+def remembered(layers: Layers, replies: Sequence[Reply]) -> Ledger:
+    """The ledger after these replies were accepted: each client holds what it was sent, in all layers, also
+    in the layers that it did not train."""
+    ledger = layers.state.ledger
+    if not isinstance(layers.method, Remembering):
+        return ledger
+    now = layers.versions([reply.client for reply in replies])
+    first = {now[reply.client.id]: reply.client for reply in reversed(replies)}
+    memories = {version: layers.after(client) for version, client in first.items()}
+    return ledger.moved(now, memories)
 
 
 class Check(NamedTuple):

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.method import Method, TaskSequence
+from fedhl.method import Broadcast, Method, TaskSequence
 from fedhl.seeds import derive, generator
+from fedhl.server.ledger import Ledger
 
 
 @dataclass(frozen=True)
 class Client:
     """A client: its id, the rank and LoRA scale of its adapters, its number of training rows, the layers that
-    it trains (None: all), and the type in which its numbers travel (see `fedhl.server.payload`)."""
+    it trains (None: all), and the types in which its numbers travel: `payload` to the server, `download` to
+    the client (None: the same; see `fedhl.server.payload`)."""
 
     id: str
     rank: int
@@ -25,6 +27,12 @@ class Client:
     examples: int
     layers: frozenset[str] | None = None
     payload: str = "float32"
+    download: str | None = None
+
+    @property
+    def downloaded(self) -> str:
+        """The type in which numbers travel to the client."""
+        return self.download or self.payload
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,17 @@ class ServerState:
     """`layers`: each layer's method state, by layer name; `head`: trained parameters outside the
     adapters, by name; `round`: the rounds done. `clients`: the tensors that each client keeps for itself
     between rounds, by client id and name; only if the clients are in the server's process, and never used
-    by the server."""
+    by the server. `ledger`: what each client holds in its base, if the method's clients remember.
+
+    `built`: the broadcasts of this state to clients that remember, so that each is computed once.
+    """
 
     round: int
     layers: Mapping[str, Any]
     head: dict[str, Tensor]
     clients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    built: dict[Any, Broadcast] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ class Reply:
     """One client's reply in round `round`: its adapter (which may be read lazily, a layer at
     a time, and lacks the layers that it did not train), its head, its mean training loss, its number
     of steps, and the distance of the bounds it estimates (see `fedhl.weighting.moment_bounds`);
-    `magnitudes`: of the frozen directions, by layer, if it was sent any."""
+    `magnitudes`: of the frozen directions, by layer, if it was sent any; `version`: the memory that it holds
+    now, if the method's clients remember (see `fedhl.server.ledger`)."""
 
     client: Client
     round: int
@@ -55,6 +69,7 @@ class Reply:
     steps: int
     bound: float = 0.0
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    version: str | None = None
 
 
 @dataclass(frozen=True)
