@@ -23,11 +23,12 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.federation import at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
-from fedhl.method import Broadcast, flatten
+from fedhl.method import Broadcast, Remembering, flatten
 from fedhl.model.loading import tokenizer_hash
 from fedhl.network import node, wire
+from fedhl.network.memory import Holdings, Kept
 from fedhl.network.message import Malformed
-from fedhl.network.node import SHARED, Memory, Node, introduce, node_of, rank_of
+from fedhl.network.node import SHARED, Node, introduce, node_of, rank_of
 from fedhl.server import Client, Reply, ServerState
 from fedhl.task.labels import sorted_labels
 from fedhl.watch import SILENT
@@ -231,7 +232,8 @@ class Post:
 
     def letter(self, state: ServerState, client: Client, round: int) -> Any:
         header = {"labels": self.prepared.data.labels, "run": "run", "round": round}
-        payload = wire.encode_broadcast({}, self.sent(state, client), state.head, client.payload)
+        sent, version = self.sent(state, client), state.ledger.version(client.id)
+        payload = wire.encode_broadcast({}, sent, state.head, client.downloaded, version)
         return (
             self.config,
             self.nodes[client.id],
@@ -260,7 +262,7 @@ def same_reply(one: Reply, other: Reply) -> bool:
         )
 
     a, b = tensors(one), tensors(other)
-    numbers = [(r.client, r.round, r.loss, r.steps, r.bound) for r in (one, other)]
+    numbers = [(r.client, r.round, r.loss, r.steps, r.bound, r.version) for r in (one, other)]
     return numbers[0] == numbers[1] and same_tensors(a, b)
 
 
@@ -283,10 +285,13 @@ PRUNING = {"name": "hetlora", "gamma": 0.5, "decay": 1.0}
 
 @pytest.mark.parametrize(
     ("method", "together"),
-    [("fedhl", True), ("fedhl", False), ("fedsa_lora", True), (PRUNING, True)],
+    [
+        *[("fedhl", True), ("fedhl", False), ("fedsa_lora", True), (PRUNING, True)],
+        *[("fedhl_ef", True), ({"name": "fedhl_ef", "download": 2}, False)],
+    ],
 )
 def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, together: bool):
-    """Two rounds, to the bit: what is returned, what is kept, and the rank that it goes on with."""
+    """Two rounds, to the bit: what is returned, what is kept and held, and the rank that it goes on with."""
     config = config_of(
         project,
         method=method,
@@ -303,7 +308,10 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
         for client in (at_current_rank(client, state) for client in federation.clients):
             own = state.clients.get(client.id, {})
             sent = post.sent(state, client)
-            local = train_client(federation, client, sent, state.head, state.round + 1, own=own)
+            version = state.ledger.version(client.id)
+            local = train_client(
+                federation, client, sent, state.head, state.round + 1, own=own, version=version
+            )
             metrics = evaluate_client(federation, state, client, federation.own[client.id])
             reply, rank = post.train(state, client)
             assert same_reply(reply, local.reply)
@@ -312,10 +320,14 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
             # as before this round: what it has kept of it belongs to the next
             assert post.evaluate(state, client) == metrics
             factors = {name: x for name, x in (own | local.kept).items() if name != "rank"}
-            kept = Memory(nodes[client.id], "run").before(state.round + 2)
+            kept = Kept(nodes[client.id].place("run")).before(state.round + 2)
             assert same_tensors(kept, factors)
             assert bool(kept) == (method == "fedsa_lora")
         state, _ = run_round(federation, state)
+        for id, version in state.ledger.of.items():
+            theirs = Holdings(nodes[id].place("run")).memory(version)
+            assert theirs and same_tensors(dict(theirs), dict(state.ledger.memories[version]))
+        assert bool(state.ledger.of) == isinstance(federation.method, Remembering)
     assert (ranks[3:] < [client.rank for client in federation.clients]) == (method == PRUNING)
 
 
@@ -326,14 +338,14 @@ def test_a_client_that_diverged_keeps_what_it_had(project: Path):
     state, client = prepared.initial_state(), prepared.federation.clients[0]
     here = Node(client.id, SHARED)
     Post(config, prepared, {client.id: here}).train(state, client)
-    had = Memory(here, "run").before(2)
+    had = Kept(here.place("run")).before(2)
     wild = config.model_copy(
         update={"training": config.training.model_copy(update={"learning_rate": 1e30})}
     )
     post = Post(wild, prepared, {client.id: here})
     reply, _ = post.train(replace(state, round=1), client)
     assert not math.isfinite(reply.loss)
-    assert had and same_tensors(Memory(here, "run").before(3), had)
+    assert had and same_tensors(Kept(here.place("run")).before(3), had)
 
 
 def test_a_rank_above_its_own_is_refused(shared: Config):
@@ -412,7 +424,7 @@ def kept(k: int) -> dict[str, Tensor]:
 
 
 def test_a_round_asked_again_begins_from_what_was_kept_before_it(tmp_path: Path):
-    memory = Memory(Node("a", "x", state=tmp_path), "run")
+    memory = Kept(Node("a", "x", state=tmp_path).place("run"))
     assert memory.before(1) == {}
     for round in (1, 2, 5):
         memory.keep(round, kept(round))
@@ -424,7 +436,7 @@ def test_a_round_asked_again_begins_from_what_was_kept_before_it(tmp_path: Path)
 
 
 def test_two_files_stay_and_nothing_half_written_is_read(tmp_path: Path):
-    memory = Memory(Node("a", "x", state=tmp_path), "run")
+    memory = Kept(Node("a", "x", state=tmp_path).place("run"))
     for round in (1, 2, 3):
         memory.keep(round, kept(round))
     names = ["round-000002.safetensors", "round-000003.safetensors"]
@@ -436,7 +448,7 @@ def test_two_files_stay_and_nothing_half_written_is_read(tmp_path: Path):
 
 
 def test_rounds_go_by_their_numbers(tmp_path: Path):
-    memory = Memory(Node("a", "x", state=tmp_path), "run")
+    memory = Kept(Node("a", "x", state=tmp_path).place("run"))
     for round in (999_999, 1_000_000):
         memory.keep(round, kept(round % 10))
     assert same_tensors(memory.before(1_000_001), kept(0))
@@ -452,7 +464,7 @@ def test_whatever_the_names_each_client_and_run_has_a_folder_of_its_own(
     one: tuple[str, str], other: tuple[str, str]
 ):
     root = Path("/state")
-    a, b = (Memory(Node(id, "x", state=root), run).folder for id, run in (one, other))
+    a, b = (Kept(Node(id, "x", state=root).place(run)).folder for id, run in (one, other))
     assert (a == b) == (one == other)
     for folder in (a, b):
         assert folder.parent.parent == root
@@ -461,8 +473,10 @@ def test_whatever_the_names_each_client_and_run_has_a_folder_of_its_own(
 
 def test_two_clients_on_one_machine_do_not_share_what_they_keep(tmp_path: Path):
     for id in ("..", "a", "a/b"):
-        assert Memory(Node(id, "x", state=tmp_path), "..").before(9) == {}
-        Memory(Node(id, "x", state=tmp_path), "..").keep(1, kept(len(id)))
+        assert Kept(Node(id, "x", state=tmp_path).place("..")).before(9) == {}
+        Kept(Node(id, "x", state=tmp_path).place("..")).keep(1, kept(len(id)))
     for id in ("..", "a", "a/b"):
-        assert same_tensors(Memory(Node(id, "x", state=tmp_path), "..").before(9), kept(len(id)))
+        assert same_tensors(
+            Kept(Node(id, "x", state=tmp_path).place("..")).before(9), kept(len(id))
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["%2E%2E"]

@@ -25,7 +25,7 @@ import docs
 from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.config import load_config
 from fedhl.lora import LoRA, dense, initial
-from fedhl.method import Broadcast, Method
+from fedhl.method import Broadcast, Method, Remembering
 from fedhl.network.message import DIMENSIONS, WHOLE, Limit, Malformed, opened, sealed
 from fedhl.network.wire import (
     PROTOCOL,
@@ -39,13 +39,14 @@ from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.server.carried import carried_reply, returned_factors
 from fedhl.server.layers import Layers
+from fedhl.server.ledger import next_version
 from fedhl.server.payload import PAYLOADS, TINY, carried, carried_lora
 
 SEED = 3
 SHAPES = {"block.0.query": (13, 9), "block.1/välue": (7, 11)}
 HEAD = {"classifier.weight": (3, 7), "classifier.bias": (3,)}
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "wire.md"
-EXACT = ["fedhl", "fed_plora", "fedhera", "fedex_lora", "flora", "rac_lora"]
+EXACT = ["fedhl_ef", "fedhl", "fed_plora", "fedhera", "fedex_lora", "flora", "rac_lora"]
 """The methods that claim "exact mean", and keep it whatever the payload."""
 
 payloads = pytest.mark.parametrize("payload", PAYLOADS)
@@ -65,7 +66,9 @@ def cohort(method: Method[Any], payload: str) -> list[Client]:
     ]
 
 
-def trained(sent: Mapping[str, Broadcast], client: Client, state: ServerState) -> Reply:
+def trained(
+    method: Method[Any], sent: Mapping[str, Broadcast], client: Client, state: ServerState
+) -> Reply:
     """What a client has after moving all that it trains, before it travels."""
     k = sum(client.id.encode()) + 1000 * state.round
     adapter = {
@@ -81,12 +84,14 @@ def trained(sent: Mapping[str, Broadcast], client: Client, state: ServerState) -
     }
     head = {name: value + draw(k, *value.shape) for name, value in state.head.items()}
     magnitudes = {n: b.magnitudes + 0.1 for n, b in sent.items() if b.magnitudes is not None}
-    return Reply(client, state.round + 1, adapter, head, 0.5, 3, 0.25, magnitudes)
+    held = state.ledger.version(client.id)
+    version = next_version(held, sent) if isinstance(method, Remembering) else None
+    return Reply(client, state.round + 1, adapter, head, 0.5, 3, 0.25, magnitudes, version)
 
 
 def arrived(method: Method[Any], state: ServerState, client: Client) -> Reply:
     sent = server.broadcast(method, state, client, SEED)
-    return carried_reply(trained(sent, client, state), sent)
+    return carried_reply(trained(method, sent, client, state), sent)
 
 
 def advance(method: Method[Any], state: ServerState, payload: str) -> ServerState:
@@ -140,13 +145,22 @@ def test_a_broadcast_arrives_to_the_bit(name: str, payload: str, tmp_path: Path)
     client = cohort(method, payload)[0]
     plain = server.broadcast(method, state, replace(client, payload="float32"), SEED)
     sent = {layer: carried(b, payload) for layer, b in plain.items()}
-    assert equal(server.broadcast(method, state, client, SEED), sent)
+    remembers, held = isinstance(method, Remembering), state.ledger.version(client.id)
+    here = server.broadcast(method, state, client, SEED)
+    if remembers:  # the base is what the client holds already, which does not travel
+        bases = {layer: state.ledger.held(client.id, layer) for layer in SHAPES}
+        assert equal({layer: b.base for layer, b in here.items()}, bases)
+        here, sent, plain = (
+            {layer: replace(b, base=None, lost=None) for layer, b in each.items()}
+            for each in (here, sent, plain)
+        )
+    assert equal(here, sent)
     assert equal({layer: carried(b, payload) for layer, b in sent.items()}, sent)
     said = {**RUN._asdict(), "round": 3, "client": "ädä", "rate": 0.1}
     for broadcasts in (plain, sent):
-        message = encode_broadcast(said, broadcasts, state.head, payload)
+        message = encode_broadcast(said, broadcasts, state.head, payload, held)
         header, got, head = decode_broadcast(message)
-        assert header == {**said, "protocol": PROTOCOL, "payload": payload}
+        assert header == {**said, "protocol": PROTOCOL, "payload": payload, "held": held}
         assert equal(got, sent) and equal(head, state.head)
         assert all(b.lora.B.is_contiguous() for b in got.values())
     (tmp_path / "message").write_bytes(message)
@@ -163,7 +177,7 @@ def test_a_reply_arrives_to_the_bit(name: str, payload: str, tmp_path: Path) -> 
     method, state = get_method(name), played(name, payload)
     for client in cohort(method, payload):
         sent = server.broadcast(method, state, client, SEED)
-        reply = trained(sent, client, state)
+        reply = trained(method, sent, client, state)
         here = carried_reply(reply, sent)
         message = encode_reply(RUN, reply, sent)
         (tmp_path / "reply").write_bytes(message)
@@ -184,7 +198,7 @@ def test_a_round_from_disk_is_the_round_in_memory(payload: str, tmp_path: Path) 
     here, there = [], []
     for client in cohort(method, payload):
         sent = server.broadcast(method, state, client, SEED)
-        reply = trained(sent, client, state)
+        reply = trained(method, sent, client, state)
         (tmp_path / client.id).write_bytes(encode_reply(RUN, reply, sent))
         here.append(carried_reply(reply, sent))
         there.append(read(tmp_path / client.id, state, client, "fedhl"))
@@ -199,7 +213,7 @@ def test_layers_that_a_straggler_did_not_reach_may_be_missing() -> None:
     method, state = get_method("fedhl"), played("fedhl", "int8")
     client = cohort(method, "int8")[0]
     sent = server.broadcast(method, state, client, SEED)
-    reply = trained(sent, client, state)
+    reply = trained(method, sent, client, state)
     late = replace(reply, adapter={"block.0.query": reply.adapter["block.0.query"]})
     got = read(encode_reply(RUN, late, sent), state, client, "fedhl")
     assert list(got.adapter) == ["block.0.query"]
@@ -212,7 +226,7 @@ def test_a_client_that_diverged_is_refused_as_in_one_process(payload: str) -> No
     method, state = get_method("fedhl"), played("fedhl", payload)
     client = cohort(method, payload)[0]
     sent = server.broadcast(method, state, client, SEED)
-    fine = trained(sent, client, state)
+    fine = trained(method, sent, client, state)
     for bad in (math.nan, math.inf, -math.inf):
         adapter = {name: LoRA(x.A, x.B.clone(), x.scale) for name, x in fine.adapter.items()}
         adapter["block.0.query"].B[1, 1] = bad
@@ -299,10 +313,10 @@ def test_the_mean_is_exact_and_nobody_moves_nothing(name: str, payload: str) -> 
     idle, busy = (
         {
             c.id: carried_reply(
-                trained(sents[c.id], c, state)
+                trained(method, sents[c.id], c, state)
                 if move
                 else replace(
-                    trained(sents[c.id], c, state),
+                    trained(method, sents[c.id], c, state),
                     adapter={n: replace(b.lora, scale=c.scale) for n, b in sents[c.id].items()},
                 ),
                 sents[c.id],
@@ -340,7 +354,7 @@ def valid(payload: str = "int8") -> tuple[bytes, Client, ServerState]:
     method, state = get_method("fedhl"), played("fedhl", payload)
     client = cohort(method, payload)[0]
     sent = server.broadcast(method, state, client, SEED)
-    return encode_reply(RUN, trained(sent, client, state), sent), client, state
+    return encode_reply(RUN, trained(method, sent, client, state), sent), client, state
 
 
 def forged(
@@ -408,8 +422,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "header deep": (lambda: with_text("[" * 2000 + "]" * 2000), "its header is"),
     "header huge": (lambda: with_text('{"round": 1' + "0" * 3900 + "}"), "it has protocol version"),
     "header twice": (lambda: with_text('{"a": 1, "a": 2}'), "a key is given twice"),
-    "header empty": (lambda: with_text("{}"), "it has protocol version None, expected version 1"),
-    "another version": (lambda: forged(put(protocol=2)), "protocol version 2, expected version 1"),
+    "header empty": (lambda: with_text("{}"), "it has protocol version None, expected version 2"),
+    "another version": (lambda: forged(put(protocol=1)), "protocol version 1, expected version 2"),
     "version true": (lambda: forged(put(protocol=True)), "protocol version True"),
     "field missing": (lambda: forged(drop("loss")), "header field 'loss' is missing"),
     "field surplus": (lambda: forged(put(extra=1)), "header field 'extra' is unknown"),
@@ -486,7 +500,7 @@ def test_a_scale_may_differ_by_what_a_float32_of_it_does() -> None:
     """By a millionth, in the header and when it is written."""
     _, client, state = valid()
     sent = server.broadcast(get_method("fedhl"), state, client, SEED)
-    reply = trained(sent, client, state)
+    reply = trained(get_method("fedhl"), sent, client, state)
     for off in (1e-6, -1e-6):
         near, far = (client.scale * (1 + k * off) for k in (0.9, 1.1))
         assert read(forged(put(scale=near)), state, client, "fedhl").client == client
@@ -563,7 +577,7 @@ def test_texts_that_are_long_as_JSON_are_within_the_limit(character: str) -> Non
     state = server.init(method, layers, head, SEED)
     client, run = Client(text, 1, 1.0, 5, payload="int8"), Run(text, text, text)
     sent = server.broadcast(method, state, client, SEED)
-    reply = trained(sent, client, state)
+    reply = trained(method, sent, client, state)
     got = read(encode_reply(run, reply, sent), state, client, "fedhl", run)
     assert equal(replace(got, adapter=dict(got.adapter)), carried_reply(reply, sent))
 
@@ -762,6 +776,9 @@ def test_a_run_with_every_payload_ends_with_an_accuracy(project: Path) -> None:
     assert load_config(project / "int8" / "config.yaml").wire.payload == "int8"
 
 
+NUMBERS = ("lora", "base", "past", "merged")
+
+
 @methods
 def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) -> None:
     """In numbers, over two rounds, without heads."""
@@ -770,7 +787,7 @@ def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) 
     ranks = [client.rank for client in clients]
 
     def numbers(message: bytes) -> int:
-        factors = {k: x for k, x in load(message).items() if k.startswith(("lora", "base", "past"))}
+        factors = {k: x for k, x in load(message).items() if k.startswith(NUMBERS)}
         return sum(x.numel() for x in factors.values())
 
     down, up = [0.0, 0.0], [0.0, 0.0]  # what is sent, and what is counted
@@ -778,7 +795,8 @@ def test_what_a_method_counts_is_what_is_sent_but_where_the_docs_say(name: str) 
         for client in clients:
             sent = server.broadcast(method, state, client, SEED)
             counted = [method.traffic(m, n, client.rank, ranks) for m, n in SHAPES.values()]
-            down[0] += numbers(encode_broadcast({}, sent, {}, "float32"))
+            held = state.ledger.version(client.id)
+            down[0] += numbers(encode_broadcast({}, sent, {}, "float32", held))
             down[1] += sum(traffic.down for traffic in counted)
             up[0] += numbers(encode_reply(RUN, arrived(method, state, client), sent))
             up[1] += sum(traffic.up for traffic in counted)

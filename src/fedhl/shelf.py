@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedhl.files import whole_file
+from fedhl.files import sha256, whole_file
 from fedhl.lora import LoRA
 from fedhl.method import flatten, unflatten
 
@@ -85,6 +85,37 @@ class AdapterFile(Mapping[str, LoRA]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+class Matrices(Mapping[str, torch.Tensor]):
+    """Matrices by layer name in a safetensors file, read a layer at a time: what a client holds. `sha256`: of
+    the file. Raises SafetensorError or OSError for a file that is not a safetensors file."""
+
+    def __init__(self, file: Path, sha256: str) -> None:
+        self.file, self.sha256 = file, sha256
+        with safe_open(file, framework="pt") as tensors:
+            self.layers = sorted(tensors.keys())
+
+    def __getitem__(self, layer: str) -> torch.Tensor:
+        if layer not in self.layers:
+            raise KeyError(layer)
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(
+                layer
+            ).clone()  # aligned as memory is, like a state of `Shelf`
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def save_matrices(file: Path, matrices: Mapping[str, torch.Tensor]) -> Matrices:
+    """Write the file that `Matrices` reads, whole or not at all."""
+    with whole_file(file) as partial:
+        save_file({name: matrices[name].cpu().contiguous() for name in matrices}, partial)
+    return Matrices(file, sha256(file))
 
 
 def save_adapter(file: Path, adapter: Mapping[str, LoRA]) -> None:

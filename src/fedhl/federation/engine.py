@@ -28,7 +28,7 @@ class Returned(NamedTuple):
 
     `replies`; `kept`: the tensors that each client keeps for itself, by client id; `missing`: the clients
     without a reply, each with its `id` and the `reason`; `traffic`: bytes down and up, by client id;
-    `seconds`: by phase.
+    `seconds`: by phase; `forgotten`: the ids of the clients that had lost what they held.
     """
 
     replies: list[Reply]
@@ -36,6 +36,7 @@ class Returned(NamedTuple):
     missing: list[dict[str, Any]]
     traffic: dict[str, tuple[int, int]]
     seconds: dict[str, float]
+    forgotten: frozenset[str] = frozenset()
 
 
 class Engine(Protocol):
@@ -66,10 +67,12 @@ class InProcess:
     """All clients in this process, one after the other, on one model.
 
     `answered(client id, round)`: whether the client answers in this round. A client on another machine may
-    not answer; a client that does not counts as absent.
+    not answer; a client that does not counts as absent. `forgets(client id, round)`: whether it has lost what
+    it held, and begins this round as a newcomer.
     """
 
     answered: Callable[[str, int], bool] = lambda id, round: True
+    forgets: Callable[[str, int], bool] = lambda id, round: False
 
     def present(self, federation: Federation, round: int) -> Federation:
         return federation
@@ -83,6 +86,8 @@ class InProcess:
     ) -> Returned:
         method, seed, round = federation.method, federation.config.seed, state.round + 1
         cohort = [client for client in cohort if self.answered(client.id, round)]
+        forgotten = frozenset(client.id for client in cohort if self.forgets(client.id, round))
+        state = server.forget(state, forgotten)
         seconds = {"broadcast": 0.0, "train": 0.0, "compute": 0.0}
         replies, kept = [], {}
         with training_mode(federation.slots.model):
@@ -102,7 +107,7 @@ class InProcess:
                 kept[client.id] = own | local.kept
         returned = {reply.client.id: reply.adapter for reply in replies}
         traffic = bytes_per_client(federation, cohort, returned)
-        return Returned(replies, kept, [], traffic, seconds)
+        return Returned(replies, kept, [], traffic, seconds, forgotten)
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
         return {
@@ -133,7 +138,7 @@ def run_round(
         state = server.next_task(method, state)
     cohort = [at_current_rank(client, state) for client in federation.cohort(round)]
     returned = engine.train(federation, state, cohort, on_step)
-    replies = returned.replies
+    state, replies = server.forget(state, returned.forgotten), returned.replies
     if federation.privacy is not None:
         following, outcome = server.release(federation.privacy, method, state, replies, seed)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,19 +111,25 @@ def run_id(folder: Path) -> str:
     return json.loads(file.read_text())["run"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """One request to the clients: of this `kind`, for this federation and state.
 
-    `missing`: the clients without an accepted reply, by client id, and the reason; `payloads`: the broadcasts
-    encoded so far.
+    `missing`: the clients without an accepted reply, by client id, and the reason; `forgotten`: the clients
+    that have lost what they held; `payloads`: the broadcasts encoded so far.
     """
 
     kind: str
     federation: Federation
     state: ServerState
     missing: dict[str, str] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
     payloads: dict[Any, bytes] = field(default_factory=dict)
+
+    def forget(self, clients: Collection[str]) -> None:
+        """These clients begin the round as newcomers."""
+        self.forgotten |= set(clients)
+        self.state = server.forget(self.state, clients)
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,9 @@ class OverNetwork:
         known = {client.id: client for client in federation.clients}
         clients = []
         for id, rank, examples in found:
-            scale, payload = self.config.lora.scale_of(rank), self.config.wire.payload
-            client = known.get(id, Client(id, rank, scale, 0, payload=payload))
+            scale, travels = self.config.lora.scale_of(rank), self.config.wire
+            new = Client(id, rank, scale, 0, payload=travels.payload, download=travels.download)
+            client = known.get(id, new)
             clients.append(replace(client, examples=examples))
         self.roster.enter(clients)
         return replace(federation, clients=clients)
@@ -179,6 +186,7 @@ class OverNetwork:
         incoming = Incoming(self.folder, state.round + 1)
         incoming.remove_others()
         turn = Turn(TRAIN, federation, state, incoming.closed())
+        turn.forget(incoming.forgotten(cohort))
         traffic: dict[str, tuple[int, int]] = {}
 
         def unanswered() -> Iterator[tuple[Client, bytes]]:
@@ -189,13 +197,27 @@ class OverNetwork:
                 if not incoming.file(client).exists() and client.id not in turn.missing:
                     yield client, payload
 
-        def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
-            down, _ = traffic[client.id]
+        def accept(
+            client: Client, header: Mapping[str, Any], payload: bytes | None
+        ) -> bytes | None:
+            down, up = traffic[client.id]
+            if "forgotten" in header:
+                if turn.state.ledger.version(client.id) is None:
+                    raise Malformed("it says that it has lost what it was never sent")
+                self.watcher.say(
+                    f"client {client.id!r} has lost what it was sent before; it begins again"
+                )
+                incoming.forget(client)
+                turn.forget([client.id])
+                again = self.encode(turn, client)
+                traffic[client.id] = (down + len(again), up)
+                return again
             traffic[client.id] = (down, len(payload or b""))
             # a reply has nothing that its client was not sent, but for a header of its own
             limit = down + sum(wire.limit([], (*self.run, client.id)))
             least_rank = 1 if isinstance(federation.method, SelfPruning) else client.rank
             incoming.keep(client, header, payload, limit, least_rank)
+            return None
 
         self.exchange(turn, unanswered(), accept)
         incoming.close(turn.missing)
@@ -210,7 +232,7 @@ class OverNetwork:
                     kept[client.id] = state.clients.get(client.id, {}) | rank_left(incoming, client)
         missing = [{"id": id, "reason": reason} for id, reason in sorted(turn.missing.items())]
         seconds = {"broadcast": 0.0, "train": perf_counter() - start}
-        return Returned(replies, kept, missing, traffic, seconds)
+        return Returned(replies, kept, missing, traffic, seconds, frozenset(turn.forgotten))
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
         """The metrics of each connected client, with the broadcast of the next round, on its own held-out
@@ -223,6 +245,8 @@ class OverNetwork:
         metrics: dict[str, Metrics] = {}
 
         def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+            if "forgotten" in header:
+                raise Malformed("it has lost what it was sent before")
             metrics[client.id] = metrics_of(header, self.config)
 
         self.exchange(turn, ((client, self.encode(turn, client)) for client in cohort), accept)
@@ -234,31 +258,40 @@ class OverNetwork:
         self,
         turn: Turn,
         payloads: Iterable[tuple[Client, bytes]],
-        accept: Callable[[Client, Mapping[str, Any], bytes | None], None],
+        accept: Callable[[Client, Mapping[str, Any], bytes | None], bytes | None],
     ) -> None:
         """Send each client its payload, and give the replies to `accept` as they arrive, until all are here,
-        the other nodes have left, or the deadline has passed. `turn.missing` gets each client without an
-        accepted reply, and the reason."""
+        the other nodes have left, or the deadline has passed. `accept` may return a payload to send next.
+        `turn.missing` gets each client without an accepted reply, and the reason."""
         deadline = self.config.federation.deadline
         end = monotonic() + deadline
         nodes = self.roster.look()
         sent: dict[str, Client] = {}
-        for client, payload in payloads:
+
+        def send(client: Client, payload: bytes) -> None:
             if client.id not in nodes:
                 turn.missing[client.id] = "its node has left"
-                continue
+                return
             id = self.mailbox.push(self.message(turn, client, nodes[client.id], payload))
             if id is None:
                 turn.missing[client.id] = "Flower did not accept the message to its node"
             else:
                 sent[id] = client
 
+        def heard(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+            again = accept(client, header, payload)
+            if again is not None:
+                send(client, again)
+
+        for client, payload in payloads:
+            send(client, payload)
+
         def refuse(client: Client, reason: str) -> None:
             turn.missing[client.id] = reason
 
         while sent:
             began = monotonic()
-            self.mailbox.collect(sent, accept, refuse)
+            self.mailbox.collect(sent, heard, refuse)
             nodes = self.roster.look()
             late = monotonic() > end
             silent = f"no reply within {deadline:g} seconds (federation.deadline)"
@@ -273,11 +306,15 @@ class OverNetwork:
     def encode(self, turn: Turn, client: Client) -> bytes:
         """The broadcast to a client as a payload; it is encoded once for all clients that are sent the
         same."""
-        method, seed = turn.federation.method, self.config.seed
-        key = client.id if method.per_client else (client.rank, client.scale)
+        method, seed, state = turn.federation.method, self.config.seed, turn.state
+        version = state.ledger.version(client.id)
+        key = client.id if method.per_client else (client.rank, client.scale, version)
         if key not in turn.payloads:
-            sent = server.broadcast(method, turn.state, client, seed)
-            payload = wire.encode_broadcast({}, sent, turn.state.head, client.payload)
+            sent = {
+                layer: server.broadcast_layer(method, state, layer, client, seed)
+                for layer in state.layers
+            }
+            payload = wire.encode_broadcast({}, sent, state.head, client.downloaded, version)
             if method.per_client:
                 return payload
             turn.payloads[key] = payload

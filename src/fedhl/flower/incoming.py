@@ -4,6 +4,7 @@ incoming/round-000003/
     clients.json     the clients that were connected when the round began: id, rank and rows of each
     ID.safetensors   a reply, as it arrived
     ID.rank          the rank of its client in the next round
+    ID.forgotten     its client has lost what it held, and begins this round as a newcomer
     closed.json      written when the round is closed: the clients without a reply, and the reasons
 """
 
@@ -90,6 +91,16 @@ class Incoming:
             )
         write_text(self.file(client).with_suffix(".rank"), json.dumps(rank))
         write_bytes(self.file(client), payload)
+
+    def forget(self, client: Client) -> None:
+        """Record that this client has lost what it held."""
+        write_text(self.file(client).with_suffix(".forgotten"), "")
+
+    def forgotten(self, clients: Iterable[Client]) -> set[str]:
+        """The ids of these clients that have lost what they held."""
+        return {
+            client.id for client in clients if self.file(client).with_suffix(".forgotten").exists()
+        }
 
     def closed(self) -> dict[str, str]:
         """The clients without a reply, by client id, and the reasons; {} while the round is open."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhl.config import Config
@@ -25,13 +24,15 @@ from fedhl.federation.examine import examine
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
 from fedhl.federation.prepare import check_config, load_federation
-from fedhl.files import cache, file_name, write_bytes
+from fedhl.files import cache, file_name
+from fedhl.method import Broadcast
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
 from fedhl.names import unknown
 from fedhl.network import wire
-from fedhl.record import round_name, rounds_in
+from fedhl.network.memory import Holdings, Kept
 from fedhl.server import Client
+from fedhl.server.ledger import after, base_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class Node:
     @property
     def folder(self) -> Path:
         return (self.state or cache() / "clients").expanduser()
+
+    def place(self, run: str) -> Path:
+        """The folder of the client's own files in the run of this id."""
+        return self.folder / file_name(run) / file_name(self.client)
 
 
 def node_of(settings: Mapping[str, Any], config: Config) -> Node:
@@ -126,23 +131,39 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
 
 def train(
     config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], bytes | None]:
     """A client's part of a round: from the server's message to its reply, with its rank for the next round.
+    A client that has lost what the broadcast is relative to says so, and has no reply.
 
     `together`: this process serves all clients of the config, on one model.
     """
     here = participant(config.model_dump_json(), node, tuple(header["labels"] or ()), together)
     client = here.client(header["rank"])
-    _, sent, head = wire.decode_broadcast(payload)
-    memory = Memory(node, header["run"])
-    own = memory.before(header["round"])
-    local = train_client(here.federation, client, sent, head, header["round"], own=own)
+    said, sent, head = wire.decode_broadcast(payload)
+    factors, holdings = Kept(node.place(header["run"])), Holdings(node.place(header["run"]))
+    own, version = factors.before(header["round"]), said["held"]
+    held = holdings.memory(version)
+    if held is None:
+        logger.warning("this machine no longer has what it was sent in earlier rounds")
+        return {"forgotten": version}, None
+    local = train_client(
+        here.federation,
+        client,
+        starts(held, sent),
+        head,
+        header["round"],
+        own=own,
+        version=version,
+    )
+    if local.reply.version is not None:
+        memory = {name: after(held.get(name), b) for name, b in sent.items()}
+        holdings.keep(version, local.reply.version, memory)
     rank = int(local.kept.pop("rank", client.rank))
     kept = own | local.kept
     values = [torch.tensor(local.reply.loss), *kept.values()]
     # A client whose training diverged is refused, and begins again from what it had before.
     if kept and all(x.isfinite().all() for x in values):
-        memory.keep(header["round"], kept)
+        factors.keep(header["round"], kept)
     run = wire.Run(header["run"], here.loaded.hash, here.tokenizer)
     return {"next_rank": rank}, wire.encode_reply(run, local.reply, sent)
 
@@ -156,11 +177,22 @@ def evaluate(
     if not rows:
         return None
     client = here.client(header["rank"])
-    _, sent, head = wire.decode_broadcast(payload)
-    own = Memory(node, header["run"]).before(header["round"] + 1)
+    said, sent, head = wire.decode_broadcast(payload)
+    own = Kept(node.place(header["run"])).before(header["round"] + 1)
+    held = Holdings(node.place(header["run"])).memory(said["held"])
+    if held is None:
+        raise UserError("it no longer has what it was sent in earlier rounds")
     slot = here.federation.slot_of(client)
-    with deployed(here.federation, slot, sent, head, own):
+    with deployed(here.federation, slot, starts(held, sent), head, own):
         return evaluate_rows(here.federation, rows)
+
+
+def starts(held: Mapping[str, Tensor], sent: Mapping[str, Broadcast]) -> dict[str, Broadcast]:
+    """The broadcasts with all of the client's base, by layer; `held`: what it holds, {} for nothing."""
+    return {
+        name: b if b.base is not None else replace(b, base=base_of(held.get(name), b))
+        for name, b in sent.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -279,33 +311,3 @@ def own_config(config: Config, node: Node) -> Config:
         return config
     data = config.data.model_copy(update={"source": node.data, "split": None})
     return config.model_copy(update={"data": data})
-
-
-class Memory:
-    """The tensors that a client keeps for itself between the rounds of a run: a file for each of the last
-    two.
-
-    A server that has lost a round to a crash asks for it again. The client must then begin it from the
-    tensors of the round before, not from those of its first attempt.
-    """
-
-    def __init__(self, node: Node, run: str) -> None:
-        self.folder = node.folder / file_name(run) / file_name(node.client)
-
-    def files(self) -> dict[int, Path]:
-        return rounds_in(self.folder, ".safetensors")
-
-    def before(self, round: int) -> dict[str, Tensor]:
-        """The tensors that were kept after the last round before this one; {} if there are none."""
-        files = self.files()
-        earlier = [number for number in files if number < round]
-        return load_file(files[max(earlier)]) if earlier else {}
-
-    def keep(self, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors; the file is written whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = save({name: x.contiguous() for name, x in tensors.items()})
-        write_bytes(self.folder / (round_name(round) + ".safetensors"), content)
-        files = self.files()
-        for old in sorted(number for number in files if number <= round)[:-2]:
-            files[old].unlink()

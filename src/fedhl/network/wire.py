@@ -32,16 +32,18 @@ from fedhl.server import Client, Reply
 from fedhl.server.carried import returned_factors
 from fedhl.server.payload import PAYLOADS, factor_of, from_payload, rows, to_payload
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of the format; both ends must have the same."""
 FIELDS: dict[str, type] = {
     **{"protocol": int, "payload": str, "run": str, "model": str, "tokenizer": str},
     **{"round": int, "client": str, "rank": int, "scale": float, "examples": int},
-    **{"loss": float, "steps": int, "bound": float},
+    **{"loss": float, "steps": int, "bound": float, "version": str},
 }
 """The fields of a reply's header."""
 UNKNOWN = ("loss", "bound")
 """The fields that are null if training diverged, since JSON has no NaN."""
+NULLABLE = (*UNKNOWN, "version")
+"""The fields that may be null; `version` is, if the method's clients remember nothing."""
 
 
 class Run(NamedTuple):
@@ -61,8 +63,10 @@ def encode_broadcast(
     sent: Mapping[str, Broadcast],
     head: Mapping[str, Tensor],
     payload: str,
+    held: str | None = None,
 ) -> bytes:
-    """The message of the broadcasts of all layers and of the head; `header`: further fields, as JSON.
+    """The message of the broadcasts of all layers and of the head; `header`: further fields, as JSON; `held`:
+    the version of the client's memory to which the broadcasts are relative.
 
     `decode_broadcast` gives `fedhl.server.payload.carried` of each broadcast, to the bit; the head travels as
     float32. Raises ValueError or TypeError for a header that is not JSON.
@@ -70,10 +74,13 @@ def encode_broadcast(
     tensors, layers = head_tensors(head), {}
     for name, b in sent.items():
         tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in "AB"], payload)
-        if b.base is not None:
+        if b.base is not None and held is None and b.merged is None:  # else the client knows it
             tensors |= packed("base", name, [b.base], payload)
         if b.past is not None:
             tensors |= packed("past", name, [rows(b.past, f, payload) for f in "AB"], payload)
+        if b.merged is not None:
+            leaves = [rows(b.merged, f, payload) for f in "AB"]
+            tensors |= packed("merged", name, leaves, payload)
         if b.magnitudes is not None:
             tensors[f"magnitudes::{name}"] = b.magnitudes.float()
         if b.index is not None:
@@ -82,10 +89,11 @@ def encode_broadcast(
             "shape": b.lora.shape,
             "scale": b.lora.scale,
             "past": None if b.past is None else b.past.scale,
+            "merged": None if b.merged is None else b.merged.scale,
             "train": "".join(sorted(b.train)),
             "keep": "".join(sorted(b.keep)),
         }
-    known = {"protocol": PROTOCOL, "payload": payload, "layers": layers}
+    known = {"protocol": PROTOCOL, "payload": payload, "held": held, "layers": layers}
     return sealed({**header, **known}, tensors)
 
 
@@ -98,6 +106,8 @@ def decode_broadcast(
     try:
         header = dict(message.header)
         layers, payload = header.pop("layers"), header["payload"]
+        if not isinstance(header["held"], str | None):
+            raise ValueError(f"its version is {shown(header['held'])}")
         if payload not in PAYLOADS:
             raise ValueError(f"unknown payload {payload!r}")
         sent = {name: broadcast_of(message, name, said, payload) for name, said in layers.items()}
@@ -126,6 +136,7 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
         index=message[f"index::{name}"] if given("index") else None,
         past=adapter("past", said["past"]) if given("past") else None,
         magnitudes=message[f"magnitudes::{name}"] if given("magnitudes") else None,
+        merged=adapter("merged", said["merged"]) if given("merged") else None,
     )
 
 
@@ -152,6 +163,7 @@ def encode_reply(run: Run, reply: Reply, sent: Mapping[str, Broadcast]) -> bytes
         **{"round": reply.round, "client": client.id, "rank": client.rank},
         **{"scale": float(client.scale), "examples": client.examples},
         **{"loss": number(reply.loss), "steps": reply.steps, "bound": number(reply.bound)},
+        "version": reply.version,
     }
     return sealed(header, tensors)
 
@@ -199,6 +211,7 @@ def read_reply(
         header["steps"],
         bound,
         {name: message[key] for name in returned if (key := f"magnitudes::{name}") in asked},
+        header["version"],
     )
 
 
@@ -287,7 +300,7 @@ def check_header(header: Mapping[str, Any], run: Run, client: Client) -> None:
         raise Malformed(f"header field {shown(name)} is {what}")
     for name, kind in FIELDS.items():
         value = header[name]
-        if name in UNKNOWN and value is None:
+        if name in NULLABLE and value is None:
             continue
         if type(value) is not kind:  # a bool is not a whole number here
             raise Malformed(f"header field {name!r} is {shown(value)}, expected {KINDS[kind]}")

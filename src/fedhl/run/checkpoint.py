@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from fedhl.files import sha256, sha256_of, whole_folder
 from fedhl.method import flatten, unflatten
 from fedhl.record import round_name, rounds_in
 from fedhl.server import ServerState
+from fedhl.server.ledger import Ledger
+from fedhl.shelf import Matrices, save_matrices
 
+MEMORIES = "memories"
+"""The folder of what clients hold, beside the checkpoints that name it."""
 SEPARATOR = "::"  # between the parts of a tensor's name; layer names have dots
 
 
@@ -23,11 +28,13 @@ class CorruptCheckpoint(Exception):
 
 
 def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
-    """Write `folder/round-000012/`: the tensors, and a manifest with `notes` and both checksums.
+    """Write `folder/round-000012/`: the tensors, and a manifest with `notes` and all checksums.
 
     The files are written and flushed under another name first, then renamed, so that a checkpoint is
-    either whole or absent. Raises OSError or SafetensorError, e.g. when the disk is full.
+    either whole or absent. A memory never changes, and is one file of all checkpoints that name it. Raises
+    OSError or SafetensorError, e.g. when the disk is full.
     """
+    memories = files_of(folder, state.ledger)
     tensors = {
         SEPARATOR.join(("layer", layer, name)): tensor.cpu()
         for layer, value in state.layers.items()
@@ -46,12 +53,39 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
     with whole_folder(folder / name, folder / f".partial-{name}", replace=True) as staging:
         save_file(tensors, staging / "state.safetensors")
         manifest = {"round": state.round, **notes}
+        manifest["ledger"] = {
+            "of": dict(state.ledger.of),
+            "memories": {version: file.sha256 for version, file in memories.items()},
+        }
         manifest["sha256"] = {
             "state.safetensors": sha256(staging / "state.safetensors"),
             "manifest": sha256_of(json.dumps(manifest)),
         }
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return folder / name
+
+
+def on_disk(folder: Path, state: ServerState) -> ServerState:
+    """The state, whose memories are files beside the checkpoints in `folder` from now on."""
+    return replace(state, ledger=Ledger(state.ledger.of, files_of(folder, state.ledger)))
+
+
+def files_of(folder: Path, ledger: Ledger) -> dict[str, Matrices]:
+    """The memories of a ledger as files, each written unless it is there already."""
+    place = folder / MEMORIES
+    if ledger.memories:
+        place.mkdir(parents=True, exist_ok=True)
+    return {
+        version: memory
+        if isinstance(memory, Matrices) and memory.file.parent == place
+        else save_matrices(memory_file(folder, version), memory)
+        for version, memory in ledger.memories.items()
+    }
+
+
+def memory_file(folder: Path, version: str) -> Path:
+    """The file of the memory of this version, among the checkpoints in `folder`."""
+    return folder / MEMORIES / f"{version}.safetensors"
 
 
 def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, Any]]:
@@ -72,6 +106,14 @@ def load(checkpoint: Path, like: ServerState) -> tuple[ServerState, dict[str, An
         # bits of a product may depend on that
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
         state = restore(tensors, like, manifest["round"])
+        said = manifest.pop("ledger", {"of": {}, "memories": {}})  # absent before version 0.2
+        memories = {}
+        for version, expected in said["memories"].items():
+            file = memory_file(checkpoint.parent, version)
+            if sha256(file) != expected:
+                raise CorruptCheckpoint(f"{file}: does not match its checksum in the manifest")
+            memories[version] = Matrices(file, expected)
+        state = replace(state, ledger=Ledger(said["of"], memories))
     except CorruptCheckpoint:
         raise
     except Exception as error:  # anything may be wrong with a damaged file
@@ -99,7 +141,20 @@ def restore(tensors: dict[str, Tensor], like: ServerState, round: int) -> Server
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and the checkpoint of round `best`."""
+    """Remove all checkpoints but the newest `keep` and the checkpoint of round `best`, and all memories that
+    no checkpoint names."""
     for round, path in list(rounds_in(folder).items())[keep:]:
         if round != best:
             shutil.rmtree(path)
+    named = {version for path in rounds_in(folder).values() for version in memories_of(path)}
+    for file in (folder / MEMORIES).glob("*.safetensors"):
+        if file.stem not in named:
+            file.unlink()
+
+
+def memories_of(checkpoint: Path) -> set[str]:
+    """The versions of the memories that a checkpoint names; none if its manifest cannot be read."""
+    try:
+        return set(json.loads((checkpoint / "manifest.json").read_text())["ledger"]["memories"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()

@@ -115,14 +115,13 @@ def run_rounds(
         if state is None:
             state = prepared.initial_state()
             nothing = Outcome([], [], {}, {})
-            best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
+            state, best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
         while state.round < rounds:
             here = engine.present(prepared.federation, state.round + 1)
             prepared = prepared.joined_by(here.clients)
             on_step = steps(here, state, watcher)
             following, outcome = run_round(here, state, on_step, engine)
-            best = finish_round(prepared, following, folder, outcome, best, watcher, engine)
-            state = following
+            state, best = finish_round(prepared, following, folder, outcome, best, watcher, engine)
     except KeyboardInterrupt:
         with writing(folder):
             mark(folder, "interrupted")
@@ -150,8 +149,9 @@ def finish_round(
     best: dict[str, Any] | None,
     watcher: Watcher,
     engine: Engine = IN_PROCESS,
-) -> dict[str, Any] | None:
-    """Evaluate, then write checkpoint, metrics and summary; returns the best round so far."""
+) -> tuple[ServerState, dict[str, Any] | None]:
+    """Evaluate, then write checkpoint, metrics and summary; returns the state, whose memories are on disk
+    from now on, and the best round so far."""
     config, round = prepared.config, state.round
     seconds = {**outcome.seconds}
     began = perf_counter()
@@ -189,6 +189,7 @@ def finish_round(
         phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
         seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
         notes = {"metrics": line, "best": best}
+        state = checkpoint.on_disk(folder / "state", state)
         checkpoint.save(folder / "state", state, notes)
         checkpoint.prune(
             folder / "state", config.checkpoints.keep, best["round"] if best is not None else None
@@ -214,4 +215,4 @@ def finish_round(
             f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
             f"ones; {advice}"
         )
-    return best
+    return state, best

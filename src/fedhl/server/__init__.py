@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedhl.server.layers import broadcast, broadcast_layer, deltas
 from fedhl.server.measures import spectra
 from fedhl.server.rounds import Rules, aggregate, release
-from fedhl.server.state import Client, Outcome, Reply, ServerState, init, next_task, sample
+from fedhl.server.state import Client, Outcome, Reply, ServerState, forget, init, next_task, sample
 
 __all__ = [
     "Client",
@@ -17,6 +17,7 @@ __all__ = [
     "broadcast",
     "broadcast_layer",
     "deltas",
+    "forget",
     "init",
     "next_task",
     "release",

@@ -13,7 +13,7 @@ from fedhl.method import Broadcast, Method, Remembering, Update
 from fedhl.seeds import derive
 from fedhl.server import robust
 from fedhl.server.channel import sends_products
-from fedhl.server.ledger import Ledger, Memory, after, base_of, next_version
+from fedhl.server.ledger import Ledger, after, base_of, next_version
 from fedhl.server.participation import corrected
 from fedhl.server.payload import carried
 from fedhl.server.state import Client, Reply, ServerState
@@ -53,6 +53,10 @@ class Layer:
         if not isinstance(self.method, Remembering):
             return sent
         return replace(sent, base=base_of(self.ledger.held(client.id, self.name), sent))
+
+    def after(self, client: Client) -> Tensor:
+        """What this client holds once it has received its broadcast."""
+        return after(self.ledger.held(client.id, self.name), self.sender()(client))
 
     def sender(self) -> Callable[[Client], Broadcast]:
         """`broadcast`, but a broadcast that many clients are sent is built only once."""
@@ -141,11 +145,6 @@ class Layers:
                 known[key] = next_version(before, sent)
             found[client.id] = known[key]
         return found
-
-    def after(self, client: Client) -> Memory:
-        """What this client holds once it has received its broadcast."""
-        ledger = self.state.ledger
-        return {x.name: after(ledger.held(client.id, x.name), x.sender()(client)) for x in self}
 
     def __iter__(self) -> Iterator[Layer]:
         return (self.of(name, state) for name, state in self.state.layers.items())

@@ -6,7 +6,7 @@ take it and return the next one; nothing here knows about models, files or netwo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -48,6 +48,12 @@ class Rules:
 
 PLAIN = Rules()
 """Every accepted update counts as it is."""
+Memories = Callable[[str], MutableMapping[str, Tensor]]
+"""Gives the mapping, empty, that receives the memory of a version (see `fedhl.server.ledger`)."""
+
+
+def in_memory(version: str) -> MutableMapping[str, Tensor]:
+    return {}
 
 
 def aggregate(
@@ -59,6 +65,7 @@ def aggregate(
     rules: Rules = PLAIN,
     *,
     into: MutableMapping[str, Any] | None = None,
+    memories: Memories = in_memory,
     watch: bool = True,
 ) -> tuple[ServerState, Outcome]:
     """The next state from the replies that arrived, and the outcome of the round.
@@ -114,7 +121,7 @@ def aggregate(
     wall = perf_counter() - began
 
     head = only_rows(mean_head(accepted, q), state.head, rules.head_rows)
-    ledger = remembered(layers, accepted)
+    ledger = remembered(layers, accepted, memories)
     result = ServerState(state.round + 1, following, head, state.clients, ledger)
     # layers may have been done side by side: the wall time, divided as their own seconds are
     spent, watched = sum(done.seconds for done in steps), sum(done.watched for done in steps)
@@ -137,6 +144,7 @@ def release(
     seed: int,
     *,
     into: MutableMapping[str, Any] | None = None,
+    memories: Memories = in_memory,
 ) -> tuple[ServerState, Outcome]:
     """`aggregate` with client-level differential privacy: the method is given the noisy sum of the
     clipped updates in place of the updates, and the head moves by such a sum, too (`fedhl.server.privacy`).
@@ -162,7 +170,7 @@ def release(
         following[name] = after
     heads = ((c, reply.head) for c, reply in zip(factors, accepted, strict=True))
     head = mechanism.released_head(state.head, heads, state.round + 1)
-    ledger = remembered(layers, accepted)
+    ledger = remembered(layers, accepted, memories)
     result = ServerState(state.round + 1, following, head, state.clients, ledger)
     clients, numbers = [], {}
     if accepted:
@@ -175,7 +183,7 @@ def release(
     return result, Outcome(clients, refused, numbers, seconds)
 
 
-def remembered(layers: Layers, replies: Sequence[Reply]) -> Ledger:
+def remembered(layers: Layers, replies: Sequence[Reply], memories: Memories) -> Ledger:
     """The ledger after these replies were accepted: each client holds what it was sent, in all layers, also
     in the layers that it did not train."""
     ledger = layers.state.ledger
@@ -183,8 +191,11 @@ def remembered(layers: Layers, replies: Sequence[Reply]) -> Ledger:
         return ledger
     now = layers.versions([reply.client for reply in replies])
     first = {now[reply.client.id]: reply.client for reply in reversed(replies)}
-    memories = {version: layers.after(client) for version, client in first.items()}
-    return ledger.moved(now, memories)
+    fresh = {version: memories(version) for version in first}
+    for layer in layers:
+        for version, client in first.items():
+            fresh[version][layer.name] = layer.after(client)
+    return ledger.moved(now, fresh)
 
 
 class Check(NamedTuple):

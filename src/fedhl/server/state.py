@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,6 +101,15 @@ def sample(clients: Sequence[Client], size: int, seed: int, round: int) -> list[
     by_id = sorted(clients, key=lambda client: client.id)
     order = torch.randperm(len(by_id), generator=generator(seed, "cohort", round)).tolist()
     return [by_id[k] for k in sorted(order[:size])]
+
+
+def forget(state: ServerState, clients: Collection[str]) -> ServerState:
+    """The state in which these clients hold nothing: they have lost their memory."""
+    if not any(id in state.ledger.of for id in clients):
+        return state
+    following = replace(state, ledger=state.ledger.without(clients))
+    following.built.update(state.built)  # to a version, whoever holds it
+    return following
 
 
 def next_task(method: Method[Any], state: ServerState) -> ServerState:
