@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fedhl.method import Method
     from fedhl.weighting import Weighting
 
+DEFAULT_METHOD = "fedhl_ef"
+"""The method of a config that names none."""
+
 
 def named(value: Any) -> Any:
     """`method: fedhl` is short for `method: {name: fedhl}`."""

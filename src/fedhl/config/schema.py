@@ -27,7 +27,7 @@ from fedhl.config.inputs import (
     LoRAConfig,
     ModelConfig,
 )
-from fedhl.config.named import MethodConfig, WeightingConfig, named
+from fedhl.config.named import DEFAULT_METHOD, MethodConfig, WeightingConfig, named
 from fedhl.strict import Strict
 from fedhl.task import KINDS, Task
 
@@ -56,7 +56,7 @@ class Config(Strict):
     ]
     """Which client has which rows: drawn at random (iid, dirichlet), or by a field (by-column)."""
     lora: LoRAConfig = LoRAConfig()
-    method: Annotated[MethodConfig, BeforeValidator(named)] = MethodConfig(name="fedhl")
+    method: Annotated[MethodConfig, BeforeValidator(named)] = MethodConfig(name=DEFAULT_METHOD)
     """How the updates are combined and what the clients are sent, by name or as `{name: fedsvd, period: 4}`.
     [Which method to choose](methods.md#which-one)."""
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
@@ -159,6 +159,7 @@ class Config(Strict):
 
     def refuse_method(self) -> None:
         """Raises ValueError for settings that the method does not go with."""
+        from fedhl.method import Remembering
         from fedhl.server.channel import sends_products
         from fedhl.server.privacy import why_not
 
@@ -166,11 +167,17 @@ class Config(Strict):
         if self.robust and self.robust.clip is not None and not sends_products(method):
             raise ValueError(
                 f"robust.clip: method {name!r} combines factors, and scaling the factors does not scale "
-                "their product; use method: fedhl or flexlora, or robust.reject, which goes with any method"
+                "their product; use method: fedhl_ef, fedhl or flexlora, or robust.reject, which goes with "
+                "any method"
+            )
+        if self.model.four_bit and isinstance(method, Remembering):
+            raise ValueError(
+                f"model.four_bit: the clients of method {name!r} hold what they were sent in their base, "
+                "and a 4-bit base cannot hold it; use method: fedhl, whose clients hold nothing"
             )
         if self.privacy and (reason := why_not(method)):
             raise ValueError(
-                f"privacy: method {name!r} {reason}; use method: fedhl, fedhera or fed_plora"
+                f"privacy: method {name!r} {reason}; use method: fedhl_ef, fedhl, fedhera or fed_plora"
             )
 
     @property

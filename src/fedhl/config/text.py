@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedhl.config.conduct import MedianRule, TrimmedRule
 from fedhl.config.inputs import ColumnPartition, DirichletPartition, IIDPartition
-from fedhl.config.named import named
+from fedhl.config.named import DEFAULT_METHOD, named
 from fedhl.config.schema import DRAFT, Config
 from fedhl.errors import UserError
 from fedhl.names import unknown
@@ -98,7 +98,7 @@ def set_value(raw: dict[str, Any], override: str) -> None:
         if isinstance(child, str) and part in ("method", "weighting"):
             child = named(child)
         if child is None and depth == 0 and part == "method":
-            child = {"name": "fedhl"}
+            child = {"name": DEFAULT_METHOD}
         if child is None and depth == 0 and part == "weighting":
             raise UserError(
                 f"--set {override!r}: name the weighting that has this setting: "

@@ -1,0 +1,287 @@
+"""Clients that remember, over Flower's grid: both ends hold the same bits, whatever is lost on the way.
+
+Each run is compared to the bit with the run in one process that has the same history.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+from safetensors.torch import load_file
+from support import tiny
+from support.in_process import Answers, InProcessGrid
+
+from fedhl.config import Config, load_config
+from fedhl.federation.engine import InProcess
+from fedhl.federation.prepare import prepare
+from fedhl.files import sha256
+from fedhl.flower.engine import serve
+from fedhl.flower.records import TRAIN, pack, unpack
+from fedhl.flower.roster import clients_needed
+from fedhl.network.memory import Holdings
+from fedhl.network.message import opened, sealed
+from fedhl.record import read_metrics
+from fedhl.run import resume_run
+from fedhl.run.loop import start_prepared
+from fedhl.server.payload import PAYLOADS
+from fedhl.shelf import Matrices
+from fedhl.watch import Watcher
+
+ROUNDS = 5
+NODES = {k: {"client": f"client-{k}", "data": "partition"} for k in range(3)}
+
+
+def settings_of(project: Path, **changes: Any) -> Config:
+    config = tiny.classification(
+        name="memory",
+        rounds=ROUNDS,
+        method="fedhl_ef",
+        partition={"kind": "iid", "clients": 3},
+        lora={"targets": ["query"], "ranks": [1, 2, 2]},
+        training={"steps": 1},
+        evaluation={"client_fraction": 0.0, "every": 100},
+        participation={"fraction": 1.0},
+        federation={"deadline": 0.5},
+    )
+    return load_config(tiny.write_config(project / "memory.yaml", tiny.merged(config, changes)))
+
+
+@pytest.fixture
+def settings(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("FEDHL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fedhl.flower.mailbox.POLL", 0.01)
+    return settings_of(project)
+
+
+class Faults:
+    """What happens to client-2: in the rounds `lost` its reply does not arrive; before the rounds `deleted`
+    its folder is deleted; in round 3 `lie` changes the header of its reply."""
+
+    def __init__(
+        self,
+        clients: Path,
+        lost: Collection[int] = (),
+        deleted: Collection[int] = (),
+        lie: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self.clients, self.lost, self.deleted, self.lie = clients, set(lost), set(deleted), lie
+        self.grid = InProcessGrid(NODES, self.between)
+        self.answer, self.grid.answer = self.grid.answer, self.before
+
+    def before(self, message: Message) -> Answers:
+        round = unpack(message.content)[0].get("round")
+        if message.metadata.dst_node_id == 2 and round in self.deleted:
+            self.deleted.discard(round)
+            for folder in self.clients.glob("*/client-2"):
+                shutil.rmtree(folder)
+        return self.answer(message)
+
+    def between(self, node: int, message: Message, reply: Message) -> Answers:
+        if node != 2 or message.metadata.message_type != TRAIN:
+            return [reply]
+        header, _ = unpack(message.content)
+        if header["round"] in self.lost:
+            return []
+        said, payload = unpack(reply.content)
+        if self.lie and payload is not None and header["round"] == 3:
+            told = opened(payload)
+            tensors = {name: told[name] for name in told.tensors}
+            reply.content = pack(said, sealed(self.lie(dict(told.header)), tensors))
+        return [reply]
+
+
+def run(config: Config, folder: Path, faults: Faults) -> list[dict[str, Any]]:
+    serve(config, folder, faults.grid, clients_needed(config), Watcher())
+    return read_metrics(folder)[1:]
+
+
+def alone(
+    config: Config, folder: Path, lost: Collection[int] = (), deleted: Collection[int] = ()
+) -> None:
+    """The run with the same history in this process."""
+    engine = InProcess(
+        lambda id, round: id != "client-2" or round not in lost,
+        lambda id, round: id == "client-2" and round in deleted,
+    )
+    start_prepared(prepare(config), folder, Watcher(), engine)
+
+
+def ledger(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "state").glob("round-*"))
+    return json.loads((newest / "manifest.json").read_text())["ledger"]
+
+
+def check(folder: Path, other: Path, clients: Path) -> None:
+    """The state and the ledger of a run are those of the other, to the bit, and each client holds what the
+    ledger says."""
+    a, b = (
+        load_file(max((f / "state").glob("round-*")) / "state.safetensors") for f in (folder, other)
+    )
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    known = ledger(folder)
+    assert known == ledger(other)  # with the checksums of the memories
+    assert sorted(known["of"]) == ["client-0", "client-1", "client-2"]
+    for client, version in known["of"].items():
+        (place,) = clients.glob(f"*/{client}")
+        held = Holdings(place).memory(version)
+        assert isinstance(held, Matrices)
+        assert held.sha256 == sha256(held.file) == known["memories"][version]
+
+
+@pytest.mark.parametrize(
+    ("payload", "lost", "deleted"),
+    [
+        *(pytest.param(payload, (), (), id=f"no fault, {payload}") for payload in PAYLOADS),
+        pytest.param("float16", (2, 4), (), id="replies are lost"),
+        pytest.param("int8", (2, 3, 4), (), id="away for three rounds"),
+        pytest.param("bfloat16", (), (3,), id="its folder was deleted"),
+        pytest.param("int8", (3,), (3, 4), id="both"),
+    ],
+)
+def test_both_ends_hold_the_same_bits(
+    project: Path,
+    settings: Config,
+    tmp_path: Path,
+    payload: str,
+    lost: tuple[int, ...],
+    deleted: tuple[int, ...],
+) -> None:
+    config = settings_of(
+        project,
+        method={"name": "fedhl_ef", "download": 2},
+        wire={"payload": "float32", "download": payload},
+    )
+    clients = tmp_path / "cache" / "clients"
+    lines = run(config, tmp_path / "run", Faults(clients, lost, deleted))
+    for line in lines:
+        there = {client["id"] for client in line["clients"]}
+        assert ("client-2" in there) == (line["round"] not in lost), line["refused"]
+    alone(config, tmp_path / "alone", lost, deleted)
+    check(tmp_path / "run", tmp_path / "alone", clients)
+
+
+def test_a_client_that_lies_about_what_it_holds_is_refused(
+    project: Path, settings: Config, tmp_path: Path
+) -> None:
+    clients = tmp_path / "cache" / "clients"
+    alone(settings, tmp_path / "alone", lost=[3])
+    for k, (lie, reason) in enumerate(
+        [
+            ({"version": "0" * 64}, "holds version 000000000000, expected version"),
+            ({"version": None}, "holds nothing, expected version"),
+            ({"version": 7}, "header field 'version' is 7, expected text"),
+        ]
+    ):
+        folder = tmp_path / f"run-{k}"
+        lines = run(settings, folder, Faults(clients, lie=lambda header, lie=lie: header | lie))
+        (refused,) = lines[2]["refused"]
+        assert refused["id"] == "client-2" and reason in refused["reason"]
+        check(folder, tmp_path / "alone", clients)
+        shutil.rmtree(clients)
+
+
+def test_a_damaged_memory_is_a_lost_one(settings: Config, tmp_path: Path) -> None:
+    """A bit of the file is flipped before round 3: the client begins again as a newcomer."""
+    clients = tmp_path / "cache" / "clients"
+
+    class Damaging(Faults):
+        def before(self, message: Message) -> Answers:
+            header, _ = unpack(message.content)
+            if message.metadata.dst_node_id == 2 and header.get("round") == 3:
+                for file in clients.glob("*/client-2/held/*.safetensors"):
+                    content = bytearray(file.read_bytes())
+                    content[-1] ^= 1
+                    file.write_bytes(content)
+            return self.answer(message)
+
+    run(settings, tmp_path / "run", Damaging(clients))
+    alone(settings, tmp_path / "alone", deleted=[3])
+    check(tmp_path / "run", tmp_path / "alone", clients)
+
+
+def test_a_restart_in_mid_round_comes_to_the_same_end(
+    project: Path, settings: Config, tmp_path: Path
+) -> None:
+    """The server is killed in round 3, after client-2, whose folder was deleted, has said so and replied; and
+    once more with its checkpoint of round 2 lost."""
+    clients, folder = tmp_path / "cache" / "clients", tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(Faults):
+        def before(self, message: Message) -> Answers:
+            header, _ = unpack(message.content)
+            if message.metadata.dst_node_id == 2 and header.get("round") == 4:
+                raise Killed
+            return super().before(message)
+
+        def between(self, node: int, message: Message, reply: Message) -> Answers:
+            header, _ = unpack(message.content)
+            late = node == 0 and header.get("round") == 3
+            return [] if late else super().between(node, message, reply)
+
+    def between(step: str, done: int, total: int) -> None: ...
+
+    alone(settings, tmp_path / "alone", deleted=[3])
+    dying = Faults(clients, deleted=[3])
+    looks = dying.grid.get_node_ids
+
+    def look() -> Any:
+        if len(list(folder.glob("incoming/round-000003/client-2.safetensors"))):
+            raise Killed
+        return looks()
+
+    dying.grid.get_node_ids = look
+    with pytest.raises(Killed):
+        run(settings, folder, dying)
+    assert (folder / "incoming" / "round-000003" / "client-2.forgotten").exists()
+    torn = shutil.copytree(folder, tmp_path / "torn")
+    held = shutil.copytree(clients, tmp_path / "held")
+    run(settings, folder, Faults(clients))
+    check(folder, tmp_path / "alone", clients)
+    shutil.rmtree(clients)
+    shutil.copytree(held, clients)
+    shutil.rmtree(torn / "state" / "round-000002")
+    (tmp_path / "run").rename(tmp_path / "done")
+    torn.rename(folder)
+    run(settings, folder, Faults(clients))
+    states = [
+        load_file(max((f / "state").glob("round-*")) / "state.safetensors") for f in (folder,)
+    ]
+    assert all(x.isfinite().all() for x in states[0].values())
+
+
+def test_a_run_begun_in_one_process_goes_on_over_the_network(
+    settings: Config, tmp_path: Path
+) -> None:
+    """Its clients hold nothing yet, and begin again; and a run over the network goes on in one process."""
+
+    class Stop(BaseException):
+        pass
+
+    def listen(line: str) -> None:
+        if line.startswith("round  2") or line.startswith("round 2"):
+            raise Stop
+
+    clients = tmp_path / "cache" / "clients"
+    with pytest.raises(Stop):
+        start_prepared(prepare(settings), tmp_path / "run", Watcher(say=listen))
+    lines = run(settings, tmp_path / "run", Faults(clients))
+    assert [len(line["clients"]) for line in lines] == [3] * ROUNDS
+    with pytest.raises(Stop):
+        serve(settings, tmp_path / "other", Faults(clients).grid, 3, Watcher(say=listen))
+    resume_run(tmp_path / "other")
+    alone(settings, tmp_path / "alone")
+    a, b = (
+        load_file(max((f / "state").glob("round-*")) / "state.safetensors")
+        for f in (tmp_path / "other", tmp_path / "alone")
+    )
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
