@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from support.small_server import (
 )
 from torch import Tensor
 
+import docs
 from fedhl import LoRA, Update, get_method, get_weighting, server
 from fedhl.lora import initial, plus
 from fedhl.method import Broadcast
@@ -31,6 +34,7 @@ from fedhl.server.carried import carried_reply
 from fedhl.server.ledger import after, base_of, next_version, plus_product
 from fedhl.server.payload import PAYLOADS, carried
 
+ROOT = Path(__file__).resolve().parent.parent
 EF = get_method("fedhl_ef")
 VARIANTS = [get_method("fedhl_ef", download=c, begin=begin) for c in (1, 2) for begin in BEGINNINGS]
 UNIFORM = get_weighting("uniform")
@@ -116,6 +120,25 @@ def test_without_training_a_client_catches_up(method: Any, rank: int, live: int)
     assert error <= 32 * EPS32 * W.norm()
 
 
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("spectrum", ["flat", "slow", "fast"])
+def test_rounding_hardly_weakens_the_contraction(payload: str, spectrum: str):
+    """`||X - C(X)||² <= (1 - κ r / min(m, n)) ||X||²`, C the truncation and the rounding of the payload."""
+    m, n, j = 64, 48, torch.arange(1, 49, dtype=torch.float64)
+    S = {"flat": torch.ones(n), "slow": j**-0.5, "fast": 0.8**j}[spectrum].double()
+    U, V = (torch.linalg.qr(draw(k, k, n).double()).Q for k in (m, n))
+    X = U * S @ V.T
+    u = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": m**0.5 / 253}[
+        payload
+    ]
+    for r in (1, 4, 16, 47):
+        sent = Broadcast(LoRA(V.T[:r].float(), (U * S)[:, :r].float() / 3, 3.0))
+        left = (X - exact(carried(sent, payload).lora)).square().sum()
+        kappa = 1 - (2 * u + u**2 * r**0.5) ** 2 - 2 * u**2 * n**0.5
+        assert kappa > 0.9
+        assert left <= (1 - kappa * r / n) * X.square().sum() * (1 + EPS32)
+
+
 def test_the_error_of_a_moving_W_stays_below_its_bound():
     """`E_{t+1} <= q (E_t + Δ_t)`, and so `Σ E_t² <= (q / (1 - q))² (||W_0||² + Σ Δ_t²)`."""
     rank, (m, n) = 2, (12, 9)
@@ -182,6 +205,23 @@ def test_the_traffic_is_what_is_sent(method: Any):
             counted = method.traffic(*SHAPES[name], client.rank, ranks)
             assert counted.down == numbers
             assert counted.up == sent.lora.A.numel() + sent.lora.B.numel()
+
+
+def test_the_table_of_the_maths_page_is_that_of_the_result_file():
+    page = (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
+    assert page == docs.with_contraction(page), "write it anew: make docs"
+
+
+def test_no_measured_error_exceeds_its_bound():
+    result = json.loads((ROOT / "experiments/theory/contraction.json").read_text(encoding="utf-8"))
+    rounding = 1.001  # four digits in the file
+    for row in result["moving"]:
+        q = (1 - row["rank"] / row["side"]) ** 0.5
+        for t, error in enumerate(row["error"]):  # Δ = 1 from round -1 on
+            assert error <= rounding * q * (1 - q ** (t + 1)) / (1 - q)
+    for row in result["at rest"]:
+        for error, tail in zip(row["error"], row["tail"], strict=True):
+            assert error == pytest.approx(tail, rel=2e-3, abs=1e-6)
 
 
 # --- who holds what -----------------------------------------------------------------------------
