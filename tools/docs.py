@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import card_tables  # noqa: E402
 from config_page import config_page  # noqa: E402
+from contraction_table import contraction_table  # noqa: E402
 from wire_sizes import size_table  # noqa: E402
 
 from fedhl.methods.catalogue import markdown  # noqa: E402
@@ -35,6 +36,11 @@ def with_sizes(page: str) -> str:
     return replaced(page, "sizes", size_table())
 
 
+def with_contraction(page: str) -> str:
+    """docs/maths.md with the errors of clients that remember, and their bounds."""
+    return replaced(page, "contraction", contraction_table())
+
+
 def with_card(page: str) -> str:
     """README.md or docs/performance.md with the results of a graphics card."""
     return card_tables.written(page, card_tables.results())
@@ -42,6 +48,7 @@ def with_card(page: str) -> str:
 
 PAGES: dict[str, Callable[[str], str]] = {
     "docs/config.md": lambda page: config_page(),
+    "docs/maths.md": with_contraction,
     "docs/methods.md": with_methods,
     "docs/wire.md": with_sizes,
     **dict.fromkeys(card_tables.PAGES, with_card),

@@ -35,11 +35,14 @@ class Leading(NamedTuple):
     tail: float
 
 
-def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = False) -> Leading:
+def leading(
+    W: Tensor, rank: int, start: Tensor | None = None, exact: bool = False, seed: int = 0
+) -> Leading:
     """`T_rank(W)` as `B A`, of which every prefix `B[:, :r] A[:r]` is `T_r(W)`.
 
     W is (m, n). `start` (k, n), k <= rank: rows whose span is near that of A, e.g. the A of the last round;
-    they save iterations, and change the result within the tolerance only. The tail energy `||W - T_r(W)||_F²`
+    they save iterations, and change the result within the tolerance only. `seed`: of the random columns; if W
+    is what earlier truncations left, it must differ from theirs. The tail energy `||W - T_r(W)||_F²`
     is within 1e-3 of the optimum, or within `1e-12 ||W||_F²`, for every r <= rank. A full SVD in W's own
     precision is taken with `exact`, for small matrices, for matrices that are hardly wider than the
     iteration, and where the iteration does not settle. Then its rounding error, up to `(max(m, n) eps)²
@@ -52,7 +55,7 @@ def leading(W: Tensor, rank: int, start: Tensor | None = None, exact: bool = Fal
     check_rank(rank, m, n)
     if exact or min(m, n) <= max(EXACT, 2 * columns(rank)):
         return full(W, rank)
-    found = iterate(W, rank, start)
+    found = iterate(W, rank, start, seed)
     return full(W, rank) if found is None else found
 
 
@@ -80,14 +83,14 @@ def columns(rank: int) -> int:
     return rank + max(rank, FRESH)
 
 
-def iterate(W: Tensor, rank: int, start: Tensor | None) -> Leading | None:
+def iterate(W: Tensor, rank: int, start: Tensor | None, seed: int = 0) -> Leading | None:
     """Subspace iteration; None if it has not settled after `LIMIT` iterations.
 
     Bases are in float64: only the products with W are in W's own precision.
     """
     n, known = W.shape[1], 0 if start is None else len(start)
     V = torch.randn(
-        columns(rank), n, generator=generator(0, "subspace", n), dtype=torch.float64
+        columns(rank), n, generator=generator(seed, "subspace", n), dtype=torch.float64
     ).to(W.device)
     if start is not None:
         V[:known] = start

@@ -72,7 +72,9 @@ class FedHLEF(Method[Tailed]):
         check_broadcast(rank, scale, state.top)
         full = state.full
         width = self.width(rank, full)
-        B, A, tail = leading(full.W - held.to(full.W), width)
+        # With the same columns in each round, what the client lacks would be orthogonal to them in the end.
+        columns = derive(full.seed, "columns", full.round)
+        B, A, tail = leading(full.W - held.to(full.W), width, seed=columns)
         D = refill(LoRA(A, B, 1.0), width, derive(full.seed, "refill", full.round))
         return self.split(state, D, rank, scale, tail)
 
