@@ -1,6 +1,6 @@
 """The plots of a report: numbers in, inline SVG out.
 
-Every plot is a function `draw(figure)`. `svg` renders it with Matplotlib and then replaces a few reserved
+Every plot is a function `draw(figure)`. `svgs` renders it with Matplotlib and then replaces a few reserved
 colours by CSS variables, so that one drawing follows the light and the dark scheme of the page around it.
 Text stays text. Nothing here knows about federations, or reads a file.
 """
@@ -20,7 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from fedhl.report.layout import FONT, ApartLocator, arrange
 
 Draw = Callable[[Figure], None]
 Points = Sequence[tuple[float, float]]
@@ -29,9 +31,8 @@ Points = Sequence[tuple[float, float]]
 FAMILIES = {"c": 1, "q": 2, "r": 3, "t": 4}
 HEAT = (59, 125, 216)  # of the heatmap: opaque for the largest value, nearly transparent for 0
 HEAT_ALPHA = 0.10
-FONT = 11.5  # of tick labels and direct labels, in CSS pixels at the drawn size
 
-RC: dict[str, Any] = {
+RC: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a client may be called "$x"
     "font.family": "DejaVu Sans",  # ships with Matplotlib: the layout is the same everywhere
@@ -42,7 +43,7 @@ RC: dict[str, Any] = {
 
 
 def color(family: str, index: int = 0) -> str:
-    """The reserved colour that becomes `var(--<family><index>)`; only for drawings passed to `svg`."""
+    """The reserved colour that becomes `var(--<family><index>)`; only for drawings passed to `svgs`."""
     return f"#a9{FAMILIES[family]:02x}{index:02x}"
 
 
@@ -60,17 +61,23 @@ class Curve:
     band: Sequence[tuple[float, float, float]] = ()
 
 
-def svg(draw: Draw, width: int, height: int, prefix: str, label: str) -> str:
-    """Render `draw` at `width` x `height` CSS pixels; ids get `prefix`, so that plots can share a page."""
-    rc: Any = RC | {"svg.hashsalt": prefix}
-    with matplotlib.rc_context(rc):
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+def svgs(draw: Draw, widths: Sequence[int], height: int, name: str, label: str) -> list[str]:
+    """Draw once, and render at each width in CSS pixels; ids begin with the name, which is one of a page."""
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(widths[0] / 72, height / 72), dpi=72)
         figure.patch.set_visible(False)
         draw(figure)
-        out = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        # not savefig, which draws everything once more before this, to find the layout
-        FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
+        return [svg(figure, width, height, f"{name}-{width}", label) for width in widths]
+
+
+def svg(figure: Figure, width: int, height: int, prefix: str, label: str) -> str:
+    figure.set_size_inches(width / 72, height / 72)
+    arrange(figure.axes, width, height)
+    out = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    matplotlib.rcParams["svg.hashsalt"] = prefix
+    # not savefig, which draws everything twice
+    FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :].rstrip()
     text = re.sub(r"<[^>]*>", lambda tag: inline_tag(tag.group(), prefix), text)
@@ -93,9 +100,9 @@ def inline_tag(tag: str, prefix: str) -> str:
     return tag
 
 
-def new_axes(figure: Figure, *position: int) -> Axes:
-    """Axes with horizontal grid lines only, and no box."""
-    ax = figure.add_subplot(*position)
+def new_axes(figure: Figure) -> Axes:
+    """Axes with horizontal grid lines only, and no box; their place is found at the end."""
+    ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     ax.patch.set_visible(False)
     for side in ("top", "left", "right"):
         ax.spines[side].set_visible(False)
@@ -187,7 +194,7 @@ def lines(
     """Curves over rounds, each labelled at its right end."""
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         draw_curves(ax, curves, percent, zero, top, figure.get_figheight() * 72 - 46)
 
     return draw
@@ -200,7 +207,7 @@ def panels(parts: Sequence[tuple[str, Sequence[Curve], bool]]) -> Draw:
         rounds = [x for _, curves, _ in parts for curve in curves for x, _ in curve.points]
         height = figure.get_figheight() * 72 / len(parts) - 46
         for i, (title, curves, percent) in enumerate(parts):
-            ax = new_axes(figure, len(parts), 1, i + 1)
+            ax = new_axes(figure)
             top = 0.01 if percent else None
             draw_curves(ax, curves, percent, True, top, height, 3, label=i == len(parts) - 1)
             round_axis(ax, rounds, label=i == len(parts) - 1)
@@ -259,7 +266,7 @@ def heatmap(
     cmap = cmap.with_extremes(bad=(0, 0, 0, 0))
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         ax.grid(visible=False)
         extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(values), 0)
         peak = max((v for row in values for v in row if not math.isnan(v)), default=1.0)
@@ -289,7 +296,7 @@ def spectrum(curves: Sequence[Curve], ranks: Sequence[tuple[int, str]]) -> Draw:
     """Singular values against their index, log-log; a vertical line and a tick at each deployed rank."""
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         last = max(x for curve in curves for x, _ in curve.points)
@@ -298,15 +305,10 @@ def spectrum(curves: Sequence[Curve], ranks: Sequence[tuple[int, str]]) -> Draw:
             mark = "o" if len(xs) == 1 else None
             ax.plot(xs, ys, color=curve.color, linewidth=1.6, marker=mark, markersize=3.2)
         ax.set_xlim(1, max(last, 2.0))
-        octave = (figure.get_figwidth() * 72 - 110) / math.log2(max(last, 2.0))
-        shown: list[int] = []
-        for rank, ink in ranks:
-            if not 1 < rank <= last:
-                continue
+        shown = [(rank, ink) for rank, ink in ranks if 1 < rank <= last]
+        for rank, ink in shown:
             ax.axvline(rank, color=ink, linewidth=1.1, linestyle=(0, (2, 2)), zorder=0)
-            if not shown or math.log2(rank / shown[-1]) * octave > 2 * FONT:
-                shown.append(rank)
-        ax.xaxis.set_major_locator(FixedLocator([1, *shown]))
+        ax.xaxis.set_major_locator(ApartLocator(ax, [1, *(rank for rank, _ in shown)]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_minor_locator(NullLocator())
@@ -326,7 +328,7 @@ def stacked(
     """Stacked columns, merged into one shape when there are many; `parts`: (values, colour)."""
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         gap, hole = (0.12, [math.nan]) if len(rounds) <= 40 else (0.0, [])
         edges = [x for r in rounds for x in (r - 0.5 + gap, r + 0.5 - gap, *hole)]
         base = [0.0] * len(rounds)
@@ -357,7 +359,7 @@ def strips(rows: Sequence[Dots], *, percent: bool = False) -> Draw:
     """One row of dots for each kind, under its label: the mean as a tick, its interval as a bar."""
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         ax.grid(visible=False)
         ax.grid(axis="x", color=GRID, linewidth=0.8)
         ends = []
@@ -398,7 +400,7 @@ def scatter(groups: Sequence[Curve], x: str, *, percent: bool = False) -> Draw:
     """Each group's points as dots over an axis `x` from 0, and its label at the mean of them."""
 
     def draw(figure: Figure) -> None:
-        ax = new_axes(figure, 1, 1, 1)
+        ax = new_axes(figure)
         for group in groups:
             xs, ys = zip(*group.points, strict=True)
             middle = math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)

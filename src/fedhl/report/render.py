@@ -64,12 +64,10 @@ def render(template: str, view: Mapping[str, Any]) -> str:
 
 def plot(name: str, title: str, draw: Draw, height: int = 250) -> View:
     """A plot at both widths; its name makes the ids inside unique on the page."""
-    return {
-        "wide": figure(f"{name}-w", title, draw, WIDE, height),
-        "narrow": figure(f"{name}-n", title, draw, NARROW, height),
-    }
+    wide, narrow = plots.svgs(draw, (WIDE, NARROW), height, name, title)
+    return {"wide": Markup(wide), "narrow": Markup(narrow)}
 
 
 def figure(name: str, title: str, draw: Draw, width: int, height: int) -> Markup:
     """A plot as it stands in the page: Matplotlib has escaped its texts."""
-    return Markup(plots.svg(draw, width, height, name, title))
+    return Markup(*plots.svgs(draw, [width], height, name, title))
