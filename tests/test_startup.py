@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.tiny import classification, rows, write_config, write_rows
 
 WITHOUT_TORCH = """
-import sys
+import json, os, sys
 from runpy import run_module
 
 class Refusal:
@@ -20,8 +22,31 @@ class Refusal:
             raise ModuleNotFoundError("torch was imported", name="torch")
 
 sys.meta_path.insert(0, Refusal())
-run_module("fedhl", run_name="__main__", alter_sys=True)
+import fedhl.cli, fedhl.config
+
+codes, made = [], []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if child := os.fork():
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        made.append(os.path.exists("new"))
+        continue
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"said/{number}.{kind}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["fedhl", *arguments]
+    run_module("fedhl", run_name="__main__", alter_sys=True)
+    sys.exit()
+print(json.dumps([codes, made]))
 """
+"""`python -m fedhl ARGUMENTS`, many times, where `import torch` fails: what all import is imported once, and
+each goes on in a fork."""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+    made: bool
+    """Whether there is a folder `new`."""
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +62,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m fedhl ARGUMENTS` where `import torch` fails."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, Done]:
+    """What became of all commands here, by their arguments."""
+    commands = [*HELP, *MISTAKES, NOTHING_WRONG]
+    words = [[word.replace("\xa0", " ") for word in text.split(" ")] for text in commands]
+    (folder / "said").mkdir()
+    answer = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(words)],
         cwd=folder,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
 
+    def said(number: int, kind: str) -> str:
+        return (folder / f"said/{number}.{kind}").read_text("utf-8")
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "run --help", "bench server --help"])
-def test_help_needs_no_torch(arguments: str, folder: Path) -> None:
-    done = without_torch(folder, *arguments.split())
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "fedhl" in done.stdout
+    codes, made = json.loads(answer.stdout)
+    return {
+        text: Done(codes[k], said(k, "out"), said(k, "err"), made[k])
+        for k, text in enumerate(commands)
+    }
+
+
+HELP = ["--help", "--version", "run --help", "bench server --help"]
+
+
+@pytest.mark.parametrize("arguments", HELP)
+def test_help_needs_no_torch(arguments: str, done: dict[str, Done]) -> None:
+    assert (done[arguments].code, done[arguments].err) == (0, "")
+    assert "fedhl" in done[arguments].out
 
 
 NEW = "run tiny.yaml --out new --set "
@@ -104,15 +144,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_a_mistake_is_told_without_torch(arguments: str, folder: Path) -> None:
-    words = [word.replace("\xa0", " ") for word in arguments.split(" ")]
-    done = without_torch(folder, *words)
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-    assert MISTAKES[arguments] in done.stderr
-    assert not (folder / "new").exists()
+def test_a_mistake_is_told_without_torch(arguments: str, done: dict[str, Done]) -> None:
+    code, _, err, made = done[arguments]
+    assert code == 2 and err.startswith("error: "), err
+    assert MISTAKES[arguments] in err
+    assert not made
 
 
-def test_the_refusal_of_torch_is_not_idle(folder: Path) -> None:
+NOTHING_WRONG = NEW.removesuffix(" --set ")
+
+
+def test_the_refusal_of_torch_is_not_idle(done: dict[str, Done]) -> None:
     """Where nothing is wrong, a run comes to the line that imports torch."""
-    done = without_torch(folder, *NEW.split()[:-1])
-    assert done.returncode == 1 and "torch was imported" in done.stderr
+    code, _, err, _ = done[NOTHING_WRONG]
+    assert code == 1 and "torch was imported" in err
