@@ -22,7 +22,7 @@ class Refusal:
             raise ModuleNotFoundError("torch was imported", name="torch")
 
 sys.meta_path.insert(0, Refusal())
-import fedhl.cli, fedhl.config
+import fedhl.cli, fedhl.federation.examine, rich.text
 
 codes, made = [], []
 for number, arguments in enumerate(json.loads(sys.argv[1])):

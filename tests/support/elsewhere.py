@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "elsewhere"
 SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
@@ -67,18 +66,41 @@ class There(Tensor):
 
 def run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """One operation of PyTorch, some of whose tensors are there, or whose result is to be."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = leaves_of([*args, *kwargs.values()])
     there = [x for x in leaves if isinstance(x, There)]
     wanted = kwargs.get("device")
     result_there = bool(there) if wanted is None else torch.device(wanted).type == NAME
     if operation not in COPIES:
         refuse_mixtures(operation, args, leaves, there, result_there)
     here = {} if wanted is None else {"device": torch.device("cpu")}
-    args, kwargs = tree_map(held, (args, kwargs | here))
+    args, kwargs = mapped(held, args), mapped(held, kwargs | here)
     if operation is aten._copy_from.default:  # what is copied comes first
         args, operation = (args[1], args[0]), aten.copy_.default
+    result = operation(*args, **kwargs)
+    if not result_there:
+        return result
     known = {id(x.held): x for x in there}  # what is changed in place is what it was
-    return tree_map(partial(wrapped, known, result_there), operation(*args, **kwargs))
+    return mapped(lambda x: wrapped(known, x), result)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What is in lists and tuples, which is where operations have tensors.
+
+    PyTorch's own trees can be anything, and take as long as all the rest of a test here.
+    """
+    if isinstance(value, list | tuple):
+        return [leaf for x in value for leaf in leaves_of(x)]
+    return [value]
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return [mapped(change, x) for x in value]
+    if isinstance(value, tuple):
+        return tuple(mapped(change, x) for x in value)
+    if isinstance(value, dict):
+        return {key: mapped(change, x) for key, x in value.items()}
+    return change(value)
 
 
 def refuse_mixtures(
@@ -86,7 +108,7 @@ def refuse_mixtures(
 ) -> None:
     """Raises RuntimeError for what CUDA refuses."""
     if operation in INDEXED:
-        leaves = tree_leaves((args[0], args[2:]))
+        leaves = leaves_of((args[0], args[2:]))
     written = [
         x
         for argument, x in zip(operation._schema.arguments, args, strict=False)
@@ -105,8 +127,8 @@ def held(x: Any) -> Any:
     return x.held if isinstance(x, There) else x
 
 
-def wrapped(known: dict[int, There], there: bool, x: Any) -> Any:
-    if not isinstance(x, Tensor) or not there:
+def wrapped(known: dict[int, There], x: Any) -> Any:
+    if not isinstance(x, Tensor):
         return x
     return known[id(x)] if id(x) in known else There(x)
 
