@@ -13,7 +13,7 @@ import pytest
 from support.tiny import classification, rows, write_config, write_rows
 
 WITHOUT_TORCH = """
-import json, os, sys
+import gc, json, os, sys
 from runpy import run_module
 
 class Refusal:
@@ -24,6 +24,7 @@ class Refusal:
 sys.meta_path.insert(0, Refusal())
 import fedhl.cli, fedhl.federation.examine, rich.text
 
+gc.freeze()  # or each fork copies and visits all objects when it ends
 codes, made = [], []
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     if child := os.fork():
