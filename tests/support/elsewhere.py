@@ -9,7 +9,7 @@ Nothing else of a GPU is here: not its kernels, which round in another order, no
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -109,11 +109,7 @@ def refuse_mixtures(
     """Raises RuntimeError for what CUDA refuses."""
     if operation in INDEXED:
         leaves = leaves_of((args[0], args[2:]))
-    written = [
-        x
-        for argument, x in zip(operation._schema.arguments, args, strict=False)
-        if argument.is_write
-    ]
+    written = [args[k] for k in places_written(operation) if k < len(args)]
     for x in leaves:
         number = isinstance(x, Tensor) and not x.ndim and operation not in JOINED
         number = number and not any(x is target for target in written)
@@ -121,6 +117,12 @@ def refuse_mixtures(
             raise RuntimeError(f"{operation}: tensors on {NAME} and on {x.device}")
         if isinstance(x, torch.Generator) and (there or result_there):
             raise RuntimeError(f"{operation}: a generator of {x.device} for a tensor on {NAME}")
+
+
+@cache
+def places_written(operation: Any) -> list[int]:
+    """Which of its arguments it changes."""
+    return [k for k, argument in enumerate(operation._schema.arguments) if argument.is_write]
 
 
 def held(x: Any) -> Any:
