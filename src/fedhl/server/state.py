@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,8 +42,6 @@ class ServerState:
     adapters, by name; `round`: the rounds done. `clients`: the tensors that each client keeps for itself
     between rounds, by client id and name; only if the clients are in the server's process, and never used
     by the server. `ledger`: what each client holds in its base, if the method's clients remember.
-
-    `built`: the broadcasts of this state to clients that remember, so that each is computed once.
     """
 
     round: int
@@ -50,7 +49,11 @@ class ServerState:
     head: dict[str, Tensor]
     clients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
-    built: dict[Any, Broadcast] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def built(self) -> dict[Any, Broadcast]:
+        """The broadcasts of this state to clients that remember, so that each is computed once."""
+        return {}
 
 
 @dataclass(frozen=True)
