@@ -59,7 +59,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown weighting": (["--set", "weighting=unifrom"], ["did you mean 'uniform'?"]),
     "malformed --set": (["--set", "rounds"], ["--set 'rounds': expected KEY=VALUE"]),
     "no CUDA": (["--set", "compute.device=cuda"], ["'cuda' is not available", "finds here: cpu"]),
-    "no 4-bit": (["--set", "model.four_bit=true"], ["4-bit", "got device 'cpu'"]),
+    "no 4-bit": (
+        ["--set", "model.four_bit=true", "--set", "method=fedhl"],
+        ["4-bit", "got device 'cpu'"],
+    ),
+    "no memory in 4-bit": (
+        ["--set", "model.four_bit=true"],
+        ["model.four_bit", "hold what they were sent in their base", "use method: fedhl"],
+    ),
     # the model and its layers
     "rank above the layer's": (
         ["--set", "lora.ranks=33"],
@@ -237,7 +244,7 @@ def test_check_shows_what_a_run_would_be(bad: Path) -> None:
     done = fedhl(bad, "check", "tiny.yaml", "--set", "rounds=7")
     assert (done.code, done.err) == (0, "")
     for part in (
-        *("method fedhl, weighting truncation: 7 rounds, 4 of 6 clients", "60 held out"),
+        *("method fedhl_ef, weighting truncation: 7 rounds, 4 of 6 clients", "60 held out"),
         *("17,152 frozen parameters; LoRA on 10 layers; head of 1,122", "client-5", "animal"),
         *("down / round", "together, beside Python and PyTorch", "activations"),
         "nothing was trained; to train: fedhl run tiny.yaml",
@@ -331,10 +338,12 @@ def test_the_shell_completes_commands_methods_and_run_folders(tmp_path: Path) ->
         (tmp_path / "runs" / name).mkdir(parents=True)
     (tmp_path / "runs/one/config.yaml").touch()
     assert completed(tmp_path, "fedhl re") == ["resume", "report"]
-    assert completed(tmp_path, "fedhl methods fedh") == ["fedhera", "fedhl"]
+    assert completed(tmp_path, "fedhl methods fedh") == ["fedhera", "fedhl", "fedhl_ef"]
     assert completed(tmp_path, "fedhl methods bal") == ["balanced"]
     assert completed(tmp_path, "fedhl resume ") == ["runs/one"]
-    assert completed(tmp_path, "fedhl compare c.yaml --methods fedit,fedhl") == ["fedit,fedhl"]
+    assert completed(tmp_path, "fedhl compare c.yaml --methods fedit,fedhl") == [
+        *("fedit,fedhl", "fedit,fedhl_ef")
+    ]
     assert completed(tmp_path, "fedhl compare c.yaml --weighting un") == ["uniform"]
 
 

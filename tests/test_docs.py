@@ -63,7 +63,7 @@ def test_defaults_are_yaml() -> None:
     found = {name: config_page.default(field) for name, field in fields.items()}
     assert found["data"] == "required" and found["training"] == "as below"
     assert (found["ranks"], found["rslora"], found["start"]) == ("`8`", "`false`", "`null`")
-    assert (found["method"], found["participation"]) == ("`fedhl`", "`{fraction: 1.0}`")
+    assert (found["method"], found["participation"]) == ("`fedhl_ef`", "`{fraction: 1.0}`")
 
 
 # --- the other pages ----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_folder_of_a_run(runs: Path) -> None:
     ]
     best = summary(run)["best"]["round"]
     kept = {f"round-{k:06d}" for k in (4, 5, best)}
-    assert {p.name for p in (run / "state").iterdir()} == kept
+    assert {p.name for p in (run / "state").iterdir()} == kept | {"memories"}
     page = (run / "report.html").read_text("utf-8")
     assert "</html>" in page and "client-5" in page
 
@@ -143,7 +144,7 @@ def test_the_summary_says_what_made_the_numbers(runs: Path) -> None:
     assert found["status"] == "finished"
     assert found["rounds"] == found["rounds_done"] == 5
     assert found["final"] == lines(runs / "tiny")[-1]["evaluation"]
-    assert found["method"] == {"name": "fedhl", "exact": False}
+    assert found["method"] == {"name": "fedhl_ef", "download": 1, "begin": "delta"}
     assert found["weighting"] == {"name": "truncation", "power": 2, "epsilon": 0.1, "share": None}
     assert set(found["hashes"]) == {"config", "model", "data"}
     assert {"python", "torch", "transformers", "peft"} < set(found["versions"])
@@ -231,10 +232,11 @@ def logits(prepared: Prepared, model: Any) -> Tensor:
 
 
 def logits_at(prepared: Prepared, state: ServerState, rank: int) -> Tensor:
-    """What the run computes with the broadcast of this rank."""
+    """What the run computes with the broadcast of this rank, to a client that holds nothing yet."""
     federation = prepared.federation
     client = next(c for c in federation.clients if c.rank == rank)
-    sent = server.broadcast(federation.method, state, client, federation.config.seed)
+    newcomer = replace(client, id="newcomer")
+    sent = server.broadcast(federation.method, state, newcomer, federation.config.seed)
     with deployed(federation, rank, sent, state.head):
         return logits(prepared, federation.slots.model)
 

@@ -5,6 +5,7 @@ Every run has real client processes: actors of Ray, or what a SuperNode starts f
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,8 +23,10 @@ from support import hostile, tiny
 from fedhl.config import load_config
 from fedhl.federation.engine import InProcess
 from fedhl.federation.prepare import prepare
+from fedhl.network.memory import Holdings
 from fedhl.record import read_metrics
 from fedhl.run.loop import start_prepared
+from fedhl.shelf import Matrices
 from fedhl.watch import Watcher
 
 TESTS = Path(__file__).parent
@@ -63,12 +66,14 @@ def alone(
     config: dict[str, Any],
     answered: Callable[[str, int], bool],
     monkeypatch: pytest.MonkeyPatch,
+    forgets: Callable[[str, int], bool] = lambda id, round: False,
 ) -> Path:
-    """The same run in this process, with those clients that answered; its folder."""
+    """The same run in this process, with those clients that answered, and that had lost what they held; its
+    folder."""
     monkeypatch.chdir(project)
     folder = project / "runs" / f"{name}-alone"
     settings = load_config(tiny.write_config(project / f"{name}.yaml", config))
-    start_prepared(prepare(settings), folder, Watcher(), InProcess(answered))
+    start_prepared(prepare(settings), folder, Watcher(), InProcess(answered, forgets))
     return folder
 
 
@@ -136,7 +141,8 @@ def test_a_federation_outlives_its_nodes_and_its_server(
 ):
     """One federation over TLS with node authentication that meets, in turn: an intruder without a key, one
     who trusts a wrong certificate; a client that never answers, and returns; one that joins late; a server
-    that is killed in mid-round and started again; a node that is killed while it trains, and returns."""
+    that is killed in mid-round and started again; a node that is killed while it trains, and returns; and a
+    client whose folder was deleted. At the end the server and each client hold the same bits."""
     config = tiny.classification(
         name="faults",
         rounds=6,
@@ -218,6 +224,9 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         assert accepted(lines()[3]) == {"client-0", "client-1"}
         assert set(refused(lines()[3])) == {"client-2"}
 
+        # round 4, or 5 if that has begun: client-0 has lost what it held
+        shutil.rmtree(next((tmp_path / "cache" / "clients").glob("*/client-0")))
+
         # Flower misses its heartbeat after a minute. Until then a round does without it, once its
         # deadline of 40 seconds is over: round 4 and perhaps 5. The last round waits for it.
         until(lambda: (run / "report.html").exists() or back(2))
@@ -226,8 +235,24 @@ def test_a_federation_outlives_its_nodes_and_its_server(
     for line in lines()[1:]:
         assert sum(client["weight"] for client in line["clients"]) == pytest.approx(1)
     there = [accepted(line) for line in lines()]
-    other = alone(project, "faults", config, lambda id, round: id in there[round], monkeypatch)
+    forgotten = [
+        {client["id"] for client in line["clients"] if client.get("forgotten")} for line in lines()
+    ]
+    assert [*filter(None, forgotten)] == [{"client-0"}] and not any(forgotten[:4])
+    other = alone(
+        *(project, "faults", config, lambda id, round: id in there[round], monkeypatch),
+        forgets=lambda id, round: id in forgotten[round],
+    )
     assert difference(run, other) == 0
+    ledgers = [
+        json.loads((max((x / "state").glob("round-*")) / "manifest.json").read_text())["ledger"]
+        for x in (run, other)
+    ]
+    assert ledgers[0] == ledgers[1] and len(ledgers[0]["of"]) == 3
+    for client, version in ledgers[0]["of"].items():
+        (place,) = (tmp_path / "cache" / "clients").glob(f"*/{client}")
+        held = Holdings(place).memory(version)
+        assert isinstance(held, Matrices) and held.sha256 == ledgers[0]["memories"][version]
 
 
 def accepted(line: dict[str, Any]) -> set[str]:

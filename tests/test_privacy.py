@@ -391,7 +391,7 @@ def test_methods_that_cannot_be_used_are_refused_by_name(name: str) -> None:
 
 
 def test_which_methods_can_be_used() -> None:
-    assert sorted(["fedhl", "fedhera", "fed_plora"], key=list(METHODS).index) == ALLOWED
+    assert sorted(["fedhl_ef", "fedhl", "fedhera", "fed_plora"], key=list(METHODS).index) == ALLOWED
     assert "each other's adapters" in str(why_not(get_method("flora")))
 
 

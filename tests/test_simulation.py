@@ -28,12 +28,13 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, at_current_rank, initial_state
 from fedhl.federation.prepare import prepare
 from fedhl.lora import LoRA, add_products, dense, initial, own, prefix
-from fedhl.method import Broadcast, Method, Traffic, Update, checked
+from fedhl.method import Broadcast, Method, Remembering, Traffic, Update, checked
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics, evaluate
 from fedhl.model.training import batches, learning_rate
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
+from fedhl.server.ledger import next_version
 from fedhl.task.examples import Example, collate
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
@@ -121,7 +122,9 @@ def naive_client(
         theirs = trained | {factor: getattr(sent[name].lora, factor) for factor in sent[name].keep}
         adapter[name] = LoRA(**theirs, scale=layer.scaling["default"])
     head = {name: base.get_parameter(name).detach() for name in state.head}
-    return Reply(client, round, adapter, head, sum(losses) / steps, steps)
+    remembers = isinstance(federation.method, Remembering)
+    version = next_version(state.ledger.version(client.id), sent) if remembers else None
+    return Reply(client, round, adapter, head, sum(losses) / steps, steps, version=version)
 
 
 def measure(federation: Federation, model: PreTrainedModel, examples: Sequence[Example]) -> Metrics:

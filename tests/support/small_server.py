@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
-from fedhl.method import flatten
+from fedhl.method import Remembering, flatten
 from fedhl.seeds import generator
 from fedhl.server import Client, Outcome, Reply, ServerState
+from fedhl.server.ledger import next_version
 
 SEED = 3
 TOP = 6
@@ -49,7 +50,16 @@ def reply(
         for name, b in sent.items()
     }
     head = {name: t + step * draw(k + 2, *t.shape) for name, t in state.head.items()}
-    return Reply(client, state.round + 1, adapter, head, loss=0.5, steps=3)
+    version = holds(method, state, client)
+    return Reply(client, state.round + 1, adapter, head, loss=0.5, steps=3, version=version)
+
+
+def holds(method: Any, state: ServerState, client: Client) -> str | None:
+    """The version that a client holds once it has received its broadcast."""
+    if not isinstance(method, Remembering):
+        return None
+    sent = server.broadcast(method, state, client, SEED)
+    return next_version(state.ledger.version(client.id), sent)
 
 
 def play(

@@ -148,6 +148,8 @@ def run_round(
     refused = [*outcome.refused, *returned.missing]
     for record in (*outcome.clients, *refused):
         record["bytes_down"], record["bytes_up"] = returned.traffic[record["id"]]
+        if record["id"] in returned.forgotten:
+            record["forgotten"] = True
     # a client whose training diverged begins again from what it had
     kept = returned.kept | {r["id"]: state.clients.get(r["id"], {}) for r in refused}
     clients = {id: own for id, own in (state.clients | kept).items() if own}

@@ -1,4 +1,4 @@
-"""FedHL with error feedback: clients remember what they were sent, and are sent what they lack."""
+"""FedHL with error feedback: clients are sent what they lack of W (arXiv 2209.15218)."""
 
 from __future__ import annotations
 

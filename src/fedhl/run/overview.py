@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,12 +14,18 @@ from fedhl.config.conduct import RobustConfig
 from fedhl.data.partition import partition_table
 from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_per_client
-from fedhl.method import flatten
+from fedhl.method import Remembering, flatten
 from fedhl.model import peft
 from fedhl.names import size
 from fedhl.run.summary import parameters
+from fedhl.seeds import generator
 from fedhl.server import accounting
+from fedhl.subspace import leading
 from fedhl.task.examples import collate
+from fedhl.weighting import Cohort, data_share
+
+FAR = 10.0
+"""A row that counts this many times as much as another is worth a warning."""
 
 
 def overview(prepared: Prepared) -> Iterator[str]:
@@ -73,10 +80,83 @@ def overview(prepared: Prepared) -> Iterator[str]:
                 else ""
             )
         )
+    yield from weights(prepared)
+    if isinstance(federation.method, Remembering):
+        yield from remembering(prepared)
     yield (
         f"{count['base']:,} frozen parameters; LoRA on {len(layers)} layers"
         + (f"; head of {count['head']:,} parameters trained whole" if count["head"] else "")
     )
+
+
+def weights(prepared: Prepared) -> Iterator[str]:
+    """The weights that round 1 would use, if all its clients answer and move alike; with a warning where
+    they are far from the shares of the rows."""
+    federation = prepared.federation
+    if federation.privacy is not None:  # all clients are weighted alike
+        return
+    clients = federation.in_round(1).cohort(1)
+    alike = [1.0] * len(clients)
+    cohort = Cohort(
+        examples=[client.examples for client in clients],
+        error=torch.zeros(len(clients), 1),
+        energy=torch.zeros(1),
+        norms=alike,
+        losses=alike,
+        bounds=alike,
+    )
+    p, q = federation.weighting(cohort).tolist(), data_share(cohort).tolist()
+    least, most = min(range(len(p)), key=p.__getitem__), max(range(len(p)), key=p.__getitem__)
+    yield "weights in round 1: " + (
+        f"{p[least]:.3g} ({clients[least].id}, {clients[least].examples:,} rows) to "
+        f"{p[most]:.3g} ({clients[most].id}, {clients[most].examples:,} rows)"
+        if p[most] > p[least]
+        else f"{p[most]:.3g} for each of {len(p)} clients"
+    )
+    row = [weight / client.examples for weight, client in zip(p, clients, strict=True)]
+    light, heavy = min(range(len(p)), key=row.__getitem__), max(range(len(p)), key=row.__getitem__)
+    if row[heavy] > FAR * row[light]:
+        times = f"{row[heavy] / row[light]:.0f} times as much"
+        yield (
+            f"warning: a row of client {clients[heavy].id!r} counts {times} as a row of client "
+            f"{clients[light].id!r} ({q[heavy]:.2%} and {q[light]:.2%} of the rows); "
+            "weighting: examples weights clients by their rows"
+        )
+
+
+def remembering(prepared: Prepared) -> Iterator[str]:
+    """What clients that remember cost the server: room for what they hold, and seconds for what they lack."""
+    config, federation = prepared.config, prepared.federation
+    shapes = list(peft.layers(federation.slots).values())
+    one = 4 * sum(m * n for m, n in shapes)
+    kinds = {(client.rank, client.scale) for client in federation.clients}
+    everyone = config.participation.size(len(federation.clients)) == len(federation.clients)
+    most = len(kinds) if everyone else len(federation.clients)
+    apart = "one for each rank" if everyone else "one for each client"
+    yield (
+        f"each client holds {size(one)} in its base; the server keeps up to {most} different ones "
+        f"({apart}), {size(most * one)} on disk for each kept checkpoint"
+    )
+    distinct = sorted(rank for rank, _ in kinds)
+    if not everyone:
+        distinct = sorted(client.rank for client in federation.cohort(1))
+    spent = {(m, n, r): seconds_of(m, n, r) for m, n in {*shapes} for r in {*distinct}}
+    total = sum(spent[m, n, r] for m, n in shapes for r in distinct)
+    yield (
+        f"what the clients lack: {len(distinct)} truncations for each of {len(shapes)} layers, about "
+        f"{total:.1f} s of each round"
+    )
+
+
+def seconds_of(m: int, n: int, rank: int) -> float:
+    """The seconds of one truncation of an (m, n) matrix whose j-th singular value falls as 1/j."""
+    g = generator(0, "overview", m, n)
+    width = min(m, n, 4 * rank)
+    U, V = torch.randn(m, width, generator=g), torch.randn(width, n, generator=g)
+    W = (U / torch.arange(1, width + 1)) @ V
+    began = perf_counter()
+    leading(W, min(rank, m, n))
+    return perf_counter() - began
 
 
 def robust_rules(config: RobustConfig) -> str:

@@ -130,6 +130,8 @@ def aggregate(
     moved = drifts(steps, len(accepted)) if watch else [None] * len(accepted)
     numbers = over_layers(steps) if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
+    if isinstance(method, Remembering):
+        numbers["memories"] = len(ledger.memories)
     if noise is not None:
         numbers["channel_noise"] = noise
     clients = records(accepted, p.tolist(), error.tolist(), moved, checks)
