@@ -29,10 +29,13 @@ from fedhl import LoRA, Update, get_method, get_weighting, server
 from fedhl.lora import initial, plus
 from fedhl.method import Broadcast
 from fedhl.methods.fedhl_ef import BEGINNINGS
+from fedhl.record import round_name
+from fedhl.run import checkpoint
 from fedhl.server import Client, Reply, ServerState, ledger
 from fedhl.server.carried import carried_reply
 from fedhl.server.ledger import after, base_of, next_version, plus_product
 from fedhl.server.payload import PAYLOADS, carried
+from fedhl.shelf import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
 EF = get_method("fedhl_ef")
@@ -461,3 +464,73 @@ def test_a_wrong_download_is_refused(wrong: Any):
 def test_a_wrong_beginning_is_refused():
     with pytest.raises(ValueError, match="begin must be delta, rows or random, got 'zero'"):
         get_method("fedhl_ef", begin="zero")
+
+
+# --- some of many clients -----------------------------------------------------------------------
+
+
+def test_100_clients_of_which_10_take_part():
+    """Against a float64 memory of each client alone: what is sent is the best of what it lacks, the sum is
+    exact, and no more memories are kept than there are histories."""
+    clients = [Client(f"{k:03d}", (1, 2, 4, 6)[k % 4], 1.0 + k % 3, 10 + k) for k in range(100)]
+    state, histories = start(EF), {client.id: () for client in clients}
+    held = {
+        c.id: {n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()} for c in clients
+    }
+    for round in range(12):
+        cohort = server.sample(clients, 10, SEED, round)
+        W = {name: x.double() for name, x in change(state).items()}
+        for client in cohort:
+            for name, b in sent_to(state, client).items():
+                lacks, D = W[name] - held[client.id][name], exact(b.lora)
+                best = torch.linalg.svdvals(lacks)[client.rank :].square().sum()
+                assert (lacks - D).square().sum() <= best + 1e-9 * W[name].square().sum()
+                held[client.id][name] += D
+            histories[client.id] += ((round, client.rank, client.scale),)
+        replies = [answer(state, client) for client in cohort]
+        following, outcome = play(state, replies, EF, UNIFORM)
+        assert not outcome.refused
+        assert outcome.diagnostics["memories"] == len({h for h in histories.values() if h})
+        assert_exact_sum(state, following, replies)
+        state = following
+    for client in clients:
+        for name in SHAPES:
+            M = state.ledger.held(client.id, name)
+            known = torch.zeros(SHAPES[name]) if M is None else M
+            size = held[client.id][name].norm() + 1
+            assert (known - held[client.id][name]).norm() <= 1e-5 * size
+    assert any(len(h) > 1 for h in histories.values()) and any(not h for h in histories.values())
+
+
+# --- on disk ------------------------------------------------------------------------------------
+
+
+def test_memories_on_disk_are_those_in_memory(tmp_path: Path):
+    """Checkpoints, and a shelf for each memory, against all in memory, to the bit, for rounds in which some
+    take part; what no checkpoint names is removed; a damaged memory is named."""
+    memory = disk = start(EF)
+    for round in range(5):
+        cohort = CLIENTS[round % 2 :]
+        memory, _ = play(memory, [answer(memory, client) for client in cohort], EF, UNIFORM)
+        replies = [answer(disk, client) for client in cohort]
+        disk, _ = server.aggregate(
+            *(EF, UNIFORM, disk, replies, SEED),
+            memories=lambda version: Shelf(tmp_path / "shelf" / version, torch.zeros(1)),
+        )
+        checkpoint.save(tmp_path / "state", disk, {})
+        checkpoint.prune(tmp_path / "state", 2, None)
+        disk, manifest = checkpoint.load(tmp_path / "state" / round_name(round + 1), start(EF))
+        assert manifest == {"round": round + 1}
+        assert disk.ledger.of == memory.ledger.of
+        for version, known in memory.ledger.memories.items():
+            assert all(
+                same_bits(disk.ledger.memories[version][name], known[name]) for name in SHAPES
+            )
+        assert all(same_bits(x, change(disk)[name]) for name, x in change(memory).items())
+    kept = {file.stem for file in (tmp_path / "state" / "memories").iterdir()}
+    named = [checkpoint.memories_of(tmp_path / "state" / round_name(k)) for k in (4, 5)]
+    assert kept == named[0] | named[1] and named[0] != named[1]
+    file = checkpoint.memory_file(tmp_path / "state", min(named[1]))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(checkpoint.CorruptCheckpoint, match=f"{file.name}: does not match"):
+        checkpoint.load(tmp_path / "state" / round_name(5), start(EF))
