@@ -136,13 +136,16 @@ def check(folder: Path, other: Path, clients: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("payload", "lost", "deleted"),
+    ("payload", "begin", "lost", "deleted"),
     [
-        *(pytest.param(payload, (), (), id=f"no fault, {payload}") for payload in PAYLOADS),
-        pytest.param("float16", (2, 4), (), id="replies are lost"),
-        pytest.param("int8", (2, 3, 4), (), id="away for three rounds"),
-        pytest.param("bfloat16", (), (3,), id="its folder was deleted"),
-        pytest.param("int8", (3,), (3, 4), id="both"),
+        *(
+            pytest.param(payload, begin, (), (), id=f"no fault, {payload}")
+            for payload, begin in zip(PAYLOADS, ("random", "delta") * 2, strict=True)
+        ),
+        pytest.param("float16", "delta", (2, 4), (), id="replies are lost"),
+        pytest.param("int8", "random", (2, 3, 4), (), id="away for three rounds"),
+        pytest.param("bfloat16", "delta", (), (3,), id="its folder was deleted"),
+        pytest.param("int8", "random", (3,), (3, 4), id="both"),
     ],
 )
 def test_both_ends_hold_the_same_bits(
@@ -150,12 +153,13 @@ def test_both_ends_hold_the_same_bits(
     settings: Config,
     tmp_path: Path,
     payload: str,
+    begin: str,
     lost: tuple[int, ...],
     deleted: tuple[int, ...],
 ) -> None:
     config = settings_of(
         project,
-        method={"name": "fedhl_ef", "download": 2},
+        method={"name": "fedhl_ef", "download": 2, "begin": begin},
         wire={"payload": "float32", "download": payload},
     )
     clients = tmp_path / "cache" / "clients"

@@ -287,7 +287,9 @@ PRUNING = {"name": "hetlora", "gamma": 0.5, "decay": 1.0}
     ("method", "together"),
     [
         *[("fedhl", True), ("fedhl", False), ("fedsa_lora", True), (PRUNING, True)],
-        *[("fedhl_ef", True), ({"name": "fedhl_ef", "download": 2}, False)],
+        ("fedhl_ef", True),
+        ({"name": "fedhl_ef", "download": 2}, False),
+        ({"name": "fedhl_ef", "begin": "random"}, True),
     ],
 )
 def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, together: bool):

@@ -78,6 +78,9 @@ class Broadcast:
 
     To a client that remembers (see `Remembering`): `merged`, what it adds to its base for good, before it
     starts; `lost`: `||delta - start||_F²`, which the method knows and the client is not told.
+
+    `drawn`: the seed below 2⁵³ from which the client draws `lora` itself, `initial(m, n, r, s, drawn)`, so
+    that it need not travel; None if it travels.
     """
 
     lora: LoRA
@@ -89,6 +92,7 @@ class Broadcast:
     magnitudes: Tensor | None = None
     merged: LoRA | None = None
     lost: float | None = None
+    drawn: int | None = None
 
     @property
     def whole(self) -> LoRA:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, initial, pad, prefix, refill
@@ -15,7 +14,7 @@ from fedhl.methods.full_rank import FullRank, Tailed, lost, move, start, unbiase
 from fedhl.seeds import derive
 from fedhl.subspace import leading
 
-BEGINNINGS = ("delta", "rows", "random")
+BEGINNINGS = ("delta", "random")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class FedHLEF(Method[Tailed]):
     A newcomer holds M = 0, and starts as in FedHL.
 
     `download = c`: D has rank c r; its first r components are trained, the others go into the base at once.
-    `begin`: the adapter at the start is D itself (`delta`); or D goes into the base at once, and the adapter
-    is `B = 0` with the rows of V of D (`rows`) or random rows (`random`).
+    `begin`: the adapter at the start is D itself (`delta`); or D goes into the base at once, and the client
+    draws an adapter with `B = 0` from a seed (`random`).
 
     Inspired by EF21-P (arXiv 2209.15218), with a truncated SVD as compressor, a memory for each client as in
     Rand-MCM (arXiv 2102.12528), and LoRA factors as the local step. The convergence is in docs/maths.md.
@@ -54,7 +53,7 @@ class FedHLEF(Method[Tailed]):
         if not (isinstance(self.download, int) and self.download >= 1):
             raise ValueError(f"fedhl_ef: download must be an integer >= 1, got {self.download}")
         if self.begin not in BEGINNINGS:
-            raise ValueError(f"fedhl_ef: begin must be delta, rows or random, got {self.begin!r}")
+            raise ValueError(f"fedhl_ef: begin must be delta or random, got {self.begin!r}")
 
     def init(self, lora: LoRA, seed: int = 0) -> Tailed:
         widest = max(lora.rank, min(self.download * lora.rank, *lora.shape))
@@ -87,13 +86,9 @@ class FedHLEF(Method[Tailed]):
         if self.begin == "delta":
             rest = LoRA(D.A[rank:].clone(), D.B[:, rank:].clone(), 1.0) if D.rank > rank else None
             return Broadcast(prefix(D, rank, scale), merged=rest, lost=tail)
-        A = D.A[:rank]
-        if self.begin == "random":
-            full = state.full
-            seed = derive(full.seed, "start", full.round)
-            A = initial(*full.shape, state.top, 1.0, seed).A[:rank].to(A)
-        zero = torch.zeros_like(D.B[:, :rank])
-        return Broadcast(LoRA(A.clone(), zero, scale), merged=D, lost=tail)
+        seed = derive(state.full.seed, "start", state.full.round) % 2**53  # which JSON can hold
+        fresh = initial(*state.full.shape, rank, scale, seed)
+        return Broadcast(fresh, merged=D, lost=tail, drawn=seed)
 
     def aggregate(self, state: Tailed, updates: Iterable[Update]) -> Tailed:
         return Tailed(move(state.full, unbiased(state.full, updates)), state.top)
@@ -102,6 +97,4 @@ class FedHLEF(Method[Tailed]):
         return state.full.W
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        sent = min(self.download * rank, m, n) * (m + n)
-        fresh = 0 if self.begin == "delta" else rank * n
-        return Traffic(down=sent + fresh, up=rank * (m + n))
+        return Traffic(down=min(self.download * rank, m, n) * (m + n), up=rank * (m + n))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA
+from fedhl.lora import LoRA, initial
 from fedhl.method import Broadcast
 from fedhl.network.message import (
     NAMES,
@@ -73,7 +73,8 @@ def encode_broadcast(
     """
     tensors, layers = head_tensors(head), {}
     for name, b in sent.items():
-        tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in "AB"], payload)
+        if b.drawn is None:
+            tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in "AB"], payload)
         if b.base is not None and held is None and b.merged is None:  # else the client knows it
             tensors |= packed("base", name, [b.base], payload)
         if b.past is not None:
@@ -88,6 +89,7 @@ def encode_broadcast(
         layers[name] = {
             "shape": b.lora.shape,
             "scale": b.lora.scale,
+            "drawn": None if b.drawn is None else [b.lora.rank, b.drawn],
             "past": None if b.past is None else b.past.scale,
             "merged": None if b.merged is None else b.merged.scale,
             "train": "".join(sorted(b.train)),
@@ -128,8 +130,12 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
     def given(kind: str) -> bool:
         return f"{kind}::{name}" in message.tensors
 
+    rank, drawn = said["drawn"] or (0, None)
     return Broadcast(
-        adapter("lora", said["scale"]),
+        adapter("lora", said["scale"])
+        if drawn is None
+        else initial(m, n, rank, said["scale"], drawn),
+        drawn=drawn,
         base=unpacked(message, "base", name, [n], payload)[0] if given("base") else None,
         train=frozenset(said["train"]),
         keep=frozenset(said["keep"]),

@@ -94,7 +94,7 @@ def carried(broadcast: Broadcast, payload: str) -> Broadcast:
     lora, base, past, merged = broadcast.lora, broadcast.base, broadcast.past, broadcast.merged
     received = replace(
         broadcast,
-        lora=carried_lora(lora, payload),
+        lora=lora if broadcast.drawn is not None else carried_lora(lora, payload),
         base=None if base is None else from_payload(*to_payload(base, payload)),
         past=None if past is None else carried_lora(past, payload),
         magnitudes=None if broadcast.magnitudes is None else broadcast.magnitudes.float(),
