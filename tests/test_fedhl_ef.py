@@ -474,7 +474,8 @@ def test_100_clients_of_which_10_take_part():
     """Against a float64 memory of each client alone: what is sent is the best of what it lacks, the sum is
     exact, and no more memories are kept than there are histories."""
     clients = [Client(f"{k:03d}", (1, 2, 4, 6)[k % 4], 1.0 + k % 3, 10 + k) for k in range(100)]
-    state, histories = start(EF), {client.id: () for client in clients}
+    state = start(EF)
+    histories: dict[str, tuple[Any, ...]] = {client.id: () for client in clients}
     held = {
         c.id: {n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()} for c in clients
     }

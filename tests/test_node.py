@@ -245,6 +245,7 @@ class Post:
     def train(self, state: ServerState, client: Client) -> tuple[Reply, int]:
         header, payload = node.train(*self.letter(state, client, state.round + 1))
         sent = self.sent(state, client)
+        assert payload is not None
         reply = wire.read_reply(payload, self.run, client, sent, sent.__getitem__, state.head)
         return reply, header["next_rank"]
 

@@ -56,10 +56,9 @@ def reply(
 
 def holds(method: Any, state: ServerState, client: Client) -> str | None:
     """The version that a client holds once it has received its broadcast."""
-    if not isinstance(method, Remembering):
-        return None
     sent = server.broadcast(method, state, client, SEED)
-    return next_version(state.ledger.version(client.id), sent)
+    remembers = isinstance(method, Remembering)
+    return next_version(state.ledger.version(client.id), sent) if remembers else None
 
 
 def play(
