@@ -113,7 +113,7 @@ def test_a_right_introduction():
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"protocol": 2}, "protocol version 2"),
+        ({"protocol": 1}, "protocol version 1"),
         ({"protocol": True}, "protocol version True"),
         ({"client": 7}, "its client is 7"),
         ({"client": ""}, "cannot be the name of a file"),
@@ -895,7 +895,7 @@ def test_without_flower_the_commands_say_what_to_install(project: Path, tmp_path
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ({"protocol": 2}, "protocol version 2"),
+        ({"protocol": 1}, "protocol version 1"),
         ({"protocol": 2}, "no readable config"),
         ({"protocol": 2, "config": 7}, "no readable config"),
         ({"protocol": 2, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
