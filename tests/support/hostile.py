@@ -70,6 +70,10 @@ def another_protocol(header: dict[str, Any], tensors: dict[str, Tensor]) -> Part
     return header | {"protocol": 999}, tensors
 
 
+def another_start(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
+    return header | {"version": "0" * 64}, tensors
+
+
 def layer(tensors: dict[str, Tensor]) -> str:
     return next(name for name in sorted(tensors) if name.startswith("lora::"))
 
@@ -87,7 +91,8 @@ KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
     (another_sender, "its client id is 'client-0', expected 'client-5'"),
     (another_model, "its base model is '000"),
     (another_tokenizer, "its tokenizer is '000"),
-    (another_protocol, "it has protocol version 999, expected version 1"),
+    (another_protocol, "it has protocol version 999, expected version 2"),
+    (another_start, "its client holds version 000000000000, expected version"),
     ("damaged", "it does not match its own checksum"),
     ("garbage", "it is not a safetensors file"),
     ("nothing", "its reply has no payload"),
