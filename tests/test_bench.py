@@ -17,6 +17,13 @@ FIGURES = {
         "truncation from nothing, s",
         "relative difference from float64",
     },
+    "remembering": {
+        "step / bare product",
+        "step / truncation",
+        "after, s",
+        "relative difference from float64",
+        "largest relative excess of a tail",
+    },
     "accuracy": {"largest relative excess of the tail", "full SVD, s"},
     "growth": {"step, s", "truncation, s", "clients", "side"},
     "ceilings": {"copy of W, s", "bare product, s", "step, s", "layers"},
@@ -63,4 +70,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     done = fedhl(tmp_path, "bench", "server", "--parts", "layer,speed")
     assert done.code == 2
-    assert "there is no 'speed', only layer, accuracy, growth, ceilings, model, disk" in done.err
+    assert (
+        "there is no 'speed', only layer, remembering, accuracy, growth, ceilings, model, disk"
+        in done.err
+    )
