@@ -83,56 +83,55 @@ def excess(state: Tailed, held: Held, sent: Sent) -> float:
     return worst
 
 
+def next_round(W: Tensor, device: str) -> tuple[Tailed, Held, Sent]:
+    """One round after `some_rounds`: the state, what the clients held, and what they are sent."""
+    state, sent, held = some_rounds(W, device)
+    following, sent, _ = step(state, held, replies(state, sent, draw_ranks(10), ROUNDS))
+    return following, held, sent
+
+
+def layers(side: int) -> dict[str, Tensor]:
+    """W of each spectrum."""
+    bases, j = (orthogonal(side, 1), orthogonal(side, 2)), torch.arange(1, side + 1)
+    return {name: with_spectrum(spectrum(j), bases) for name, spectrum in SPECTRA.items()}
+
+
 def remembering(repeats: int, say: Say, device: str) -> list[Row]:
     """A step with one memory for each rank, for two numbers of clients, and for two at one total rank; the
     tails are checked on layers of half the side."""
+    tails = {name: excess(*next_round(W, device)) for name, W in layers(problems.SIDE // 2).items()}
     rows: list[Row] = []
-
-    def measure(name: str, W: Tensor, ranks: Sequence[int], what: str, tail: float) -> None:
-        state, sent, held = some_rounds(W, device)
-        updates = replies(state, sent, ranks, ROUNDS)
-        following, sent, _ = step(state, held, updates)
-        off = difference(following.full.W, state.full, updates)
-        start = state.full.sent.A
-        taken = interleaved(
-            {
-                "bare product": bare(state.full, sum(ranks)),
-                "truncation": partial(leading, following.full.W, TOP, start),
-                "step": partial(step, state, held, updates),
-                "aggregate": partial(EF.aggregate, state, updates),
-                "catch up": partial(catch_up, following, held),
-                "after": partial(hold, held, sent),
-            },
-            repeats,
-            device,
-        )
-        row: Row = {
-            **{"series": what, "spectrum": name, "side": problems.SIDE},
-            **{"clients": len(ranks), "total rank": sum(ranks), "memories": len(held)},
-            **{f"{work}, s": value for work, value in taken.items()},
-            "step / bare product": taken["step"] / taken["bare product"],
-            "step / truncation": taken["step"] / taken["truncation"],
-            "relative difference from float64": off,
-            "side of the checked tails": problems.SIDE // 2,
-            "largest relative excess of a tail": tail,
-        }
-        rows.append(row)
-        say(describe(row))
-
-    def layers(side: int) -> dict[str, Tensor]:
-        bases, j = (orthogonal(side, 1), orthogonal(side, 2)), torch.arange(1, side + 1)
-        return {name: with_spectrum(spectrum(j), bases) for name, spectrum in SPECTRA.items()}
-
-    tails: dict[str, float] = {}
-    for name, W in layers(problems.SIDE // 2).items():
-        state, sent, held = some_rounds(W, device)
-        following, sent, _ = step(state, held, replies(state, sent, draw_ranks(10), ROUNDS))
-        tails[name] = excess(following, held, sent)
     for name, W in layers(problems.SIDE).items():
-        for clients in (10, 100):
-            measure(name, W, draw_ranks(clients), "clients", tails[name])
-        if name == "1/j":
-            for clients, rank in ((50, 64), (800, 4)):
-                what = f"{clients} of rank {rank}"
-                measure(name, W, [rank] * clients, what, tails[name])
+        state, sent, held = some_rounds(W, device)
+        cohorts = {f"{K} clients": draw_ranks(K) for K in (10, 100)}
+        if name == "1/j":  # one total rank
+            cohorts |= {f"{K} of rank {r}": [r] * K for K, r in ((50, 64), (800, 4))}
+        for series, ranks in cohorts.items():
+            updates = replies(state, sent, ranks, ROUNDS)
+            following, increments, _ = step(state, held, updates)
+            off = difference(following.full.W, state.full, updates)
+            start = state.full.sent.A
+            taken = interleaved(
+                {
+                    "bare product": bare(state.full, sum(ranks)),
+                    "truncation": partial(leading, following.full.W, TOP, start),
+                    "step": partial(step, state, held, updates),
+                    "aggregate": partial(EF.aggregate, state, updates),
+                    "after": partial(hold, held, increments),
+                },
+                repeats,
+                device,
+            )
+            row: Row = {
+                **{"series": series, "spectrum": name, "side": problems.SIDE},
+                **{"clients": len(ranks), "total rank": sum(ranks), "memories": len(held)},
+                **{f"{work}, s": value for work, value in taken.items()},
+                "step / bare product": taken["step"] / taken["bare product"],
+                "step / truncation": taken["step"] / taken["truncation"],
+                "relative difference from float64": off,
+                "side of the checked tails": problems.SIDE // 2,
+                "largest relative excess of a tail": tails[name],
+            }
+            rows.append(row)
+            say(describe(row))
     return rows
