@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.tiny import fedhl
 
-from fedhl.bench import checks, problems, server
+from fedhl.bench import checks, problems, remembering, server
+from fedhl.bench.timing import Row, Say
 
 FIGURES = {
     "layer": {
         "step / bare product",
         "truncation from nothing, s",
         "relative difference from float64",
+    },
+    "remembering": {
+        "step / bare product",
+        "step / truncation",
+        "after, s",
+        "relative difference from float64",
+        "largest relative excess of a tail",
     },
     "accuracy": {"largest relative excess of the tail", "full SVD, s"},
     "growth": {"step, s", "truncation, s", "clients", "side"},
@@ -49,18 +58,34 @@ def test_every_part_reports_what_it_measured(
     ]
     flat = {r["total rank"] for r in result["growth"] if "and one of 64" in r["series"]}
     assert flat == {3264}
+    flat = {row["total rank"] for row in result["remembering"] if "of rank" in row["series"]}
+    assert flat == {3200}
     assert len(said) >= sum(len(rows) for rows in result.values())
     assert not [p for p in tmp_path.iterdir() if p.name != "new"]  # what `disk` wrote is gone
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", [server.one_layer, remembering.remembering])
+def test_a_wrong_result_is_not_timed(
+    part: Callable[[int, Say, str], list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(problems, "SIDE", 256)
     monkeypatch.setattr(checks, "dense_step", lambda state, updates: state.W.double() * 1.001)
     with pytest.raises(AssertionError):
-        server.one_layer(1, lambda line: None, "cpu")
+        part(1, lambda line: None, "cpu")
+
+
+def test_an_increment_that_is_not_the_best_is_refused() -> None:
+    W = problems.harmonic(128, 128)
+    state, sent, held = remembering.some_rounds(W, "cpu")
+    remembering.excess(state, held, remembering.catch_up(state, held))
+    with pytest.raises(AssertionError):
+        remembering.excess(state, held, sent)  # the clients hold that already
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     done = fedhl(tmp_path, "bench", "server", "--parts", "layer,speed")
     assert done.code == 2
-    assert "there is no 'speed', only layer, accuracy, growth, ceilings, model, disk" in done.err
+    assert (
+        "there is no 'speed', only layer, remembering, accuracy, growth, ceilings, model, disk"
+        in done.err
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA, refill
-from fedhl.method import Update
+from fedhl.method import Broadcast, Update
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.full_rank import FullRank
 from fedhl.seeds import generator
@@ -59,18 +59,31 @@ def draw_ranks(clients: int, seed: int = 0) -> list[int]:
 
 def cohort(state: FullRank, ranks: Sequence[int], seed: int) -> list[Update]:
     """The updates of clients that each moved by about a fifth of the norm of their broadcast."""
-    method, g = FedHL(), generator(seed, "moves")
-    m, n = state.shape
     size = 0.2 * float(state.sent.B.norm())
-    sent = {rank: method.broadcast(state, rank, 2.0) for rank in set(ranks)}
-    updates = []
+    sent = {rank: FedHL().broadcast(state, rank, 2.0) for rank in set(ranks)}
+    return moved(sent, ranks, size, seed)
+
+
+def moved(
+    sent: Mapping[int, Broadcast], ranks: Sequence[int], size: float, seed: int
+) -> list[Update]:
+    """The updates of clients of these ranks, each of which moved by about `size` from its broadcast."""
+    g, updates = generator(seed, "moves"), []
     for rank in ranks:
-        lora, device = sent[rank].lora, state.W.device
+        lora = sent[rank].lora
+        (m, n), device = lora.shape, lora.A.device
         A = torch.randn(rank, n, generator=g).to(device) * (0.2 / n**0.5)
         B = torch.randn(m, rank, generator=g).to(device) * (size / 2 / (m * rank) ** 0.5)
         trained = LoRA(lora.A + A, lora.B + B, lora.scale)
         updates.append(Update(sent[rank], trained, 1 / len(ranks)))
     return updates
+
+
+def bare(state: FullRank, total_rank: int) -> Callable[[], Tensor]:
+    """The product `B A`, which no server can do without."""
+    (m, n), device = state.shape, state.W.device
+    B, A = torch.randn(m, total_rank).to(device), torch.randn(total_rank, n).to(device)
+    return lambda: B @ A
 
 
 def to(state: FullRank, device: str) -> FullRank:

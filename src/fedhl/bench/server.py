@@ -25,6 +25,7 @@ from fedhl.bench.problems import (
     SMOLLM2,
     SPECTRA,
     TOP,
+    bare,
     cohort,
     draw_ranks,
     harmonic,
@@ -34,6 +35,7 @@ from fedhl.bench.problems import (
     to,
     with_spectrum,
 )
+from fedhl.bench.remembering import remembering
 from fedhl.bench.timing import Row, Say, describe, interleaved, timed
 from fedhl.lora import initial, svd
 from fedhl.method import Update
@@ -65,13 +67,6 @@ def literal(state: FullRank, updates: Sequence[Update]) -> Tensor:
         r = u.lora.rank
         total += u.weight * (u.lora.delta() - (U[:, :r] * S[:r]) @ Vt[:r])
     return total
-
-
-def bare(state: FullRank, total_rank: int) -> Callable[[], Tensor]:
-    """The product `B A`, which no server can do without."""
-    (m, n), device = state.shape, state.W.device
-    B, A = torch.randn(m, total_rank).to(device), torch.randn(total_rank, n).to(device)
-    return lambda: B @ A
 
 
 def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
@@ -301,7 +296,7 @@ def whole_model(repeats: int, say: Say) -> list[Row]:
     return [row]
 
 
-PARTS = ("layer", "accuracy", "growth", "ceilings", "model", "disk")
+PARTS = ("layer", "remembering", "accuracy", "growth", "ceilings", "model", "disk")
 
 
 def bench_server(
@@ -327,6 +322,7 @@ def bench_server(
     }
     works: dict[str, Callable[[], list[Row]]] = {
         "layer": lambda: one_layer(repeats, say, device),
+        "remembering": lambda: remembering(repeats, say, device),
         "accuracy": lambda: accuracy(say, runs),
         "growth": lambda: growth(repeats, say, device),
         "ceilings": lambda: ceilings(repeats, say, device, cohorts, side),

@@ -91,16 +91,18 @@ def bench_server(
         typer.Option(
             metavar="A,B,...",
             help="layer: one layer of 4096 x 4096 against its bare product, a full SVD and the literal "
-            "algorithm. accuracy: truncation against the optimum. growth: time against clients, ranks "
-            "and size. ceilings: the layers of Llama-2-7B against their bare products and copies. model: a "
-            "round of SmolLM2-135M. disk: q and v of Llama-2-7B, from disk (which takes 25 GB there).",
+            "algorithm. remembering: such a layer with fedhl_ef, whose clients remember. accuracy: "
+            "truncation against the optimum. growth: time against clients, ranks and size. ceilings: the "
+            "layers of Llama-2-7B against their bare products and copies. model: a round of SmolLM2-135M. "
+            "disk: q and v of Llama-2-7B, from disk (which takes 25 GB there).",
         ),
-    ] = "layer,accuracy,growth,ceilings,model,disk",
+    ] = "layer,remembering,accuracy,growth,ceilings,model,disk",
     repeats: Annotated[
         int, typer.Option(min=1, help="The number of measurements behind each median.")
     ] = 5,
     device: Annotated[
-        str, typer.Option(help="cpu or cuda, for the parts layer, growth and ceilings.")
+        str,
+        typer.Option(help="cpu or cuda, for the parts layer, remembering, growth and ceilings."),
     ] = "cpu",
     clients: Annotated[
         list[int] | None,
