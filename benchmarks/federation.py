@@ -177,8 +177,12 @@ def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
         round: int,
         *_: object,
         own: Mapping[str, torch.Tensor],
+        version: str | None,
     ) -> Local:
-        assert not own, f"{client.id} keeps something between rounds, which this way does not know"
+        keeps = own or version
+        assert not keeps, (
+            f"{client.id} keeps something between rounds, which this way does not know"
+        )
         model = auto.from_pretrained(loaded.source_for_adapter, dtype=torch.float32, **settings)
         model = get_peft_model(
             model,
