@@ -33,7 +33,9 @@ from torch import Tensor
 
 from fedhl import METHODS, WEIGHTINGS, LoRA, Update, get_method, get_weighting, server
 from fedhl.lora import initial
+from fedhl.method import Remembering
 from fedhl.server import Client, Reply, ServerState
+from fedhl.server.layers import Layers
 
 Figures = dict[str, Any]
 EPS = torch.finfo(torch.float32).eps
@@ -243,14 +245,11 @@ def two_aggregations(
     worst = 0.0
     for _ in range(2):
         replies = [reply(here, client, method, seed) for client in clients]
-        state, got = server.aggregate(
-            method,
-            weigh,
-            cast(here, torch.device(device)),
-            cast(replies, torch.device(device)),
-            seed,
-        )
-        here, expected = server.aggregate(method, weigh, here, replies, seed)
+        there = cast(here, torch.device(device))
+        theirs = versioned(method, there, cast(replies, torch.device(device)), seed)
+        state, got = server.aggregate(method, weigh, there, theirs, seed)
+        ours = versioned(method, here, replies, seed)
+        here, expected = server.aggregate(method, weigh, here, ours, seed)
         if got.refused:
             raise AssertionError(f"refused there: {got.refused[0]['reason']}")
         layers = [(state.layers[n], here.layers[n]) for n in shapes]
@@ -261,6 +260,14 @@ def two_aggregations(
         pairs = [*layers, (state.head, here.head), (weights[0], weights[1])]
         worst = max(worst, *(apart(x, y) for x, y in pairs))
     return worst
+
+
+def versioned(method: Any, state: ServerState, replies: Sequence[Reply], seed: int) -> list[Reply]:
+    """The replies with what their clients hold, if they remember; the last bits are those of the device."""
+    if not isinstance(method, Remembering):
+        return [*replies]
+    versions = Layers(method, state, seed).versions([r.client for r in replies])
+    return [replace(r, version=versions[r.client.id]) for r in replies]
 
 
 def reply(state: ServerState, client: Client, method: Any, seed: int) -> Reply:
