@@ -16,6 +16,7 @@ from fedhl.method import flatten, unflatten
 from fedhl.record import round_name, rounds_in
 from fedhl.server import ServerState
 from fedhl.server.ledger import Ledger
+from fedhl.server.state import with_ledger
 from fedhl.shelf import Matrices, save_matrices
 
 MEMORIES = "memories"
@@ -67,7 +68,7 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
 
 def on_disk(folder: Path, state: ServerState) -> ServerState:
     """The state, whose memories are files beside the checkpoints in `folder` from now on."""
-    return replace(state, ledger=Ledger(state.ledger.of, files_of(folder, state.ledger)))
+    return with_ledger(state, Ledger(state.ledger.of, files_of(folder, state.ledger)))
 
 
 def files_of(folder: Path, ledger: Ledger) -> dict[str, Matrices]:

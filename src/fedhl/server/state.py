@@ -110,8 +110,14 @@ def forget(state: ServerState, clients: Collection[str]) -> ServerState:
     """The state in which these clients hold nothing: they have lost their memory."""
     if not any(id in state.ledger.of for id in clients):
         return state
-    following = replace(state, ledger=state.ledger.without(clients))
-    following.built.update(state.built)  # to a version, whoever holds it
+    return with_ledger(state, state.ledger.without(clients))
+
+
+def with_ledger(state: ServerState, ledger: Ledger) -> ServerState:
+    """The state with this ledger, whose memories are those of `state`. A broadcast that is built already is
+    for a version, whoever holds it, and stays."""
+    following = replace(state, ledger=ledger)
+    following.built.update(state.built)
     return following
 
 
