@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fedhl import METHODS, WEIGHTINGS, LoRA, Update, get_method, get_weighting, server
 from fedhl.lora import initial
-from fedhl.method import Remembering
+from fedhl.method import Method, Remembering
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.layers import Layers
 
@@ -262,7 +262,9 @@ def two_aggregations(
     return worst
 
 
-def versioned(method: Any, state: ServerState, replies: Sequence[Reply], seed: int) -> list[Reply]:
+def versioned(
+    method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
+) -> list[Reply]:
     """The replies with what their clients hold, if they remember; the last bits are those of the device."""
     if not isinstance(method, Remembering):
         return [*replies]
@@ -270,7 +272,7 @@ def versioned(method: Any, state: ServerState, replies: Sequence[Reply], seed: i
     return [replace(r, version=versions[r.client.id]) for r in replies]
 
 
-def reply(state: ServerState, client: Client, method: Any, seed: int) -> Reply:
+def reply(state: ServerState, client: Client, method: Method[Any], seed: int) -> Reply:
     """What a client returns whose training moved everything that it trains at random."""
     k, adapter = sum(client.id.encode()) + 1000 * state.round, {}
     for name, sent in server.broadcast(method, state, client, seed).items():
