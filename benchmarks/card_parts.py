@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fedhl import METHODS, WEIGHTINGS, LoRA, Update, get_method, get_weighting, server
 from fedhl.lora import initial
-from fedhl.method import Method, Remembering
+from fedhl.method import Method, remembers
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.layers import Layers
 
@@ -266,7 +266,7 @@ def versioned(
     method: Method[Any], state: ServerState, replies: Sequence[Reply], seed: int
 ) -> list[Reply]:
     """The replies with what their clients hold, if they remember; the last bits are those of the device."""
-    if not isinstance(method, Remembering):
+    if not remembers(method):
         return [*replies]
     versions = Layers(method, state, seed).versions([r.client for r in replies])
     return [replace(r, version=versions[r.client.id]) for r in replies]

@@ -197,10 +197,11 @@ def test_mebibytes(mixed: bool, total: int):
 
 
 def test_adapters_of_smollm2_are_as_large_as_known():
-    """305,280 numbers per rank, 1.16 MiB: 9.3 MiB at rank 8, 20 times that for a stack of 160."""
+    """305,280 numbers per rank, 1.16 MiB: 9.3 MiB at rank 8; 20 times that for a stack of
+    160, but in the layers of 192 rows the matrix is smaller."""
     assert sum(m + n for m, n in MODELS["SmolLM2-135M"]) == 305_280
     assert size(row("raflora").mib["SmolLM2-135M"].up) == "9.32"
-    assert size(row("flora").mib["SmolLM2-135M"].down) == "186"
+    assert size(row("flora").mib["SmolLM2-135M"].down) == "184"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from fedhl.shelf import Matrices
 from fedhl.watch import Watcher
 
 ROUNDS = 5
+DELTA = {"name": "fedhl_ef", "download": 2, "begin": "delta"}
+RANDOM = DELTA | {"begin": "random"}
 NODES = {k: {"client": f"client-{k}", "data": "partition"} for k in range(3)}
 
 
@@ -47,7 +49,7 @@ def settings_of(project: Path, **changes: Any) -> Config:
         training={"steps": 1},
         evaluation={"client_fraction": 0.0, "every": 100},
         participation={"fraction": 1.0},
-        federation={"deadline": 0.5},
+        federation={"deadline": 1.0},
     )
     return load_config(tiny.write_config(project / "memory.yaml", tiny.merged(config, changes)))
 
@@ -136,16 +138,18 @@ def check(folder: Path, other: Path, clients: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("payload", "begin", "lost", "deleted"),
+    ("payload", "method", "lost", "deleted"),
     [
         *(
-            pytest.param(payload, begin, (), (), id=f"no fault, {payload}")
-            for payload, begin in zip(PAYLOADS, ("random", "delta") * 2, strict=True)
+            pytest.param(payload, method, (), (), id=f"no fault, {payload}")
+            for payload, method in zip(PAYLOADS, (RANDOM, DELTA) * 2, strict=True)
         ),
-        pytest.param("float16", "delta", (2, 4), (), id="replies are lost"),
-        pytest.param("int8", "random", (2, 3, 4), (), id="away for three rounds"),
-        pytest.param("bfloat16", "delta", (), (3,), id="its folder was deleted"),
-        pytest.param("int8", "random", (3,), (3, 4), id="both"),
+        pytest.param("float16", DELTA, (2, 4), (), id="replies are lost"),
+        pytest.param("int8", RANDOM, (2, 3, 4), (), id="away for three rounds"),
+        pytest.param("bfloat16", DELTA, (), (3,), id="its folder was deleted"),
+        pytest.param("int8", RANDOM, (3,), (3, 4), id="both"),
+        pytest.param("float32", {"name": "flora"}, (2,), (4,), id="both, a base that grows"),
+        pytest.param("int8", {"name": "flora"}, (), (3,), id="a base that grows, int8"),
     ],
 )
 def test_both_ends_hold_the_same_bits(
@@ -153,13 +157,13 @@ def test_both_ends_hold_the_same_bits(
     settings: Config,
     tmp_path: Path,
     payload: str,
-    begin: str,
+    method: dict[str, Any],
     lost: tuple[int, ...],
     deleted: tuple[int, ...],
 ) -> None:
     config = settings_of(
         project,
-        method={"name": "fedhl_ef", "download": 2, "begin": begin},
+        method=method,
         wire={"payload": "float32", "download": payload},
     )
     clients = tmp_path / "cache" / "clients"

@@ -23,13 +23,14 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.federation import at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
-from fedhl.method import Broadcast, Remembering, flatten
+from fedhl.method import Broadcast, flatten, remembers
 from fedhl.model.loading import tokenizer_hash
 from fedhl.network import node, wire
 from fedhl.network.memory import Holdings, Kept
 from fedhl.network.message import Malformed
 from fedhl.network.node import SHARED, Node, introduce, node_of, rank_of
 from fedhl.server import Client, Reply, ServerState
+from fedhl.server.ledger import next_version
 from fedhl.task.labels import sorted_labels
 from fedhl.watch import SILENT
 
@@ -232,7 +233,8 @@ class Post:
 
     def letter(self, state: ServerState, client: Client, round: int) -> Any:
         header = {"labels": self.prepared.data.labels, "run": "run", "round": round}
-        sent, version = self.sent(state, client), state.ledger.version(client.id)
+        method, version = self.prepared.federation.method, state.ledger.version(client.id)
+        sent = server.travelling(method, state, client, self.config.seed)
         payload = wire.encode_broadcast({}, sent, state.head, client.downloaded, version)
         return (
             self.config,
@@ -291,6 +293,7 @@ PRUNING = {"name": "hetlora", "gamma": 0.5, "decay": 1.0}
         ("fedhl_ef", True),
         ({"name": "fedhl_ef", "download": 2}, False),
         ({"name": "fedhl_ef", "begin": "random"}, True),
+        ("flora", True),
     ],
 )
 def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, together: bool):
@@ -311,7 +314,9 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
         for client in (at_current_rank(client, state) for client in federation.clients):
             own = state.clients.get(client.id, {})
             sent = post.sent(state, client)
-            version = state.ledger.version(client.id)
+            travels = server.travelling(federation.method, state, client, config.seed)
+            held = state.ledger.version(client.id)
+            version = next_version(held, travels) if remembers(federation.method) else None
             local = train_client(
                 federation, client, sent, state.head, state.round + 1, own=own, version=version
             )
@@ -330,7 +335,7 @@ def test_a_client_trains_as_in_the_servers_process(project: Path, method: Any, t
         for id, version in state.ledger.of.items():
             theirs = Holdings(nodes[id].place("run")).memory(version)
             assert theirs and same_tensors(dict(theirs), dict(state.ledger.memories[version]))
-        assert bool(state.ledger.of) == isinstance(federation.method, Remembering)
+        assert bool(state.ledger.of) == remembers(federation.method)
     assert (ranks[3:] < [client.rank for client in federation.clients]) == (method == PRUNING)
 
 

@@ -74,6 +74,11 @@ def initial(m: int, n: int, rank: int, scale: float, seed: int) -> LoRA:
     return LoRA(A, torch.zeros(m, rank), scale)
 
 
+def empty(W: Tensor) -> LoRA:
+    """An adapter of rank 0 for a matrix like W (m, n)."""
+    return LoRA(W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0), 1.0)
+
+
 def prefix(lora: LoRA, rank: int, scale: float) -> LoRA:
     """The first `rank` components of `lora`, written for a client whose scale is `scale`; a copy."""
     return LoRA(lora.A[:rank].clone(), lora.B[:, :rank] * (lora.scale / scale), scale)

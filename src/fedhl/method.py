@@ -51,6 +51,7 @@ State = TypeVar("State")
 
 LAWS = {
     "exact mean": "from any state, delta becomes delta + Σ p_i (ΔW_i - ΔW(sent_i))",
+    "rounded mean": "the same of what arrived, where narrow numbers (wire.payload) were rounded on the way",
     "no-op": "if every client returns what it was sent, delta does not move",
     "gauge": "(B G, G⁻¹ A) in place of (B, A) changes nothing",
     "one client": "with one client of full rank, delta is its update",
@@ -76,8 +77,11 @@ class Broadcast:
     `past`: k frozen directions of equal rank, one after the other, and `magnitudes` (k,): the number
     α_k that the client trains for each. They add `s Σ_k α_k D_k` to the model.
 
-    To a client that remembers (see `Remembering`): `merged`, what it adds to its base for good, before it
-    starts; `lost`: `||delta - start||_F²`, which the method knows and the client is not told.
+    `merged`: a part of the base that travels as components; the start is
+    `W0 + base + ΔW(merged) + ΔW(lora)`. To a client that remembers (see `Remembering` and `Growing`), base
+    None stands for what it holds. It adds `merged` to that for good, and if `absorbed` the adapter as it was
+    sent, too.
+    `lost`: `||delta - start||_F²`, if it is known already; the client is not told.
 
     `drawn`: the seed below 2⁵³ from which the client draws `lora` itself, `initial(m, n, r, s, drawn)`, so
     that it need not travel; None if it travels.
@@ -91,6 +95,7 @@ class Broadcast:
     past: LoRA | None = None
     magnitudes: Tensor | None = None
     merged: LoRA | None = None
+    absorbed: bool = False
     lost: float | None = None
     drawn: int | None = None
 
@@ -253,6 +258,22 @@ class Remembering(Protocol):
         """The broadcast to a client that holds `held` (m, n), relative to it: the start is
         `W0 + held + ΔW(merged) + ΔW(lora)`. Raises ValueError as `Method.broadcast` does."""
         ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """The part of a method whose broadcasts have a `base` that grows by a few components in a round. A
+    client that took part in the last round holds that round's base, and is sent `grown` as `merged` in place
+    of the base; every other client is sent the whole base."""
+
+    def grown(self, state: Any) -> LoRA | None:
+        """The base of this round less that of the last one; None if a matrix (m, n) has fewer numbers."""
+        ...
+
+
+def remembers(method: Method[Any]) -> bool:
+    """Whether the clients of a method hold something in their base from one round to the next."""
+    return isinstance(method, Remembering | Growing)
 
 
 @runtime_checkable

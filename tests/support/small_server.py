@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
-from fedhl.method import Remembering, flatten
+from fedhl.method import flatten, remembers
 from fedhl.seeds import generator
 from fedhl.server import Client, Outcome, Reply, ServerState
 from fedhl.server.ledger import next_version
@@ -56,9 +56,8 @@ def reply(
 
 def holds(method: Any, state: ServerState, client: Client) -> str | None:
     """The version that a client holds once it has received its broadcast."""
-    sent = server.broadcast(method, state, client, SEED)
-    remembers = isinstance(method, Remembering)
-    return next_version(state.ledger.version(client.id), sent) if remembers else None
+    sent = server.travelling(method, state, client, SEED)
+    return next_version(state.ledger.version(client.id), sent) if remembers(method) else None
 
 
 def play(

@@ -17,10 +17,12 @@ from fedhl import server
 from fedhl.data.label_groups import begins
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
-from fedhl.federation.traffic import bytes_per_client
+from fedhl.federation.traffic import bytes_moved
+from fedhl.method import remembers
 from fedhl.model.evaluation import Metrics
 from fedhl.model.training import training_mode
 from fedhl.server import Client, Outcome, Reply, ServerState
+from fedhl.server.layers import Layers
 
 
 class Returned(NamedTuple):
@@ -89,15 +91,17 @@ class InProcess:
         forgotten = frozenset(client.id for client in cohort if self.forgets(client.id, round))
         state = server.forget(state, forgotten)
         seconds = {"broadcast": 0.0, "train": 0.0, "compute": 0.0}
-        replies, kept = [], {}
+        layers, replies, kept, traffic = Layers(method, state, seed), [], {}, {}
+        versions = layers.versions(cohort) if remembers(method) else {}
         with training_mode(federation.slots.model):
             for client in cohort:
                 start = perf_counter()
-                sent = server.broadcast(method, state, client, seed)
+                travels = {layer.name: layer.sender()(client) for layer in layers}
+                sent = {layer.name: layer.start(client, travels[layer.name]) for layer in layers}
                 seconds["broadcast"] += perf_counter() - start
                 start = perf_counter()
                 own = state.clients.get(client.id, {})
-                version = state.ledger.version(client.id)
+                version = versions.get(client.id)
                 local = train_client(
                     federation, client, sent, state.head, round, on_step, own=own, version=version
                 )
@@ -105,8 +109,7 @@ class InProcess:
                 seconds["compute"] += local.seconds
                 replies.append(local.reply)
                 kept[client.id] = own | local.kept
-        returned = {reply.client.id: reply.adapter for reply in replies}
-        traffic = bytes_per_client(federation, cohort, returned)
+                traffic[client.id] = bytes_moved(travels, local.reply)
         return Returned(replies, kept, [], traffic, seconds, forgotten)
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from fedhl import server
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.lora import LoRA, pad
-from fedhl.method import Broadcast, Remembering, SelfPruning
+from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics, evaluate
 from fedhl.model.training import learning_rate, train
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.carried import carried_reply
-from fedhl.server.ledger import next_version
 from fedhl.server.participation import reached
 from fedhl.task.examples import Example
 from fedhl.weighting import moment_bounds
@@ -47,8 +46,9 @@ def train_client(
     own: Mapping[str, Tensor] | None = None,
     version: str | None = None,
 ) -> Local:
-    """One client's part of a round. `layers`: the layers that it trains (None: the layers that it reaches);
-    `own`: the tensors that it has kept from earlier rounds; `version`: the memory that it held before.
+    """One client's part of a round, from its start `sent`. `layers`: the layers that it trains (None: the
+    layers that it reaches); `own`: the tensors that it has kept from earlier rounds; `version`: the memory
+    that it holds once it has received the broadcast (see `fedhl.server.ledger`).
     """
     config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
     period = config.period
@@ -92,9 +92,7 @@ def train_client(
             kept["rank"] = torch.tensor(rank)
     head, bound = peft.read_head(slots), disagreement(trained.losses)
     magnitudes = {n: alphas[n].detach().cpu() for n in sorted(layers) if n in alphas}
-    remembers = isinstance(federation.method, Remembering)
-    holds = next_version(version, sent) if remembers else None
-    reply = Reply(client, round, adapter, head, trained.loss, steps, bound, magnitudes, holds)
+    reply = Reply(client, round, adapter, head, trained.loss, steps, bound, magnitudes, version)
     return Local(carried_reply(reply, sent), kept, trained.seconds)
 
 

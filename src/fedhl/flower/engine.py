@@ -310,10 +310,7 @@ class OverNetwork:
         version = state.ledger.version(client.id)
         key = client.id if method.per_client else (client.rank, client.scale, version)
         if key not in turn.payloads:
-            sent = {
-                layer: server.broadcast_layer(method, state, layer, client, seed)
-                for layer in state.layers
-            }
+            sent = server.travelling(method, state, client, seed)
             payload = wire.encode_broadcast({}, sent, state.head, client.downloaded, version)
             if method.per_client:
                 return payload

@@ -30,7 +30,9 @@ class FedPLoRA(FullRankMethod):
     """
 
     mixed_ranks: ClassVar[bool] = True
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "gauge", "one client"}
+    )
     weighting: ClassVar[str] = "uniform"
     starts: ClassVar[str] = "whole"
     formula: ClassVar[Formula] = Formula(down="m n + r (m + n)", up="r (m + n)")

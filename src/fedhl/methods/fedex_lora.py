@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, concat, own, truncate
+from fedhl.lora import LoRA, add_products, concat, empty, own, truncate
 from fedhl.method import (
     Broadcast,
     Formula,
@@ -27,10 +27,12 @@ from fedhl.methods.one_adapter import whole
 @dataclass(frozen=True, eq=False)
 class Corrected:
     """`lora`: the mean adapter; `base (m, n)`: the residuals of all rounds, which every client adds
-    to its frozen weight."""
+    to its frozen weight; `last`: the last of them as components, of rank 0 if it is known as a matrix
+    only."""
 
     lora: LoRA
     base: Tensor
+    last: LoRA
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class FedExLoRA(Method[Corrected]):
     carried over. The laws claimed and the traffic printed are those of the default, the exact
     residual; with any k that cuts, only "no-op" and "one client" remain.
     Cost: one product of inner size `(K + 3) r` per layer; with k the SVD of the residual's factors.
-    Client: the base (m n numbers per layer, in place in its model). It downloads R in every round, m n
-    numbers, or k (m + n); a client that sat out a round downloads the residuals that it missed, which
-    `traffic` does not count.
+    Client: the base (m n numbers per layer, in place in its model). It downloads the base in every round,
+    m n numbers, or with k, if it took part in the round before, R as k (m + n).
     Nearest neighbour: FedIT, which drops R; FLoRA, which is exact by stacking all and starting afresh.
     Limitation: the base drifts, at a download of a full matrix; R is never trained again; ranks and
     scales must be equal.
@@ -55,7 +56,9 @@ class FedExLoRA(Method[Corrected]):
     residual_rank: int | None = None
 
     mixed_ranks: ClassVar[bool] = False
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "gauge", "one client"}
+    )
     weighting: ClassVar[str] = "uniform"
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "whole"
@@ -69,10 +72,16 @@ class FedExLoRA(Method[Corrected]):
 
     def init(self, lora: LoRA, seed: int = 0) -> Corrected:
         lora = own(lora)
-        return Corrected(lora, lora.B.new_zeros(lora.shape))
+        base = lora.B.new_zeros(lora.shape)
+        return Corrected(lora, base, empty(base))
 
     def broadcast(self, state: Corrected, rank: int, scale: float, key: int = 0) -> Broadcast:
         return Broadcast(whole("fedex_lora", state.lora, rank, scale), base=state.base)
+
+    def grown(self, state: Corrected) -> LoRA | None:
+        """The last residual: see `fedhl.method.Growing`."""
+        m, n = state.base.shape
+        return state.last if 0 < state.last.rank * (m + n) < m * n else None
 
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:
         old = state.lora
@@ -95,11 +104,13 @@ class FedExLoRA(Method[Corrected]):
 
         # In float64: R is a small difference of large sums.
         if self.residual_rank is None:
+            last = empty(state.base)
             R = add_products(torch.zeros_like(state.base, dtype=torch.float64), residual())
         else:
-            R = truncate(concat(residual()), min(self.residual_rank, *old.shape)).delta()
+            last = truncate(concat(residual()), min(self.residual_rank, *old.shape))
+            R, last = last.delta(), LoRA(last.A.to(old.A), last.B.to(old.B), last.scale)
         base = (state.base + R).to(state.base)
-        return Corrected(LoRA(A.to(old.A), B.to(old.B), old.scale), base)
+        return Corrected(LoRA(A.to(old.A), B.to(old.B), old.scale), base, last)
 
     def delta(self, state: Corrected) -> Tensor:
         return state.base + state.lora.delta()

@@ -35,7 +35,9 @@ class FedHera(Method[Tailed]):
     download: int = 2
 
     mixed_ranks: ClassVar[bool] = True
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "gauge", "one client"}
+    )
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "other"
     formula: ClassVar[Formula] = Formula(down="2 r (m + n)", up="r (m + n)")
@@ -55,7 +57,7 @@ class FedHera(Method[Tailed]):
         check_broadcast(rank, scale, state.top)
         sent, t = state.full.sent, self.download * rank
         tail = LoRA(sent.A[rank:t], sent.B[:, rank:t], 1.0)
-        return replace(send(state.full, rank, scale), base=tail.delta())
+        return replace(send(state.full, rank, scale), merged=tail if tail.rank else None)
 
     def aggregate(self, state: Tailed, updates: Iterable[Update]) -> Tailed:
         return Tailed(move(state.full, unbiased(state.full, updates)), state.top)

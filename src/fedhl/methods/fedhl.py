@@ -34,7 +34,9 @@ class FedHL(FullRankMethod):
     exact: bool = False
 
     mixed_ranks: ClassVar[bool] = True
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "gauge", "one client"}
+    )
     weighting: ClassVar[str] = "truncation"
     reference: ClassVar[Reference] = Reference.arxiv("2505.18494")
 

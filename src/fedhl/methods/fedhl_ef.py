@@ -43,7 +43,9 @@ class FedHLEF(Method[Tailed]):
     begin: str = "delta"
 
     mixed_ranks: ClassVar[bool] = True
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "gauge", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "gauge", "one client"}
+    )
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "truncation"
     formula: ClassVar[Formula] = Formula(down="r (m + n)", up="r (m + n)")
@@ -85,10 +87,10 @@ class FedHLEF(Method[Tailed]):
         """D as the adapter that is trained and the part that goes into the base at once."""
         if self.begin == "delta":
             rest = LoRA(D.A[rank:].clone(), D.B[:, rank:].clone(), 1.0) if D.rank > rank else None
-            return Broadcast(prefix(D, rank, scale), merged=rest, lost=tail)
+            return Broadcast(prefix(D, rank, scale), merged=rest, absorbed=True, lost=tail)
         seed = derive(state.full.seed, "start", state.full.round) % 2**53  # which JSON can hold
         fresh = initial(*state.full.shape, rank, scale, seed)
-        return Broadcast(fresh, merged=D, lost=tail, drawn=seed)
+        return Broadcast(fresh, merged=D, absorbed=True, lost=tail, drawn=seed)
 
     def aggregate(self, state: Tailed, updates: Iterable[Update]) -> Tailed:
         return Tailed(move(state.full, unbiased(state.full, updates)), state.top)

@@ -27,7 +27,8 @@ class FedSVD(Method[Counted]):
     Nearest neighbour: FFA-LoRA, whose A stays as it was drawn.
     Limitation: the rows of Vᵀ span the same space as those of A, so that the update stays in the row
     space of the first A for ever [derived here]; what changes is the basis of it, hence the
-    conditioning, and what Adam, clipping and noise do. Ranks and scales must be equal.
+    conditioning, and what Adam, clipping and noise do. Ranks and scales must be equal. Narrow numbers on
+    the wire round A for the clients alone, so that the mean is not exact.
     """
 
     period: int = 1

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from fedhl.lora import LoRA, add_products, concat, svd
-from fedhl.method import Broadcast, Formula, Method, Reference, Traffic, Update, checked
-from fedhl.methods.flora import restart
-from fedhl.methods.full_rank import FullRank, begin, send
+from fedhl.lora import LoRA, concat, svd
+from fedhl.method import Reference, Update, checked
+from fedhl.methods.restarting import Grown, RestartingMethod
 
 
 def truncate_to_share(mean: LoRA, threshold: float) -> LoRA:
@@ -27,7 +24,7 @@ def truncate_to_share(mean: LoRA, threshold: float) -> LoRA:
 
 
 @dataclass(frozen=True)
-class FLoRIST(Method[FullRank]):
+class FLoRIST(RestartingMethod):
     """FLoRA with a thin download: the round's mean is cut at a share of its energy, then merged.
 
     `W ← W + T_k(G)`, `G = Σ p_i s_i B_i A_i`, `k = min{k: Σ_{j<=k} σ_j² >= threshold · Σ σ_j²}`.
@@ -38,8 +35,8 @@ class FLoRIST(Method[FullRank]):
     is the default of the released code; the paper tunes it between 0.8 and 0.99 per model.
     Cost: QR of the stacked factors and an SVD of inner size `Σ r_i` per layer, never m x n; the factors
     of the whole cohort are in memory at once.
-    Client: keeps its base and merges k components into it each round, also those of the rounds it
-    sat out. k follows from the data: `Σ r_i (m + n)` is an upper bound of the download.
+    Client: keeps its base and merges k components into it each round; one that sat out a round is sent W
+    whole. k follows from the data: `min(Σ r_i (m + n), m n)` is an upper bound of the download.
     Nearest neighbour: FLoRA, which is threshold 1.
     Limitation: what the threshold cuts is lost, up to a share 1 - threshold of every round's energy;
     every round begins with a random A that knows nothing.
@@ -49,29 +46,12 @@ class FLoRIST(Method[FullRank]):
 
     mixed_ranks: ClassVar[bool] = True
     laws: ClassVar[frozenset[str]] = frozenset({"no-op", "gauge"})
-    per_client: ClassVar[bool] = False
-    starts: ClassVar[str] = "whole"
-    formula: ClassVar[Formula] = Formula(down="Σr (m + n)", up="r (m + n)")
     reference: ClassVar[Reference] = Reference.arxiv("2506.09199")
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"florist: threshold must be in (0, 1], got {self.threshold}")
 
-    def init(self, lora: LoRA, seed: int = 0) -> FullRank:
-        return begin(lora, seed)
-
-    def broadcast(self, state: FullRank, rank: int, scale: float, key: int = 0) -> Broadcast:
-        return replace(send(state, rank, scale), base=state.W)
-
-    def aggregate(self, state: FullRank, updates: Iterable[Update]) -> FullRank:
-        mean = concat((u.weight, u.lora) for u in checked(updates, state.shape))
-        return restart(
-            state, add_products(state.W, [(1.0, truncate_to_share(mean, self.threshold))])
-        )
-
-    def delta(self, state: FullRank) -> Tensor:
-        return state.W
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=sum(cohort) * (m + n), up=rank * (m + n))
+    def aggregate(self, state: Grown, updates: Iterable[Update]) -> Grown:
+        mean = concat((u.weight, u.lora) for u in checked(updates, state.full.shape))
+        return self.merge(state, [(1.0, truncate_to_share(mean, self.threshold))])

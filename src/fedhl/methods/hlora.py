@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from fedhl.lora import LoRA, concat, own, prefix, trainable_truncation
 from fedhl.method import (
     Broadcast,
-    Formula,
     Method,
     Reference,
-    Traffic,
     Update,
     check_broadcast,
     checked,
@@ -48,8 +46,8 @@ class HLoRA(Method[Bank]):
     `p_i` on one are the same product.
     Cost: two QR of the stacked factors and an SVD of inner size `Σ r_i` per layer, never m x n; the
     factors of the whole cohort are in memory at once.
-    Client: downloads the whole bank, of the highest rank in the cohort, and keeps its own slice of
-    it; stores nothing between rounds.
+    Client: downloads its own slice of the bank (NVFlare's clients download all of it); stores nothing
+    between rounds.
     Nearest neighbour: FlexLoRA, whose global model is the dense mean, which it cuts only for clients.
     Limitation: all beyond rank R is lost every round, at the server too; and, as in FlexLoRA, a client
     of a low rank pulls the components that it was not sent towards zero.
@@ -59,7 +57,6 @@ class HLoRA(Method[Bank]):
     laws: ClassVar[frozenset[str]] = frozenset({"gauge", "one client"})
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "truncation"
-    formula: ClassVar[Formula] = Formula(down="R_c (m + n)", up="r (m + n)")
     reference: ClassVar[Reference] = Reference.arxiv("2503.00813")
 
     def init(self, lora: LoRA, seed: int = 0) -> Bank:
@@ -81,6 +78,3 @@ class HLoRA(Method[Bank]):
 
     def delta(self, state: Bank) -> LoRA:
         return state.lora
-
-    def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=max(cohort) * (m + n), up=rank * (m + n))

@@ -31,7 +31,8 @@ class LoRAA2(Method[Counted]):
 
     With S_i the components of client i: `B_j ← B_j + Σ_{i: j in S_i} p_i (s_i B_ij / s - B_j)` in
     rounds 0, 2, ..., `A_j ← A_j + Σ_{i: j in S_i} p_i (A_ij - A_j)` in rounds 1, 3, .... The
-    components that a client does not train are in its `base`: every client starts at the full global model.
+    components that a client does not train are merged into its base: every client starts at the full
+    global model.
 
     The components are drawn one after the other, without replacement, with probability proportional
     to `(1 - floor) ||B_j|| ||A_j|| / Σ_k ||B_k|| ||A_k|| + floor / R`; components that could
@@ -41,13 +42,14 @@ class LoRAA2(Method[Counted]):
     budget. Its client ranks components by how much its own
     data changes their part of ΔW, over all layers at once, which only the client can do; here the
     server draws them, layer by layer, by their size.
-    Cost: one product of inner size R - r per client and layer, for its base.
-    Client: all R components; it downloads the factor that changed last, of all R, and `traffic` takes
-    the largest rank of the cohort for R. A client that sat out a round downloads both.
+    Cost: none to speak of.
+    Client: downloads all R components (`traffic` takes the largest rank of the cohort for R) and the index
+    of its own; stores nothing between rounds. The paper's client keeps them, and downloads one factor.
     Nearest neighbour: RoLoRA, which trains all components of equal ranks (FSLoRA draws components too,
     but uniformly, trains both factors and leaves out of the model what it did not draw).
     Limitation: a component that few clients choose moves by their weight only (a zero stands for the
-    rest); the paper found that choosing by size is worse than by its own criterion.
+    rest); the paper found that choosing by size is worse than by its own criterion. Narrow numbers on the
+    wire round the fixed factor for the clients alone, so that the mean is not exact.
     """
 
     floor: float = 0.2
@@ -56,7 +58,7 @@ class LoRAA2(Method[Counted]):
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
     per_client: ClassVar[bool] = True
     starts: ClassVar[str] = "whole"
-    formula: ClassVar[Formula] = Formula(down="R_c (m + n) / 2", up="r (m + n) / 2")
+    formula: ClassVar[Formula] = Formula(down="R_c (m + n)", up="r (m + n) / 2")
     reference: ClassVar[Reference] = Reference(
         "ACL 2025 long 19", "https://arxiv.org/abs/2410.22815"
     )
@@ -74,8 +76,9 @@ class LoRAA2(Method[Counted]):
         index = self.components(state, rank, key)
         rest = torch.tensor(sorted(set(range(lora.rank)) - set(index.tolist())), dtype=torch.int64)
         sent = prefix(take(lora, index), rank, scale)
-        base = take(lora, rest).delta() if len(rest) else None
-        return Broadcast(sent, base, frozenset({trained(state.round)}), index=index)
+        merged = take(lora, rest) if len(rest) else None
+        train = frozenset({trained(state.round)})
+        return Broadcast(sent, train=train, index=index, merged=merged)
 
     def components(self, state: Counted, rank: int, key: int) -> Tensor:
         """The components that one client trains, sorted, shape (rank,)."""
@@ -120,7 +123,7 @@ class LoRAA2(Method[Counted]):
         return state.lora
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=max(cohort) * (m + n) / 2, up=rank * (m + n) / 2)
+        return Traffic(down=max(cohort) * (m + n), up=rank * (m + n) / 2)
 
 
 def take(lora: LoRA, index: Tensor) -> LoRA:

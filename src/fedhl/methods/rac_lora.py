@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedhl.lora import LoRA, add_products, initial, own
+from fedhl.lora import LoRA, add_products, empty, initial, own
 from fedhl.method import (
     Broadcast,
     Formula,
@@ -24,10 +24,11 @@ from fedhl.seeds import derive
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """`W (m, n)`: all that has been merged; `rank`: the top rank; `seed` and `round` name the draw of
-    the frozen factor."""
+    """`W (m, n)`: all that has been merged; `last`: the pair that was merged last, of rank 0 before round 1;
+    `rank`: the top rank; `seed` and `round` name the draw of the frozen factor."""
 
     W: Tensor
+    last: LoRA
     rank: int
     seed: int
     round: int
@@ -49,9 +50,8 @@ class RACLoRA(Method[Chain]):
     projections of full expected rank), mixed ranks, and that W starts at the update of a trained
     adapter.
     Cost: one product of inner size R per client and layer.
-    Client: the merged W (m n numbers per layer, in place in its base model). It downloads the mean of
-    the trained factor and draws the other one from the seed; one that sat out a round downloads
-    what it missed, which `traffic` does not count.
+    Client: the merged W (m n numbers per layer, in place in its base model). It downloads the pair that was
+    merged last, or W whole if it sat out a round, and draws the next pair itself if A is the frozen factor.
     Nearest neighbour: FFA-LoRA, whose A is drawn once and never merged; FLoRA, which restarts both
     factors and stacks the clients' instead of averaging one.
     Limitation: the base drifts, hence W has any rank and no small adapter holds it; clients cannot
@@ -61,10 +61,12 @@ class RACLoRA(Method[Chain]):
     frozen: str = "A"
 
     mixed_ranks: ClassVar[bool] = True
-    laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"exact mean", "rounded mean", "no-op", "one client"}
+    )
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "whole"
-    formula: ClassVar[Formula] = Formula(down="R_c m", up="r m")
+    formula: ClassVar[Formula] = Formula(down="min(R_c (m + n), m n)", up="r m")
     reference: ClassVar[Reference] = Reference.arxiv("2410.08305")
 
     def __post_init__(self) -> None:
@@ -76,18 +78,29 @@ class RACLoRA(Method[Chain]):
         return "B" if self.frozen == "A" else "A"
 
     def init(self, lora: LoRA, seed: int = 0) -> Chain:
-        return Chain(own(lora).delta(), lora.rank, seed, 0)
+        W = own(lora).delta()
+        return Chain(W, empty(W), lora.rank, seed, 0)
 
     def broadcast(self, state: Chain, rank: int, scale: float, key: int = 0) -> Broadcast:
         check_broadcast(rank, scale, state.rank)
         pair = self.fresh(state)
         lora = LoRA(pair.A[:rank].clone(), pair.B[:, :rank].clone(), scale)
-        return Broadcast(lora, base=state.W, train=frozenset({self.trained}))
+        drawn = self.fresh_seed(state) if self.frozen == "A" else None
+        return Broadcast(lora, base=state.W, train=frozenset({self.trained}), drawn=drawn)
+
+    def grown(self, state: Chain) -> LoRA | None:
+        """The pair that was merged last: see `fedhl.method.Growing`."""
+        m, n = state.W.shape
+        return state.last if 0 < state.last.rank * (m + n) < m * n else None
+
+    def fresh_seed(self, state: Chain) -> int:
+        """The seed of this round's frozen factor, which JSON can hold."""
+        return derive(state.seed, "frozen factor", state.round) % 2**53
 
     def fresh(self, state: Chain) -> LoRA:
         """This round's pair at the top rank and scale 1: one factor random, the other zero."""
         m, n = state.W.shape
-        seed = derive(state.seed, "frozen factor", state.round)
+        seed = self.fresh_seed(state)
         if self.frozen == "A":
             pair = initial(m, n, state.rank, 1.0, seed)
             return LoRA(pair.A.to(state.W), pair.B.to(state.W), 1.0)
@@ -95,20 +108,32 @@ class RACLoRA(Method[Chain]):
         return LoRA(pair.B.T.to(state.W).contiguous(), pair.A.T.to(state.W).contiguous(), 1.0)
 
     def aggregate(self, state: Chain, updates: Iterable[Update]) -> Chain:
+        pair, widest = self.fresh(state), 0
+        mean = getattr(pair, self.trained)  # zero
+
         def terms() -> Iterator[tuple[float, LoRA]]:
-            for u in checked(updates, (state.W.shape[0], state.W.shape[1])):
+            nonlocal widest
+            for u in checked(updates, pair.shape):
                 if u.lora.rank > state.rank:
                     raise ValueError(
                         f"an update has rank {u.lora.rank}, expected at most {state.rank}, the top rank"
                     )
+                widest = max(widest, u.lora.rank)
+                part = mean[:, : u.lora.rank] if self.trained == "B" else mean[: u.lora.rank]
+                trained = getattr(u.lora, self.trained).to(part)
+                part.add_(trained, alpha=u.weight * u.lora.scale)
                 # the frozen factor as it was sent: the wire may have rounded it
                 yield u.weight, replace(u.lora, **{self.frozen: getattr(u.sent.lora, self.frozen)})
 
-        return replace(state, W=add_products(state.W, terms()), round=state.round + 1)
+        W = add_products(state.W, terms())
+        last = LoRA(pair.A[:widest], pair.B[:, :widest].contiguous(), 1.0)
+        return replace(state, W=W, last=last, round=state.round + 1)
 
     def delta(self, state: Chain) -> Tensor:
         return state.W
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        size = m if self.frozen == "A" else n
-        return Traffic(down=max(cohort) * size, up=rank * size)
+        pair = min(max(cohort) * (m + n), m * n)
+        if self.frozen == "A":
+            return Traffic(down=pair, up=rank * m)
+        return Traffic(down=pair + rank * (m + n), up=rank * n)

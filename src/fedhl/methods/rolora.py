@@ -25,17 +25,18 @@ class RoLoRA(Method[Counted]):
 
     Inferred: that B comes first. Where it starts at zero, A could not learn before it.
     Cost: none to speak of.
-    Client: the factor that it trained last, which no other client has changed since it was averaged; a
-    client that sat out a round downloads both, which `traffic` does not count.
+    Client: stores nothing between rounds, and downloads both factors; the paper's client keeps the factor
+    that did not change, and downloads `r (m + n) / 2` numbers on average.
     Nearest neighbour: FFA-LoRA, which never trains A.
-    Limitation: a factor is trained in every other round only; ranks and scales must be equal.
+    Limitation: a factor is trained in every other round only; ranks and scales must be equal; narrow numbers
+    on the wire round the fixed factor for the clients alone, so that the mean is not exact.
     """
 
     mixed_ranks: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset({"exact mean", "no-op", "one client"})
     per_client: ClassVar[bool] = False
     starts: ClassVar[str] = "whole"
-    formula: ClassVar[Formula] = Formula(down="r (m + n) / 2", up="r (m + n) / 2")
+    formula: ClassVar[Formula] = Formula(down="r (m + n)", up="r (m + n) / 2")
     reference: ClassVar[Reference] = Reference.arxiv("2502.01755")
 
     def init(self, lora: LoRA, seed: int = 0) -> Counted:
@@ -53,4 +54,4 @@ class RoLoRA(Method[Counted]):
         return state.lora
 
     def traffic(self, m: int, n: int, rank: int, cohort: Sequence[int]) -> Traffic:
-        return Traffic(down=rank * (m + n) / 2, up=rank * (m + n) / 2)
+        return Traffic(down=rank * (m + n), up=rank * (m + n) / 2)

@@ -38,10 +38,9 @@ class SDLoRA(Method[Directions]):
     (the published code has one for all layers, a factor on the pair in training, and starts every
     magnitude again at 0.8 with each task; here a task begins with the model that the last one left).
     Cost: none to speak of.
-    Client: the frozen directions, `r (m + n)` numbers per layer and task; it downloads each once, which
-    costs what the fresh pair would, since that follows from the seed. One that sat out a task
-    downloads what it missed; `traffic` counts neither this nor the magnitudes, one number per layer
-    and task each way.
+    Client: stores nothing between rounds; it downloads the pair and all frozen directions, `r (m + n)`
+    numbers per layer and task, and a magnitude for each, which also comes back. `traffic` is that of the
+    first task, which has no frozen directions.
     Nearest neighbour: FedIT, which it is until new labels arrive; then FedIT goes on with the same pair.
     Limitation: the state and the clients' forward pass grow with every task; within a task cross terms
     as in FedIT; ranks and scales must be equal.

@@ -25,14 +25,14 @@ from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
 from fedhl.federation.prepare import check_config, load_federation
 from fedhl.files import cache, file_name
-from fedhl.method import Broadcast
+from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
 from fedhl.names import unknown
 from fedhl.network import wire
 from fedhl.network.memory import Holdings, Kept
 from fedhl.server import Client
-from fedhl.server.ledger import after, base_of
+from fedhl.server.ledger import after, base_of, next_version
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +141,12 @@ def train(
     client = here.client(header["rank"])
     said, sent, head = wire.decode_broadcast(payload)
     factors, holdings = Kept(node.place(header["run"])), Holdings(node.place(header["run"]))
-    own, version = factors.before(header["round"]), said["held"]
-    held = holdings.memory(version)
+    own, before = factors.before(header["round"]), said["held"]
+    held = holdings.memory(before)
     if held is None:
         logger.warning("this machine no longer has what it was sent in earlier rounds")
-        return {"forgotten": version}, None
+        return {"forgotten": before}, None
+    version = next_version(before, sent) if remembers(here.federation.method) else None
     local = train_client(
         here.federation,
         client,
@@ -155,9 +156,9 @@ def train(
         own=own,
         version=version,
     )
-    if local.reply.version is not None:
+    if version is not None:
         memory = {name: after(held.get(name), b) for name, b in sent.items()}
-        holdings.keep(version, local.reply.version, memory)
+        holdings.keep(before, version, memory)
     rank = int(local.kept.pop("rank", client.rank))
     kept = own | local.kept
     values = [torch.tensor(local.reply.loss), *kept.values()]
@@ -190,8 +191,7 @@ def evaluate(
 def starts(held: Mapping[str, Tensor], sent: Mapping[str, Broadcast]) -> dict[str, Broadcast]:
     """The broadcasts with all of the client's base, by layer; `held`: what it holds, {} for nothing."""
     return {
-        name: b if b.base is not None else replace(b, base=base_of(held.get(name), b))
-        for name, b in sent.items()
+        name: replace(b, base=base_of(held.get(name), b), merged=None) for name, b in sent.items()
     }
 
 

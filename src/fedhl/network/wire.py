@@ -29,8 +29,15 @@ from fedhl.network.message import (
     shown,
 )
 from fedhl.server import Client, Reply
-from fedhl.server.carried import returned_factors
-from fedhl.server.payload import PAYLOADS, factor_of, from_payload, rows, to_payload
+from fedhl.server.payload import (
+    PAYLOADS,
+    factor_of,
+    from_payload,
+    returned_factors,
+    rows,
+    sent_factors,
+    to_payload,
+)
 
 PROTOCOL = 2
 """The version of the format; both ends must have the same."""
@@ -65,17 +72,19 @@ def encode_broadcast(
     payload: str,
     held: str | None = None,
 ) -> bytes:
-    """The message of the broadcasts of all layers and of the head; `header`: further fields, as JSON; `held`:
-    the version of the client's memory to which the broadcasts are relative.
+    """The message of the broadcasts of all layers, as they travel (see `fedhl.server.layers`), and of the
+    head; `header`: further fields, as JSON; `held`: the version of the client's memory to which the
+    broadcasts are relative.
 
     `decode_broadcast` gives `fedhl.server.payload.carried` of each broadcast, to the bit; the head travels as
     float32. Raises ValueError or TypeError for a header that is not JSON.
     """
     tensors, layers = head_tensors(head), {}
     for name, b in sent.items():
-        if b.drawn is None:
-            tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in "AB"], payload)
-        if b.base is not None and held is None and b.merged is None:  # else the client knows it
+        factors = sent_factors(b)
+        if factors:
+            tensors |= packed("lora", name, [rows(b.lora, f, payload) for f in factors], payload)
+        if b.base is not None:
             tensors |= packed("base", name, [b.base], payload)
         if b.past is not None:
             tensors |= packed("past", name, [rows(b.past, f, payload) for f in "AB"], payload)
@@ -92,6 +101,8 @@ def encode_broadcast(
             "drawn": None if b.drawn is None else [b.lora.rank, b.drawn],
             "past": None if b.past is None else b.past.scale,
             "merged": None if b.merged is None else b.merged.scale,
+            "absorbed": b.absorbed,
+            "factors": "".join(factors),
             "train": "".join(sorted(b.train)),
             "keep": "".join(sorted(b.keep)),
         }
@@ -122,17 +133,20 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
     """The broadcast of one layer; `said`: the layer's entry in the header."""
     m, n = said["shape"]
 
-    def adapter(kind: str, scale: float) -> LoRA:
-        A, B = unpacked(message, kind, name, [n, m], payload)
-        A, B = (factor_of(x, f, scale, payload) for x, f in ((A, "A"), (B, "B")))
-        return LoRA(A, B, scale)
+    def adapter(kind: str, scale: float, factors: str = "AB") -> LoRA:
+        widths = [{"A": n, "B": m}[f] for f in factors]
+        blocks = unpacked(message, kind, name, widths, payload)
+        given = {f: factor_of(x, f, scale, payload) for f, x in zip(factors, blocks, strict=True)}
+        rank = len(blocks[0])
+        zero = {"A": torch.zeros(rank, n), "B": torch.zeros(m, rank)}
+        return LoRA(**{**zero, **given}, scale=scale)
 
     def given(kind: str) -> bool:
         return f"{kind}::{name}" in message.tensors
 
     rank, drawn = said["drawn"] or (0, None)
     return Broadcast(
-        adapter("lora", said["scale"])
+        adapter("lora", said["scale"], said["factors"])
         if drawn is None
         else initial(m, n, rank, said["scale"], drawn),
         drawn=drawn,
@@ -143,6 +157,7 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
         past=adapter("past", said["past"]) if given("past") else None,
         magnitudes=message[f"magnitudes::{name}"] if given("magnitudes") else None,
         merged=adapter("merged", said["merged"]) if given("merged") else None,
+        absorbed=said["absorbed"],
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedhl.config.conduct import RobustConfig
 from fedhl.data.partition import partition_table
 from fedhl.federation.prepare import Prepared
-from fedhl.federation.traffic import bytes_per_client
+from fedhl.federation.traffic import bytes_expected
 from fedhl.method import Remembering, flatten
 from fedhl.model import peft
 from fedhl.names import size
@@ -185,7 +185,7 @@ def ranks_table(prepared: Prepared) -> Table:
     """For each rank: the number of clients and of trained parameters, and a client's bytes in a round."""
     federation = prepared.federation
     ranks = [client.rank for client in federation.cohort(1) or federation.clients]
-    traffic = bytes_per_client(federation, federation.clients, ranks=ranks)
+    traffic = bytes_expected(federation, federation.clients, ranks)
     count = parameters(prepared)
     table = Table(title="Ranks", title_justify="left")
     for name in ("rank", "scale", "clients", "trained", "down / round", "up / round"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedhl.server.layers import broadcast, broadcast_layer, deltas
+from fedhl.server.layers import broadcast, broadcast_layer, deltas, travelling
 from fedhl.server.measures import spectra
 from fedhl.server.rounds import Rules, aggregate, release
 from fedhl.server.state import Client, Outcome, Reply, ServerState, forget, init, next_task, sample
@@ -23,4 +23,5 @@ __all__ = [
     "release",
     "sample",
     "spectra",
+    "travelling",
 ]

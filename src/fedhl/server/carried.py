@@ -9,12 +9,7 @@ from dataclasses import replace
 from fedhl.lora import LoRA
 from fedhl.method import Broadcast
 from fedhl.server import Reply
-from fedhl.server.payload import carried_lora
-
-
-def returned_factors(sent: Broadcast) -> list[str]:
-    """The factors that the client trains and does not keep: these travel back."""
-    return sorted(sent.train - sent.keep)
+from fedhl.server.payload import carried_lora, returned_factors
 
 
 def carried_reply(reply: Reply, sent: Mapping[str, Broadcast]) -> Reply:

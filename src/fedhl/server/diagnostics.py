@@ -19,12 +19,14 @@ from fedhl.subspace import energy
 
 
 def truncation_error(delta: Tensor, sent: Broadcast) -> float:
-    """`e = ||delta - base - ΔW(sent)||_F²`: the part of the global change that a client's start lacks.
+    """`e = ||delta - base - ΔW(merged) - ΔW(sent)||_F²`: the part of the global change that a client's
+    start lacks.
 
     The difference is taken before squaring, in float64: `||W||² - Σ σ²` would cancel.
     """
-    lora = sent.whole
-    missing = delta.double() - lora.scale * (lora.B.double() @ lora.A.double())
+    missing = delta.double()
+    for lora in filter(None, (sent.whole, sent.merged)):
+        missing = missing - lora.scale * (lora.B.double() @ lora.A.double())
     if sent.base is not None:
         missing -= sent.base
     return float(missing.square().sum())

@@ -8,15 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Method, Remembering, Update
+from fedhl.lora import LoRA, add_products
+from fedhl.method import Broadcast, Growing, Method, Remembering, Update, remembers
 from fedhl.seeds import derive
 from fedhl.server import robust
 from fedhl.server.channel import sends_products
 from fedhl.server.ledger import Ledger, after, base_of, next_version
 from fedhl.server.participation import corrected
-from fedhl.server.payload import carried
+from fedhl.server.payload import carried, carried_lora
 from fedhl.server.state import Client, Reply, ServerState
+from fedhl.subspace import energy
+
+ROUNDING = 1e-5
+"""The relative distance of two matrices in float32 that are sums of the same terms in another order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +46,21 @@ class Layer:
                 sent = self.method.catch_up(self.state, held, client.rank, client.scale, key)
             else:
                 sent = self.method.broadcast(self.state, client.rank, client.scale, key)
-            return carried(sent, client.downloaded)
+                if sent.base is not None and not sent.base.any():
+                    sent = replace(sent, base=None)
+            there = carried(sent, client.downloaded)
+            if held is not None and isinstance(self.method, Growing):
+                there = grown(there, sent.base, held, self.method.grown(self.state), client)
+            return there
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}, client {client.id!r}: {error}") from error
 
-    def start(self, client: Client) -> Broadcast:
-        """The broadcast with, for a client that remembers, all of its base: what it holds, and what it adds
-        to that."""
-        sent = self.sender()(client)
-        if not isinstance(self.method, Remembering):
-            return sent
-        return replace(sent, base=base_of(self.ledger.held(client.id, self.name), sent))
+    def start(self, client: Client, sent: Broadcast | None = None) -> Broadcast:
+        """The broadcast `sent` with the whole base of the client's start: what it holds, and what it adds to
+        that."""
+        sent = self.sender()(client) if sent is None else sent
+        base = base_of(self.ledger.held(client.id, self.name), sent)
+        return replace(sent, base=base, merged=None)
 
     def after(self, client: Client) -> Tensor:
         """What this client holds once it has received its broadcast."""
@@ -60,8 +68,7 @@ class Layer:
 
     def sender(self) -> Callable[[Client], Broadcast]:
         """`broadcast`, but a broadcast that many clients are sent is built only once."""
-        remembers = isinstance(self.method, Remembering)
-        built = self.built if remembers else {}
+        built = self.built if remembers(self.method) else {}
 
         def send(client: Client) -> Broadcast:
             alike = alike_of(client), self.ledger.version(client.id)
@@ -153,6 +160,20 @@ class Layers:
         return len(self.state.layers)
 
 
+def grown(
+    there: Broadcast, base: Tensor | None, held: Tensor, change: LoRA | None, client: Client
+) -> Broadcast:
+    """The broadcast `there` with `change` in place of its base, unless so a client that holds `held` would
+    end more than twice as far from `base` as with the rounded base itself."""
+    if base is None or change is None or there.base is None:
+        return there
+    change = carried_lora(change, client.downloaded)
+    far = energy(base - add_products(held.to(base), [(1.0, change)]))
+    if far > max(4 * energy(base - there.base), ROUNDING**2 * energy(base)):
+        return there
+    return replace(there, base=None, merged=change, lost=far)
+
+
 def alike_of(client: Client) -> tuple[int, float, str]:
     """What two clients that hold the same must have in common, so that they are sent the same."""
     return client.rank, client.scale, client.downloaded
@@ -161,15 +182,23 @@ def alike_of(client: Client) -> tuple[int, float, str]:
 def broadcast_layer(
     method: Method[Any], state: ServerState, layer: str, client: Client, seed: int
 ) -> Broadcast:
-    """The broadcast to this client for one layer, after the rounding of its payload; the base of a client
-    that remembers is not in it."""
+    """The broadcast to this client for one layer as it travels: after the rounding of its payload, and
+    relative to what the client holds."""
     return Layers(method, state, seed).layer(layer).sender()(client)
+
+
+def travelling(
+    method: Method[Any], state: ServerState, client: Client, seed: int
+) -> dict[str, Broadcast]:
+    """`broadcast_layer` of every layer, by layer name. Raises ValueError naming the layer."""
+    return {layer.name: layer.sender()(client) for layer in Layers(method, state, seed)}
 
 
 def broadcast(
     method: Method[Any], state: ServerState, client: Client, seed: int
 ) -> dict[str, Broadcast]:
-    """The start of this client in every layer, by layer name. Raises ValueError naming the layer."""
+    """The start of this client in every layer, with its whole base, by layer name. Raises ValueError naming
+    the layer."""
     return {layer.name: layer.start(client) for layer in Layers(method, state, seed)}
 
 

@@ -1,6 +1,6 @@
 """What each client that remembers holds in its base, as the server knows it.
 
-A client's memory M is the sum of everything that it was ever sent, per layer. A version names a memory: it is
+A client's memory M is what its broadcasts have put into its base, per layer. A version names a memory: it is
 the hash of all broadcasts that led to it, so that both ends can tell whether they hold the same bits.
 Clients of the same history share one memory.
 """
@@ -56,8 +56,11 @@ class Ledger:
 def next_version(version: str | None, sent: Mapping[str, Broadcast]) -> str:
     """The version of a client that held `version` and has received the broadcasts `sent`, by layer."""
     digest = hashlib.sha256((version or "").encode())
-    for name in sorted(sent):
-        for lora in filter(None, (sent[name].merged, sent[name].lora)):
+    for name, b in sorted(sent.items()):
+        if b.base is not None:
+            digest.update(f"{name} {b.base.shape}".encode())
+            digest.update(b.base.detach().cpu().contiguous().numpy().tobytes())
+        for lora in filter(None, (b.merged, b.lora if b.absorbed else None)):
             digest.update(f"{name} {lora.A.shape} {lora.B.shape} {lora.scale!r}".encode())
             for factor in (lora.A, lora.B):
                 digest.update(factor.detach().cpu().contiguous().numpy().tobytes())
@@ -65,13 +68,18 @@ def next_version(version: str | None, sent: Mapping[str, Broadcast]) -> str:
 
 
 def base_of(held: Tensor | None, sent: Broadcast) -> Tensor | None:
-    """`M + ΔW(merged)`, the base from which a client starts; None if it is zero."""
-    return held if sent.merged is None else plus_product(held, sent.merged)
+    """`M + ΔW(merged)`, the base from which a client starts; None if it is zero. A base that is sent stands
+    in place of M."""
+    base = held if sent.base is None else sent.base
+    return base if sent.merged is None else plus_product(base, sent.merged)
 
 
 def after(held: Tensor | None, sent: Broadcast) -> Tensor:
-    """`M + ΔW(merged) + ΔW(lora)`, what a client holds after this broadcast."""
-    return plus_product(base_of(held, sent), sent.lora)
+    """What a client holds after this broadcast: the base of its start, and if `absorbed` `ΔW(lora)`, too."""
+    base = base_of(held, sent)
+    if sent.absorbed:
+        return plus_product(base, sent.lora)
+    return torch.zeros(sent.lora.shape) if base is None else base
 
 
 def plus_product(M: Tensor | None, lora: LoRA) -> Tensor:

@@ -110,6 +110,46 @@ def carried(broadcast: Broadcast, payload: str) -> Broadcast:
     return received
 
 
+def sent_factors(broadcast: Broadcast) -> list[str]:
+    """The factors of the adapter that travel to the client: none if the client draws them; and a factor that
+    never leaves the client does not if it is zero."""
+    if broadcast.drawn is not None:
+        return []
+    return [f for f in "AB" if f not in broadcast.keep or getattr(broadcast.lora, f).any()]
+
+
+def returned_factors(broadcast: Broadcast) -> list[str]:
+    """The factors that the client trains and does not keep: these travel back."""
+    return sorted(broadcast.train - broadcast.keep)
+
+
+def bytes_received(broadcast: Broadcast, payload: str) -> int:
+    """Bytes of the tensors that travel to the client."""
+    b, lora = broadcast, broadcast.lora
+    whole = [(x, f) for x in (b.past, b.merged) if x is not None for f in "AB"]
+    total = sum(
+        matrix_bytes(rows(x, f, payload), payload)
+        for x, f in [*whole, *((lora, f) for f in sent_factors(b))]
+    )
+    total += 0 if b.base is None else matrix_bytes(b.base, payload)
+    total += 0 if b.magnitudes is None else 4 * len(b.magnitudes)
+    return total + (0 if b.index is None else 8 * len(b.index))
+
+
+def bytes_returned(broadcast: Broadcast, payload: str) -> int:
+    """Bytes of the tensors of the client's answer to this broadcast."""
+    total = sum(
+        matrix_bytes(rows(broadcast.lora, f, payload), payload) for f in returned_factors(broadcast)
+    )
+    return total + (0 if broadcast.magnitudes is None else 4 * len(broadcast.magnitudes))
+
+
+def matrix_bytes(x: Tensor, payload: str) -> int:
+    """Bytes of a matrix in the type of the payload, with int8 also those of the steps of its rows."""
+    steps = STEP_BYTES * len(x) if payload == "int8" else 0
+    return PAYLOADS[payload].itemsize * x.numel() + steps
+
+
 def number_bytes(payload: str, m: int, n: int) -> float:
     """Bytes per number of an adapter of an (m, n) layer: with int8 `r (m + n)` numbers have 2 r steps."""
     size = PAYLOADS[payload].itemsize

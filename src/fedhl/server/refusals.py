@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedhl.lora import LoRA
-from fedhl.method import Broadcast, Remembering, finite
+from fedhl.method import Broadcast, finite, remembers
 from fedhl.server.layers import Layers
 from fedhl.server.state import Reply, ServerState
 
@@ -34,8 +34,8 @@ def refusals(
             if reasons[k] is None and name in reply.adapter:
                 reason = wrong_layer(reply, name, send(reply.client))
                 reasons[k] = reason and f"layer {name!r}: {reason}"
-    remembers = isinstance(layers.method, Remembering)
-    versions = layers.versions([reply.client for reply in replies]) if remembers else {}
+    clients = [reply.client for reply in replies]
+    versions = layers.versions(clients) if remembers(layers.method) else {}
     return [
         reason or wrong_version(reply, versions) or wrong_numbers(state, reply)
         for reply, reason in zip(replies, reasons, strict=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedhl.method import Method, Remembering, Update
+from fedhl.method import Method, Remembering, Update, remembers
 from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
 from fedhl.server.channel import AirComp, Signal, received, sends_products, signal
@@ -130,7 +130,7 @@ def aggregate(
     moved = drifts(steps, len(accepted)) if watch else [None] * len(accepted)
     numbers = over_layers(steps) if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
-    if isinstance(method, Remembering):
+    if remembers(method):
         numbers["memories"] = len(ledger.memories)
     if noise is not None:
         numbers["channel_noise"] = noise
@@ -187,9 +187,10 @@ def release(
 
 def remembered(layers: Layers, replies: Sequence[Reply], memories: Memories) -> Ledger:
     """The ledger after these replies were accepted: each client holds what it was sent, in all layers, also
-    in the layers that it did not train."""
+    in the layers that it did not train. Where a base grows (see `fedhl.method.Growing`), what the other
+    clients hold is of no use any more, and is forgotten."""
     ledger = layers.state.ledger
-    if not isinstance(layers.method, Remembering):
+    if not remembers(layers.method):
         return ledger
     now = layers.versions([reply.client for reply in replies])
     first = {now[reply.client.id]: reply.client for reply in reversed(replies)}
@@ -197,7 +198,8 @@ def remembered(layers: Layers, replies: Sequence[Reply], memories: Memories) -> 
     for layer in layers:
         for version, client in first.items():
             fresh[version][layer.name] = layer.after(client)
-    return ledger.moved(now, fresh)
+    before = ledger if isinstance(layers.method, Remembering) else Ledger()
+    return before.moved(now, fresh)
 
 
 class Check(NamedTuple):
