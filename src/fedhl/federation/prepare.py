@@ -84,6 +84,7 @@ def load_federation(
         dropout=config.model.dropout,
         seed=config.seed,
     )
+    refuse_padding(config, loaded)
     slots = peft.attach(
         loaded.model,
         {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
@@ -251,6 +252,18 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
             f"method {config.method.name!r} needs one rank and scale for all clients, got ranks "
             f"{', '.join(str(rank) for rank, _ in kinds)}; set lora.ranks to one number, or use "
             "method: fedhl, which takes any ranks"
+        )
+
+
+def refuse_padding(config: Config, loaded: Loaded) -> None:
+    """Raises UserError if batches would mix rows whose padding the model does not ignore."""
+    together = -(-config.training.batch_size // config.training.accumulation)
+    if not loaded.batches and max(together, config.evaluation.batch_size) > 1:
+        raise UserError(
+            f"model {config.model.source!r}: a {type(loaded.model).__name__} does not ignore padding, so "
+            "that the logits of a row depend on the rows beside it in the batch; have the model read each "
+            "row alone: set evaluation.batch_size: 1, and training.accumulation: "
+            f"{config.training.batch_size}, which is training.batch_size"
         )
 
 

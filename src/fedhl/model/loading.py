@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from fedhl.data.locate import locate
 from fedhl.errors import UserError
 from fedhl.files import cache, sha256, sha256_of, whole_folder
+from fedhl.model.reading import first_line, settle_padding
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind
@@ -45,7 +46,7 @@ class Loaded(NamedTuple):
     `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
     `source_for_adapter` is the name of the base model in an exported adapter; `hash` identifies the
     weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
-    before it was switched off for training.
+    before it was switched off for training; `batches`: whether rows of different lengths may share a batch.
     """
 
     model: PreTrainedModel
@@ -56,6 +57,7 @@ class Loaded(NamedTuple):
     revision: str | None
     hash: str
     use_cache: bool
+    batches: bool
 
 
 def load_model(
@@ -107,16 +109,17 @@ def load_model(
     if dropout is not None:
         set_dropout(model, dropout)
     model.requires_grad_(False)
-    set_padding(model, tokenizer, source)
     use_cache = bool(getattr(model.config, "use_cache", False))
     if use_cache:
         model.config.use_cache = False
+    with quiet(), seeded(seed, target):
+        batches = settle_padding(model, tokenizer, source, kind.head)
     if gradient_checkpointing:
         enable_checkpointing(model, source)
     if digest is None:
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
-    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache)
+    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache, batches)
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -172,8 +175,6 @@ def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrained
 
 
 def cannot_load(what: str, source: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
     if locate(source) is None:
         advice = (
             "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
@@ -184,7 +185,7 @@ def cannot_load(what: str, source: str, error: Exception) -> str:
             "expected a folder in the Hugging Face format (config.json, weights, tokenizer) of an "
             "architecture that the installed transformers knows"
         )
-    return f"cannot load the {what} of {source!r}: {reason[:300]} ({advice})"
+    return f"cannot load the {what} of {source!r}: {first_line(error)} ({advice})"
 
 
 def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
@@ -221,18 +222,6 @@ def set_dropout(model: PreTrainedModel, p: float) -> None:
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, p)
-
-
-def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"model {source!r}: its tokenizer has neither a padding nor an end-of-text token, "
-                "so that rows cannot be batched; add a pad_token to tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
