@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 
 from fedhl.data.locate import locate
-from fedhl.errors import UserError
+from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
-from fedhl.model.reading import first_line, settle_padding
+from fedhl.model.reading import settle_padding
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind

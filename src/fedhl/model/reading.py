@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedhl.errors import UserError
+from fedhl.errors import UserError, first_line
 from fedhl.task.examples import Example, collate
 
 if TYPE_CHECKING:
@@ -139,11 +139,6 @@ def logits(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, sou
             f"model {source!r}: a {type(model).__name__} cannot read rows of "
             f"{' and '.join(str(len(row.input_ids)) for row in examples)} tokens: {first_line(error)}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def vocabulary(model: PreTrainedModel) -> int | None:
