@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from fedhl.data.locate import locate
 from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
-from fedhl.model.reading import settle_padding
+from fedhl.model.dropout import refuse_random, set_dropout
+from fedhl.model.reading import logits, sample_rows, settle_padding
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind
@@ -114,6 +115,9 @@ def load_model(
         model.config.use_cache = False
     with quiet(), seeded(seed, target):
         batches = settle_padding(model, tokenizer, source, kind.head)
+        if dropout == 0:
+            rows, pad_id = sample_rows(model, tokenizer, source), tokenizer.pad_token_id
+            refuse_random(model, lambda: logits(model, rows, pad_id, source), source)
     if gradient_checkpointing:
         enable_checkpointing(model, source)
     if digest is None:
@@ -212,16 +216,6 @@ def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
         "another shape; check that config.json belongs to these weights, and that the task is right"
     )
-
-
-def set_dropout(model: PreTrainedModel, p: float) -> None:
-    """Dropout modules, and the numbers that attention layers hold in place of one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = p
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, p)
 
 
 def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
