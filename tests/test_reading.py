@@ -20,8 +20,9 @@ from fedhl.errors import UserError
 from fedhl.federation.prepare import load_federation
 from fedhl.model.evaluation import evaluate
 from fedhl.model.loading import Loaded, load_model
+from fedhl.model.reading import InRange, check_rows
 from fedhl.task import KINDS
-from fedhl.task.examples import Example
+from fedhl.task.examples import Encoded, Example
 
 LABELS = ["animal", "plant"]
 SIZE: dict[str, Any] = {
@@ -176,3 +177,120 @@ def test_a_padding_token_that_the_model_does_not_know(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=message):
         load_model(folder, "sequence-classification")
+
+
+# --- rows that a model cannot read --------------------------------------------------------------
+
+
+def refusal(loaded: Loaded, rows: list[list[int]], max_length: int = 128) -> str:
+    """What is said of these rows; "" if they can be read."""
+    encoded = Encoded([Example(ids, k % 2) for k, ids in enumerate(rows)], [*range(len(rows))], 0)
+    try:
+        check_rows(loaded.model, loaded.tokenizer, encoded, "rows.jsonl", max_length)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+T5: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+T5 |= {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+BART: dict[str, Any] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.3}
+BART |= {f"{half}_attention_heads": 2 for half in ("encoder", "decoder")}
+BART |= {"max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 2}
+GPTJ: dict[str, Any] = {"n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (CONFIGS["BERT"](), 40),
+        (CONFIGS["GPT-2"](), 40),
+        (CONFIGS["RoBERTa"](), 40 - 1 - 1),  # counted from the padding id, 1, on
+        (transformers.BartConfig(vocab_size=len(WORDS), **BART), 40),  # in a table of 42
+        (transformers.GPTJConfig(vocab_size=len(WORDS), **GPTJ), 40),  # no embedding
+        (CONFIGS["Llama"](), None),
+        (transformers.T5Config(vocab_size=len(WORDS), **T5), None),
+    ],
+    ids=["BERT", "GPT-2", "RoBERTa", "BART", "GPT-J", "Llama", "T5"],
+)
+def test_a_row_beyond_the_positions_of_the_model(
+    config: Any, most: int | None, tmp_path: Path
+) -> None:
+    loaded = load_model(save(tmp_path, config), "sequence-classification", labels=LABELS)
+
+    def row(length: int) -> list[int]:
+        return [*(5 + k % 8 for k in range(length - 1)), 2]
+
+    assert refusal(loaded, [row(3), row(most or 90), row(5)]) == ""
+    said = refusal(loaded, [row(3), row((most or 90) + 1), row(5)])
+    if most is None:
+        assert said == ""
+    else:
+        assert said.startswith(f"rows.jsonl: row 1 (counted from 0) has {most + 1} tokens, but a ")
+        assert f"at most {most}, " in said and said.endswith(f"now 128, to at most {most}")
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_a_token_beyond_the_embedding(name: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, CONFIGS[name]())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["yew", "gnu"])
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(folder, "sequence-classification", labels=LABELS)
+    rows = [loaded.tokenizer(text)["input_ids"] for text in ("cat", "dog", "a gnu")]
+    assert refusal(loaded, rows[:2]) == ""
+    said = refusal(loaded, rows)
+    last = len(WORDS)
+    assert said.startswith(
+        f"rows.jsonl: row 2 (counted from 0) has the token 'gnu', whose id is {last + 1}"
+    )
+    assert f"embedding has {last} rows" in said
+
+
+def test_a_table_of_any_kind_is_looked_up_within_it() -> None:
+    """As a GPU does not: there the process is of no use after the first index beyond a table."""
+    table, beyond = torch.zeros(4, 2), torch.tensor([[1, 4]])
+    with InRange():
+        F.embedding(beyond - 1, table), table[beyond - 1], table.gather(0, beyond - 1)
+        for look_up in (
+            lambda: F.embedding(beyond, table),
+            lambda: table[beyond],
+            lambda: table.gather(0, beyond),
+        ):
+            with pytest.raises(IndexError, match="index 4 is beyond a table of 4"):
+                look_up()
+
+
+def test_rows_without_a_known_token(tmp_path: Path) -> None:
+    loaded = load_model(save(tmp_path, CONFIGS["BERT"]()), "sequence-classification", labels=LABELS)
+    rows = [loaded.tokenizer(text)["input_ids"] for text in ("gato", "perro y zorro", "cat")]
+    assert refusal(loaded, rows) == ""
+    assert "no token of any row is known to the model's tokenizer" in refusal(loaded, rows[:2])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.T5Config(vocab_size=len(WORDS), **T5),
+        transformers.BartConfig(vocab_size=len(WORDS), **BART),
+    ],
+    ids=["T5", "BART"],
+)
+def test_an_end_token_inside_a_text(config: Any, tmp_path: Path) -> None:
+    """Where the class is read at the end token, a second one in a row is a second class."""
+    loaded = load_model(save(tmp_path, config), "sequence-classification", labels=LABELS)
+    rows = [[5, 6, 2], [7, 2, 8, 2], [9, 2]]
+    assert refusal(loaded, rows[::2]) == ""
+    said = refusal(loaded, rows)
+    assert "row 1 (counted from 0) has the end token '[EOS]' 2 times, and row 0 1 times" in said
+    llama = load_model(save(tmp_path / "llama", CONFIGS["Llama"]()), "sequence-classification")
+    assert refusal(llama, rows) == ""
+
+
+def test_a_model_that_cannot_read_any_row_says_why(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=len(WORDS), **T5)
+    loaded = load_model(save(tmp_path, config), "sequence-classification", labels=LABELS)
+    said = refusal(loaded, [[5, 6, 7]])  # without an end token there is no class
+    assert said.startswith(
+        "rows.jsonl: row 0 (counted from 0) has 3 tokens, which a T5ForSequenceCl"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
+from fedhl.model.reading import check_rows
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
+from fedhl.task.examples import Encoded
 from fedhl.watch import SILENT, Watcher
 
 
@@ -211,7 +213,7 @@ def assemble(
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
-    tokenised = shards.tokenise(config, data, loaded.tokenizer)
+    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(config, loaded))
     if tokenised.dropped:
         watcher.say(
             f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
@@ -231,6 +233,15 @@ def assemble(
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
     head = peft.read_head(federation.slots) | head  # copied now: training will change the model's
     return Prepared(config, data, tokenised, loaded, federation, start, head)
+
+
+def readable(config: Config, loaded: Loaded) -> Callable[[Encoded, str], None]:
+    """Raises UserError unless the model can read the rows of a source."""
+
+    def check(encoded: Encoded, source: str) -> None:
+        check_rows(loaded.model, loaded.tokenizer, encoded, source, config.task.max_length)
+
+    return check
 
 
 def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -23,6 +23,7 @@ from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.model.dropout import refuse_random, set_dropout
 from fedhl.model.reading import logits, sample_rows, settle_padding
+from fedhl.names import some
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind
@@ -97,6 +98,8 @@ def load_model(
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
         model, missing = load_weights(folder, source, kind, dtype, kwargs)
 
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
+        raise UserError(is_adapter(source))
     head = head_names(model, missing, source) if kind.head else ()
     if missing and not kind.head:
         raise UserError(incomplete(source, sorted(missing), model))
@@ -173,9 +176,18 @@ def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrained
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         except Exception as error:  # the library raises nearly everything here
             raise UserError(cannot_load("tokenizer", source, error)) from error
+    # One without any of its files is made up of special tokens and blanks.
+    special = set(tokenizer.all_special_tokens)
+    if not any(token.strip("▁ ") for token in tokenizer.get_vocab() if token not in special):
+        raise UserError(
+            f"model {source!r}: the tokenizer is missing, or empty: it knows no word, only special "
+            f"tokens ({some(tokenizer.all_special_tokens, 5)}); put its files (tokenizer.json, or what the "
+            "model was published with) beside the weights"
+        )
+    return tokenizer
 
 
 def cannot_load(what: str, source: str, error: Exception) -> str:
@@ -308,7 +320,16 @@ def find_weights(source: str) -> tuple[str, str | None]:
     path = locate(source)
     if path is None:
         return source, None
+    if (path / "adapter_config.json").is_file():
+        raise UserError(is_adapter(source))
     return gguf_folder(path) if path.is_file() else (str(path.resolve()), None)
+
+
+def is_adapter(source: str) -> str:
+    return (
+        f"model {source!r} is an adapter, not a model; set model.source to the base model that the "
+        f"adapter was trained on, and lora.start: {source}, to begin with the adapter"
+    )
 
 
 def hash_folder(folder: Path) -> str:

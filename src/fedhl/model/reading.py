@@ -7,15 +7,17 @@ passes of a few tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhl.errors import UserError, first_line
-from fedhl.task.examples import Example, collate
+from fedhl.task.examples import Encoded, Example, collate
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -102,13 +104,132 @@ def reads_alone(
     return not (alone - beside).abs().max() > rounding * alone.abs().max()
 
 
+# --- the user's rows ----------------------------------------------------------------------------
+
+
+def check_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    source: str,
+    max_length: int,
+) -> None:
+    """Raises UserError, naming the row of `source`, unless the model can read each of these rows: all tokens
+    are in its embedding, one at least is known, and the longest row is not too long. Where a model reads a
+    class at the end token (BART, T5), all rows must have the same number of them."""
+    examples = dict(zip(encoded.rows, encoded.examples, strict=True))
+    if not examples:
+        return
+    known = vocabulary(model)
+    for row, example in examples.items():
+        if known is not None and max(example.input_ids) >= known:
+            token = max(example.input_ids)
+            raise UserError(
+                f"{source}: row {row} (counted from 0) has the token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r}, whose id is {token}, but the model's embedding "
+                f"has {known} rows, counted from 0; use the tokenizer that belongs to the model, or enlarge "
+                "the embedding"
+            )
+    special = set(tokenizer.all_special_ids)
+    if all(special.issuperset(example.input_ids) for example in examples.values()):
+        raise UserError(
+            f"{source}: no token of any row is known to the model's tokenizer: all are special ones, such as "
+            f"{tokenizer.unk_token!r}; use the tokenizer that belongs to the model, and a model for this text"
+        )
+    longest = max(examples, key=lambda row: len(examples[row].input_ids))
+    refuse_unreadable(
+        model, examples[longest], f"{source}: row {longest} (counted from 0)", max_length
+    )
+    end = tokenizer.eos_token_id
+    ends = {row: example.input_ids.count(end) for row, example in examples.items()}
+    ((usual, _),) = Counter(ends.values()).most_common(1)
+    odd = next((row for row in ends if ends[row] != usual), None)
+    if odd is not None:
+        like = next(row for row in ends if ends[row] == usual)
+        if error := unreadable(model, [examples[like], examples[odd]], tokenizer.pad_token_id):
+            raise UserError(
+                f"{source}: row {odd} (counted from 0) has the end token {tokenizer.eos_token!r} "
+                f"{ends[odd]} times, and row {like} {usual} times, which a {type(model).__name__} cannot "
+                f"read together ({first_line(error)}); remove it from the text of row {odd}"
+            ) from error
+
+
+def refuse_unreadable(model: PreTrainedModel, example: Example, name: str, max_length: int) -> None:
+    """Raises UserError if the model cannot read a row, with the longest that it can read, if there is one."""
+    error = unreadable(model, [example])
+    if error is None:
+        return
+    length = len(example.input_ids)
+    low, high = 0, length  # read, and not read
+    while high - low > 1:
+        middle = (low + high) // 2
+        fails = unreadable(model, [cut(example, middle)])
+        low, high = (low, middle) if fails else (middle, high)
+    what = f"{name} has {length} tokens"
+    if low == 0:
+        raise UserError(
+            f"{what}, which a {type(model).__name__} cannot read: {first_line(error)}"
+        ) from error
+    raise UserError(
+        f"{what}, but a {type(model).__name__} reads at most {low}, the number of its positions; set "
+        f"task.max_length, now {max_length}, to at most {low}"
+    ) from error
+
+
+def cut(example: Example, length: int) -> Example:
+    """A row without its middle: special tokens at its ends stay."""
+    ids, labels = example
+    if isinstance(labels, list):
+        labels = [*labels[: length - 1], labels[-1]]
+    return Example([*ids[: length - 1], ids[-1]], labels)
+
+
+@torch.no_grad()
+def unreadable(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int = 0
+) -> Exception | None:
+    """What the model raises when it reads a batch and computes the loss; None if it can."""
+    batch = {name: t.to(model.device) for name, t in collate(examples, pad_id).items()}
+    try:
+        with InRange():
+            model(**batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the library raises nearly everything here
+        return error
+    return None
+
+
+class InRange(TorchDispatchMode):
+    """Inside the block, a look-up beyond the end of a table raises an IndexError on every device. A GPU would
+    find it too late, and be of no use afterwards."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten.embedding.default:
+            within(args[1], len(args[0]))
+        elif func is aten.gather.default:
+            within(args[2], args[0].shape[args[1]])
+        elif func is aten.index.Tensor:
+            for size, index in zip(args[0].shape, args[1], strict=False):
+                if index is not None and index.dtype == torch.int64:
+                    within(index, size)
+        return func(*args, **(kwargs or {}))
+
+
+def within(index: Tensor, size: int) -> None:
+    if index.numel() and int(index.max()) >= size:
+        raise IndexError(f"index {int(index.max())} is beyond a table of {size}")
+
+
 # --- short forward passes -----------------------------------------------------------------------
 
 
 def sample_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
 ) -> tuple[Example, Example]:
-    """Two rows of ordinary tokens, 4 and 8, between those that the tokenizer puts around a text."""
+    """Two rows of ordinary tokens, 4 and 8, between those that the tokenizer puts around a text, with an
+    end token."""
     limit, special = vocabulary(model), set(tokenizer.all_special_ids)
     ordinary = sorted(
         id
@@ -117,12 +238,13 @@ def sample_rows(
     )
     if not ordinary:
         raise UserError(
-            f"model {source!r}: its tokenizer knows no token but special ones "
-            f"({', '.join(map(str, tokenizer.all_special_tokens[:6]))}), so that every word would be "
-            "unknown; put the tokenizer that belongs to the model beside its weights"
+            f"model {source!r}: its embedding has {limit} rows, and no token of its tokenizer is among them; "
+            "put the tokenizer that belongs to the model beside its weights"
         )
     words = [ordinary[k * len(ordinary) // 12] for k in range(12)]
     around: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
+    if tokenizer.eos_token_id not in (None, *around):
+        around = [*around, tokenizer.eos_token_id]  # where BART and T5 read a class
     short, long = ([*around[:-1], *part, *around[-1:]] for part in (words[:4], words[4:]))
     return Example(short, 0), Example(long, 0)
 
@@ -133,7 +255,8 @@ def logits(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, sou
     batch = collate(examples, pad_id)
     del batch["labels"]
     try:
-        return model(**{name: t.to(model.device) for name, t in batch.items()}).logits
+        with InRange():
+            return model(**{name: t.to(model.device) for name, t in batch.items()}).logits
     except Exception as error:  # the library raises nearly everything here
         raise UserError(
             f"model {source!r}: a {type(model).__name__} cannot read rows of "
