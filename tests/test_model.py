@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,8 @@ def test_a_model_folder_without_tokenizer(config: PreTrainedConfig, tmp_path: Pa
 
 
 def test_a_tokenizer_of_which_the_model_knows_no_token(tmp_path: Path) -> None:
-    config = BertConfig(**BERT | {"vocab_size": 3})  # the special tokens alone
+    sizes: dict[str, Any] = BERT | {"vocab_size": 3}  # the special tokens alone
+    config = BertConfig(**sizes)
     source = save(BertForSequenceClassification(config), tmp_path / "m")
     with pytest.raises(
         UserError, match="embedding has 3 rows, and no token of its tokenizer is among"

@@ -20,7 +20,7 @@ from fedhl.errors import UserError
 from fedhl.federation.prepare import load_federation
 from fedhl.model.evaluation import evaluate
 from fedhl.model.loading import Loaded, load_model
-from fedhl.model.reading import InRange, check_rows
+from fedhl.model.reading import InRange, check_rows, padding_id
 from fedhl.task import KINDS
 from fedhl.task.examples import Encoded, Example
 
@@ -46,7 +46,7 @@ def gemma3(**padding: Any) -> Any:
 
 CONFIGS: dict[str, Any] = {
     "BERT": lambda **pad: transformers.BertConfig(**SIZE | pad),
-    "RoBERTa": lambda **pad: transformers.RobertaConfig(**SIZE | {"pad_token_id": 1} | pad),
+    "RoBERTa": lambda **pad: transformers.RobertaConfig(**SIZE, **{"pad_token_id": 1, **pad}),
     "Llama": lambda **pad: transformers.LlamaConfig(**SIZE, **ENDS, **pad),
     "GPT-2": lambda **pad: transformers.GPT2Config(
         **{"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40},
@@ -97,7 +97,7 @@ def losses_in_batches(loaded: Loaded, examples: list[Example], size: int) -> lis
         examples,
         score=score,
         batch_size=size,
-        pad_id=int(loaded.tokenizer.pad_token_id or 0),
+        pad_id=padding_id(loaded.tokenizer),
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
     )
@@ -251,14 +251,14 @@ def test_a_table_of_any_kind_is_looked_up_within_it() -> None:
     """As a GPU does not: there the process is of no use after the first index beyond a table."""
     table, beyond = torch.zeros(4, 2), torch.tensor([[1, 4]])
     with InRange():
-        F.embedding(beyond - 1, table), table[beyond - 1], table.gather(0, beyond - 1)
         for look_up in (
-            lambda: F.embedding(beyond, table),
-            lambda: table[beyond],
-            lambda: table.gather(0, beyond),
+            lambda index: F.embedding(index, table),
+            lambda index: table[index],
+            lambda index: table.gather(0, index),
         ):
+            look_up(beyond - 1)
             with pytest.raises(IndexError, match="index 4 is beyond a table of 4"):
-                look_up()
+                look_up(beyond)
 
 
 def test_rows_without_a_known_token(tmp_path: Path) -> None:

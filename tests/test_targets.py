@@ -25,9 +25,11 @@ IDS = torch.arange(6, 18).reshape(2, 6)
 
 def zamba2() -> PreTrainedModel:
     """Two blocks of attention that share all their weights, beside adapters of their own."""
-    mamba: dict[str, Any] = {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 4}
+    sizes: dict[str, Any] = SIZE | {"num_hidden_layers": 4, "mamba_headdim": 8}
     config = transformers.Zamba2Config(
-        **SIZE | mamba | {"num_hidden_layers": 4},
+        **sizes,
+        mamba_d_state=8,
+        n_mamba_heads=4,
         num_key_value_heads=2,
         layers_block_type=["mamba", "hybrid"] * 2,
         num_mem_blocks=1,

@@ -20,7 +20,7 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
-from fedhl.model.reading import check_rows
+from fedhl.model.reading import check_rows, padding_id
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
@@ -112,7 +112,7 @@ def load_federation(
         own={},
         held_out=[],
         slots=slots,
-        pad_id=loaded.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        pad_id=padding_id(loaded.tokenizer),
         device=torch.device(device),
         channel=config.channel
         and AirComp(snr_db=config.channel.snr_db, power=config.channel.power),

@@ -38,7 +38,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
                 values[name] = p
 
 
-def is_probability(name: str, value: object) -> bool:
+def is_probability(name: str, value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 0 <= value <= 1 and "drop" in name
 

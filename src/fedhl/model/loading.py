@@ -22,7 +22,7 @@ from fedhl.data.locate import locate
 from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.model.dropout import refuse_random, set_dropout
-from fedhl.model.reading import logits, sample_rows, settle_padding
+from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
 from fedhl.names import some
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
@@ -119,7 +119,7 @@ def load_model(
     with quiet(), seeded(seed, target):
         batches = settle_padding(model, tokenizer, source, kind.head)
         if dropout == 0:
-            rows, pad_id = sample_rows(model, tokenizer, source), tokenizer.pad_token_id
+            rows, pad_id = sample_rows(model, tokenizer, source), padding_id(tokenizer)
             refuse_random(model, lambda: logits(model, rows, pad_id, source), source)
     if gradient_checkpointing:
         enable_checkpointing(model, source)

@@ -44,8 +44,7 @@ def settle_padding(
                 "so that rows cannot be batched; add a pad_token to tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    pad_id, known = tokenizer.pad_token_id, vocabulary(model)
-    assert isinstance(pad_id, int)
+    pad_id, known = padding_id(tokenizer), vocabulary(model)
     if known is not None and pad_id >= known:
         raise UserError(
             f"model {source!r}: its tokenizer pads with {str(tokenizer.pad_token)!r}, token {pad_id}, but "
@@ -65,6 +64,11 @@ def settle_padding(
             return True
         hook.remove()
     return False
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id
 
 
 def counts_from_padding(model: nn.Module) -> bool:
@@ -140,13 +144,13 @@ def check_rows(
     refuse_unreadable(
         model, examples[longest], f"{source}: row {longest} (counted from 0)", max_length
     )
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     ends = {row: example.input_ids.count(end) for row, example in examples.items()}
     ((usual, _),) = Counter(ends.values()).most_common(1)
     odd = next((row for row in ends if ends[row] != usual), None)
     if odd is not None:
         like = next(row for row in ends if ends[row] == usual)
-        if error := unreadable(model, [examples[like], examples[odd]], tokenizer.pad_token_id):
+        if error := unreadable(model, [examples[like], examples[odd]], padding_id(tokenizer)):
             raise UserError(
                 f"{source}: row {odd} (counted from 0) has the end token {tokenizer.eos_token!r} "
                 f"{ends[odd]} times, and row {like} {usual} times, which a {type(model).__name__} cannot "
@@ -242,7 +246,7 @@ def sample_rows(
             "put the tokenizer that belongs to the model beside its weights"
         )
     words = [ordinary[k * len(ordinary) // 12] for k in range(12)]
-    around: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
+    around: Any = tokenizer("")["input_ids"]
     if tokenizer.eos_token_id not in (None, *around):
         around = [*around, tokenizer.eos_token_id]  # where BART and T5 read a class
     short, long = ([*around[:-1], *part, *around[-1:]] for part in (words[:4], words[4:]))
