@@ -6,22 +6,28 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.tiny import BERT, LLAMA, save_tokenizer
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    T5Config,
 )
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
-from fedhl.model.loading import load_model
+from fedhl.model.loading import load_model, load_tokenizer
 
 
 def save(model: PreTrainedModel, folder: Path, **tokenizer: bool) -> str:
@@ -170,6 +176,50 @@ def test_a_tokenizer_that_cannot_pad(tmp_path: Path) -> None:
     source = save(LlamaForCausalLM(LlamaConfig(**LLAMA)), tmp_path / "m", pad=False, eos=False)
     with pytest.raises(UserError, match="neither a padding nor an end-of-text token"):
         load_model(source, "causal-lm")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**BERT),
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2),
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+        LlamaConfig(**LLAMA),
+    ],
+    ids=["BERT", "GPT-2", "T5", "Llama"],
+)
+def test_a_model_folder_without_tokenizer(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """Transformers makes one up for most, without a word in it."""
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"the tokenizer (is missing, or empty: it knows no word|of)"
+    ):
+        load_model(str(tmp_path), "sequence-classification")
+    with pytest.raises(UserError, match=r"the tokenizer (is missing|of)"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_which_the_model_knows_no_token(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = BERT | {"vocab_size": 3}  # the special tokens alone
+    config = BertConfig(**sizes)
+    source = save(BertForSequenceClassification(config), tmp_path / "m")
+    with pytest.raises(
+        UserError, match="embedding has 3 rows, and no token of its tokenizer is among"
+    ):
+        load_model(source, "sequence-classification")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_in_place_of_a_model(llama: str, tmp_path: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(llama)
+    adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(str(tmp_path / "lora"))
+    save_tokenizer(tmp_path / "lora")
+    message = (
+        r"lora' is an adapter, not a model; set model.source to the base .*lora.start: .*lora,"
+    )
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "lora"), "causal-lm")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -275,7 +275,7 @@ def test_targets_by_name() -> None:
         (bert, ["classifier"], "'classifier' matches no layer"),
         (bert, "query", "must be 'all-linear' or a list of names"),
         (bert, [], "must be 'all-linear' or a list of names"),
-        (gpt2, ["lm_head"], "shares its weight with the input embedding"),
+        (gpt2, ["lm_head"], "shares its weight with transformer.wte"),
     ],
 )
 def test_impossible_targets(make: Any, targets: Any, message: str) -> None:

@@ -26,7 +26,7 @@ class ModelConfig(Strict):
     """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The dropout probability inside the base model during training; null: what the checkpoint says. 0 is the
-    fastest."""
+    fastest, and drops no layers either."""
 
 
 class HeldOut(Strict):
@@ -123,7 +123,7 @@ class LoRAConfig(Strict):
 
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """The names of the modules that get an adapter, e.g. [q_proj, v_proj]; `all-linear`: all linear
-    layers."""
+    layers but the output layer and those that cannot be adapted, which `fedhl check` names."""
     ranks: RankRule = OneRank(8)
     """One rank for all clients; a list with a rank per client, in the order of the clients' ids as text;
     `{shares: {4: 0.6, 64: 0.4}}` to draw the ranks; or `{clients: {asyncio: 4}, default: 8}` by client id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -274,8 +274,14 @@ def hold_out_client(config: Config, client: str, part: Indices) -> tuple[Indices
     return part[kept], part[held]
 
 
-def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> Tokenised:
-    """Model inputs for all rows, each tokenised once."""
+def tokenise(
+    config: Config,
+    shards: Shards,
+    tokenizer: PreTrainedTokenizerBase,
+    check: Callable[[Encoded, str], None] = lambda encoded, source: None,
+) -> Tokenised:
+    """Model inputs for all rows, each tokenised once. `check` is given the model inputs with the numbers of
+    their rows, and the name of the source, and raises UserError if the model cannot read a row."""
     wanted = [*shards.clients.values(), *shards.client_held_out.values(), shards.validation]
     used = np.sort(np.concatenate(wanted))
     source = config.data.source
@@ -284,11 +290,14 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
         encoded = config.task.encode(
             [shards.rows[k] for k in used], source, tokenizer, shards.labels
         )
-    by_row = {int(used[j]): ex for j, ex in zip(encoded.rows, encoded.examples, strict=True)}
+    encoded = replace(encoded, rows=[int(used[j]) for j in encoded.rows])
+    check(encoded, source)
+    by_row = dict(zip(encoded.rows, encoded.examples, strict=True))
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)
     if shards.held_out:
         held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
+        check(held, held_source)
         if not held.examples:
             raise UserError(
                 f"data.held_out: none of the rows of {held_source} fits task.max_length = "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
+from fedhl.model.reading import check_rows, padding_id
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
+from fedhl.task.examples import Encoded
 from fedhl.watch import SILENT, Watcher
 
 
@@ -84,6 +86,7 @@ def load_federation(
         dropout=config.model.dropout,
         seed=config.seed,
     )
+    refuse_padding(config, loaded)
     slots = peft.attach(
         loaded.model,
         {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
@@ -109,7 +112,7 @@ def load_federation(
         own={},
         held_out=[],
         slots=slots,
-        pad_id=loaded.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        pad_id=padding_id(loaded.tokenizer),
         device=torch.device(device),
         channel=config.channel
         and AirComp(snr_db=config.channel.snr_db, power=config.channel.power),
@@ -210,7 +213,7 @@ def assemble(
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
-    tokenised = shards.tokenise(config, data, loaded.tokenizer)
+    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(config, loaded))
     if tokenised.dropped:
         watcher.say(
             f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
@@ -232,6 +235,15 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
+def readable(config: Config, loaded: Loaded) -> Callable[[Encoded, str], None]:
+    """Raises UserError unless the model can read the rows of a source."""
+
+    def check(encoded: Encoded, source: str) -> None:
+        check_rows(loaded.model, loaded.tokenizer, encoded, source, config.task.max_length)
+
+    return check
+
+
 def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset[str]]:
     """The layers of each client that trains only some, by client id. Raises UserError, naming the client."""
     found = {}
@@ -251,6 +263,18 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
             f"method {config.method.name!r} needs one rank and scale for all clients, got ranks "
             f"{', '.join(str(rank) for rank, _ in kinds)}; set lora.ranks to one number, or use "
             "method: fedhl, which takes any ranks"
+        )
+
+
+def refuse_padding(config: Config, loaded: Loaded) -> None:
+    """Raises UserError if batches would mix rows whose padding the model does not ignore."""
+    together = -(-config.training.batch_size // config.training.accumulation)
+    if not loaded.batches and max(together, config.evaluation.batch_size) > 1:
+        raise UserError(
+            f"model {config.model.source!r}: a {type(loaded.model).__name__} does not ignore padding, so "
+            "that the logits of a row depend on the rows beside it in the batch; have the model read each "
+            "row alone: set evaluation.batch_size: 1, and training.accumulation: "
+            f"{config.training.batch_size}, which is training.batch_size"
         )
 
 

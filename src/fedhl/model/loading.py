@@ -19,8 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from fedhl.data.locate import locate
-from fedhl.errors import UserError
+from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
+from fedhl.model.dropout import refuse_random, set_dropout
+from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
+from fedhl.names import some
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind
@@ -45,7 +48,7 @@ class Loaded(NamedTuple):
     `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
     `source_for_adapter` is the name of the base model in an exported adapter; `hash` identifies the
     weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
-    before it was switched off for training.
+    before it was switched off for training; `batches`: whether rows of different lengths may share a batch.
     """
 
     model: PreTrainedModel
@@ -56,6 +59,7 @@ class Loaded(NamedTuple):
     revision: str | None
     hash: str
     use_cache: bool
+    batches: bool
 
 
 def load_model(
@@ -94,6 +98,8 @@ def load_model(
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
         model, missing = load_weights(folder, source, kind, dtype, kwargs)
 
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
+        raise UserError(is_adapter(source))
     head = head_names(model, missing, source) if kind.head else ()
     if missing and not kind.head:
         raise UserError(incomplete(source, sorted(missing), model))
@@ -107,16 +113,20 @@ def load_model(
     if dropout is not None:
         set_dropout(model, dropout)
     model.requires_grad_(False)
-    set_padding(model, tokenizer, source)
     use_cache = bool(getattr(model.config, "use_cache", False))
     if use_cache:
         model.config.use_cache = False
+    with quiet(), seeded(seed, target):
+        batches = settle_padding(model, tokenizer, source, kind.head)
+        if dropout == 0:
+            rows, pad_id = sample_rows(model, tokenizer, source), padding_id(tokenizer)
+            refuse_random(model, lambda: logits(model, rows, pad_id, source), source)
     if gradient_checkpointing:
         enable_checkpointing(model, source)
     if digest is None:
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
-    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache)
+    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache, batches)
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -166,14 +176,21 @@ def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrained
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         except Exception as error:  # the library raises nearly everything here
             raise UserError(cannot_load("tokenizer", source, error)) from error
+    # One without any of its files is made up of special tokens and blanks.
+    special = set(tokenizer.all_special_tokens)
+    if not any(token.strip("▁ ") for token in tokenizer.get_vocab() if token not in special):
+        raise UserError(
+            f"model {source!r}: the tokenizer is missing, or empty: it knows no word, only special "
+            f"tokens ({some(tokenizer.all_special_tokens, 5)}); put its files (tokenizer.json, or what the "
+            "model was published with) beside the weights"
+        )
+    return tokenizer
 
 
 def cannot_load(what: str, source: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
     if locate(source) is None:
         advice = (
             "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
@@ -184,7 +201,7 @@ def cannot_load(what: str, source: str, error: Exception) -> str:
             "expected a folder in the Hugging Face format (config.json, weights, tokenizer) of an "
             "architecture that the installed transformers knows"
         )
-    return f"cannot load the {what} of {source!r}: {reason[:300]} ({advice})"
+    return f"cannot load the {what} of {source!r}: {first_line(error)} ({advice})"
 
 
 def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
@@ -211,28 +228,6 @@ def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
         "another shape; check that config.json belongs to these weights, and that the task is right"
     )
-
-
-def set_dropout(model: PreTrainedModel, p: float) -> None:
-    """Dropout modules, and the numbers that attention layers hold in place of one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = p
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, p)
-
-
-def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"model {source!r}: its tokenizer has neither a padding nor an end-of-text token, "
-                "so that rows cannot be batched; add a pad_token to tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
@@ -325,7 +320,16 @@ def find_weights(source: str) -> tuple[str, str | None]:
     path = locate(source)
     if path is None:
         return source, None
+    if (path / "adapter_config.json").is_file():
+        raise UserError(is_adapter(source))
     return gguf_folder(path) if path.is_file() else (str(path.resolve()), None)
+
+
+def is_adapter(source: str) -> str:
+    return (
+        f"model {source!r} is an adapter, not a model; set model.source to the base model that the "
+        f"adapter was trained on, and lora.start: {source}, to begin with the adapter"
+    )
 
 
 def hash_folder(folder: Path) -> str:

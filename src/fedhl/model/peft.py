@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fedhl.errors import UserError
+from fedhl.errors import UserError, first_line
 from fedhl.lora import LoRA
 from fedhl.model.adapters import cpu_copy
-from fedhl.model.targets import check_ranks, find_targets, is_conv1d, layer_shape
+from fedhl.model.targets import check_ranks, find_targets, is_conv1d, layer_shape, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,8 @@ class Slots:
     `model` is the transformers model itself, changed in place; `modules` are its adapted layers by
     name, sorted; `order` their names as the model defines them, from its input to its output;
     `factors[rank][name]` are the parameters (A, B) of a slot; `scales[rank]` is PEFT's scaling; `head`
-    are the parameters that are trained whole, shared by all slots.
+    are the parameters that are trained whole, shared by all slots; `left_out` are the layers that
+    "all-linear" passes over, and why.
     """
 
     model: PreTrainedModel
@@ -48,6 +49,7 @@ class Slots:
     factors: Mapping[int, Mapping[str, tuple[nn.Parameter, nn.Parameter]]]
     scales: Mapping[int, float]
     head: Mapping[str, nn.Parameter]
+    left_out: Mapping[str, str]
 
 
 # --- attaching ----------------------------------------------------------------------------------
@@ -74,6 +76,7 @@ def attach(
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("the model has LoRA layers already; load a fresh one")
     names = find_targets(model, targets, head)
+    lacking = left_out(model, targets, head)
     check_ranks(model, names, slots)
     if getattr(model, "is_loaded_in_4bit", False):
         # Layer norms and the other parameters that stayed unquantised go to float32.
@@ -95,16 +98,26 @@ def attach(
         # A model with both Linear and Conv1D targets: PEFT sets this right, layer by layer.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         (first, config), *rest = configs.items()
-        tuner = LoraModel(model, config, first)
-        for name, config in rest:
-            tuner.peft_config[name] = config
-            tuner.inject_adapter(model, name)
+        try:
+            tuner = LoraModel(model, config, first)
+            for name, config in rest:
+                tuner.peft_config[name] = config
+                tuner.inject_adapter(model, name)
+        except Exception as error:  # whatever PEFT says of the user's model
+            raise UserError(
+                f"PEFT cannot adapt the layers of lora.targets in a {type(model).__name__}: "
+                f"{first_line(error)}"
+            ) from error
     model.train(model.training)  # also the dropout that PEFT has put in, which is born training
-    return index_slots(model, names, sorted(slots), head)
+    return index_slots(model, names, sorted(slots), head, lacking)
 
 
 def index_slots(
-    model: PreTrainedModel, names: Sequence[str], ranks: Sequence[int], head: Sequence[str]
+    model: PreTrainedModel,
+    names: Sequence[str],
+    ranks: Sequence[int],
+    head: Sequence[str],
+    lacking: Mapping[str, str],
 ) -> Slots:
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     modules = {name: adapted[name] for name in sorted(adapted)}
@@ -130,7 +143,7 @@ def index_slots(
     for owner in sorted({name.rpartition(".")[0] for name in head}):
         train_in_float32(model.get_submodule(owner))
     parameters = {n: model.get_parameter(n) for n in head}
-    return Slots(model, modules, [*adapted], factors, scales, parameters)
+    return Slots(model, modules, [*adapted], factors, scales, parameters, lacking)
 
 
 def train_in_float32(module: nn.Module) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedhl.errors import UserError
-from fedhl.names import meant
+from fedhl.errors import UserError, first_line
+from fedhl.names import meant, some
 
 
 def find_targets(
@@ -18,16 +21,21 @@ def find_targets(
 ) -> list[str]:
     """The names, sorted, of the layers of an un-adapted `model` that match `targets`.
 
-    Modules that hold parameters of `head` are never among them: the head is trained whole.
-    Raises UserError for a target that matches nothing, or a layer that is not linear.
+    Modules that hold parameters of `head` are never among them: the head is trained whole; nor does
+    "all-linear" name a layer that cannot be adapted, which `unsuitable` tells.
+    Raises UserError for a target that matches nothing, and for a layer that cannot be adapted.
     """
     whole = {name.rpartition(".")[0] for name in head}
     modules = {n: m for n, m in model.named_modules() if n and n not in whole}
     output = output_embedding(model)
-    linear = [n for n, m in modules.items() if is_linear(m) and m is not output]
+    reasons = unsuitable(model, head)
+    linear = [
+        n for n, m in modules.items() if is_linear(m) and m is not output and n not in reasons
+    ]
     if targets == "all-linear":
         if not linear:
-            raise UserError(f"{type(model).__name__} has no linear layer to adapt")
+            why = f" ({next(iter(reasons))} {next(iter(reasons.values()))})" if reasons else ""
+            raise UserError(f"{type(model).__name__} has no linear layer to adapt{why}")
         return sorted(linear)
     if isinstance(targets, str) or not targets:
         raise UserError(f"LoRA targets must be 'all-linear' or a list of names, got {targets!r}")
@@ -42,10 +50,10 @@ def find_targets(
                     f"LoRA target {target!r}: {name} is a {type(modules[name]).__name__}, and only "
                     f"linear layers can be adapted; choose from {suffixes_of(linear)}"
                 )
-            if modules[name] is output and is_tied(model, modules[name]):
+            if name in reasons:
                 raise UserError(
-                    f"LoRA target {target!r}: {name} shares its weight with the input embedding, so "
-                    f"that an update of one would change the other; choose from {suffixes_of(linear)}"
+                    f"LoRA target {target!r}: {name} {reasons[name]}; choose from {suffixes_of(linear)}, or "
+                    "'all-linear', which leaves such layers out"
                 )
         found.update(matched)
     return sorted(found)
@@ -68,9 +76,78 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None  # pyright: ignore[reportReturnType]
 
 
-def is_tied(model: nn.Module, output: nn.Module) -> bool:
-    embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return getattr(embedding, "weight", None) is output.weight
+def unsuitable(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
+    """The linear layers of an un-adapted model, beside its head, that cannot be adapted, and why not."""
+    whole = {name.rpartition(".")[0] for name in head}
+    shared, refused = sharing(model), refused_by_peft(model)
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name in whole or not is_linear(module):
+            continue
+        if others := shared.get(name):
+            reasons[name] = (
+                f"shares its weight with {some(others)}, so that an update of one would change the other"
+            )
+        elif kind_of(name, module) in refused:
+            reasons[name] = f"cannot be adapted by PEFT: {refused[kind_of(name, module)]}"
+    return reasons
+
+
+def left_out(
+    model: nn.Module, targets: Sequence[str] | Literal["all-linear"], head: Sequence[str] = ()
+) -> dict[str, str]:
+    """The layers of an un-adapted model that "all-linear" leaves out since they cannot be adapted, and why
+    not."""
+    output = output_embedding(model)
+    reasons = unsuitable(model, head) if targets == "all-linear" else {}
+    return {n: why for n, why in reasons.items() if model.get_submodule(n) is not output}
+
+
+def sharing(model: nn.Module) -> dict[str, list[str]]:
+    """The modules whose weight is also elsewhere in the model, and where: another module, or another name of
+    the same module, which only one of its callers would see adapted."""
+    holders: dict[tuple[torch.device, int], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            holders.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
+    shared: dict[str, list[str]] = {}
+    for names in holders.values():
+        owners = [name.rpartition(".")[0] for name in names]
+        for name in names if len(names) > 1 else ():
+            owner, _, own = name.rpartition(".")
+            if own == "weight":
+                shared[owner] = [other for other in owners if other != owner]
+    return shared
+
+
+Kind = tuple[str, type[nn.Module]]
+"""What PEFT judges a layer by: the end of its name, and its type."""
+
+
+def kind_of(name: str, module: nn.Module) -> Kind:
+    return name.rpartition(".")[2], type(module)
+
+
+def refused_by_peft(model: nn.Module) -> dict[Kind, str]:
+    """The kinds of linear layers that PEFT does not adapt in this architecture, and what it says of them."""
+    kinds = {kind_of(name, m): m for name, m in model.named_modules() if is_linear(m)}
+    refused: dict[Kind, str] = {}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for (name, type_), module in kinds.items():
+            alone = nn.Module()
+            # PEFT knows the architecture by its config
+            alone.config = getattr(model, "config", None)  # pyright: ignore
+            alone.add_module(name, module)
+            trained = [(p, p.requires_grad) for p in module.parameters()]
+            try:
+                LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "trial")
+            except Exception as error:  # whatever PEFT says of such a layer
+                refused[name, type_] = first_line(error)
+            finally:
+                for parameter, trains in trained:
+                    parameter.requires_grad_(trains)
+    return refused
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
-from fedhl.federation.prepare import check_config, load_federation
+from fedhl.federation.prepare import check_config, load_federation, readable
 from fedhl.files import cache, file_name
 from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
@@ -236,7 +236,8 @@ def participant(
     loaded, federation = base(config, node.model, labels, tuple(sorted(ranks.items())))
     data = replace(data, labels=list(labels) or None)
     with unquoted(node):
-        own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer)
+        check = readable(settings, loaded)
+        own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer, check)
     clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings

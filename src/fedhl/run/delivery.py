@@ -16,7 +16,13 @@ from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.federation.federation import initial_state
-from fedhl.federation.prepare import clients_keep, load_federation, prepare, prepare_server_again
+from fedhl.federation.prepare import (
+    clients_keep,
+    load_federation,
+    prepare,
+    prepare_server_again,
+    readable,
+)
 from fedhl.federation.scores import evaluate_round, truncation
 from fedhl.lora import LoRA, dense
 from fedhl.model.loading import Loaded, load_model
@@ -111,6 +117,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
         rows = load_rows(source)
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
+        readable(config, prepared.loaded)(encoded, source)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")

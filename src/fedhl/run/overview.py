@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedhl.config.conduct import RobustConfig
 from fedhl.data.partition import partition_table
@@ -16,7 +17,8 @@ from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_expected
 from fedhl.method import Remembering, flatten
 from fedhl.model import peft
-from fedhl.names import size
+from fedhl.model.targets import is_linear
+from fedhl.names import size, some
 from fedhl.run.summary import parameters
 from fedhl.seeds import generator
 from fedhl.server import accounting
@@ -87,6 +89,44 @@ def overview(prepared: Prepared) -> Iterator[str]:
         f"{count['base']:,} frozen parameters; LoRA on {len(layers)} layers"
         + (f"; head of {count['head']:,} parameters trained whole" if count["head"] else "")
     )
+    yield from without_adapter(federation.slots)
+
+
+def without_adapter(slots: peft.Slots) -> Iterator[str]:
+    """The layers that "all-linear" leaves out, and the weights that are in no linear layer, such as experts:
+    both get no adapter, and stay as they are."""
+    alike: dict[str, list[str]] = {}
+    for name in slots.left_out:
+        alike.setdefault(pattern(name), []).append(name)
+    for kind, names in alike.items():
+        times = f" ({len(names)} layers)" if len(names) > 1 else ""
+        yield f"left out of all-linear: {kind}{times}; {names[0]} {slots.left_out[names[0]]}"
+    frozen: dict[str, int] = {}
+    for name, weight in outside_layers(slots).items():
+        frozen[pattern(name)] = frozen.get(pattern(name), 0) + weight.numel()
+    if frozen:
+        kinds = sorted(frozen, key=lambda kind: -frozen[kind])
+        yield (
+            f"{sum(frozen.values()):,} parameters get no adapter and stay frozen, since they are in no "
+            f"linear layer: {some(kinds, 4)}"
+        )
+
+
+def outside_layers(slots: peft.Slots) -> dict[str, Tensor]:
+    """The weights of two or more dimensions that are neither in a linear layer nor in an embedding or the
+    head."""
+    return {
+        f"{name}.{own}": weight
+        for name, module in slots.model.named_modules()
+        if not is_linear(module) and not isinstance(module, nn.Embedding)
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1 and f"{name}.{own}" not in slots.head
+    }
+
+
+def pattern(name: str) -> str:
+    """A name with * for its numbers, which is one for the same layer of every block."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def weights(prepared: Prepared) -> Iterator[str]:
