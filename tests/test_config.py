@@ -52,6 +52,11 @@ def test_every_setting_is_explained() -> None:
             assert explained or (name in chosen and model.__doc__), f"{model.__name__}.{name}"
 
 
+def test_a_fresh_head_needs_a_head(tmp_path: Path) -> None:
+    config = causal(model={"source": "x", "fresh_head": True})
+    assert "model.fresh_head: causal-lm trains no head; leave" in refuse(tmp_path, config)
+
+
 @pytest.mark.parametrize(
     "config",
     [

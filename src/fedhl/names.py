@@ -31,6 +31,13 @@ def meant(name: str, known: Iterable[str], count: int = 1) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """`a, b, c`; of more than `most` values the first, and the number of the others."""
+    texts = [str(value) for value in values]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'nmae'; did you mean 'name'? (known: name, other)`."""
     known = list(known)

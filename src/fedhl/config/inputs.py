@@ -27,6 +27,10 @@ class ModelConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The dropout probability inside the base model during training; null: what the checkpoint says. 0 is the
     fastest."""
+    fresh_head: bool = False
+    """Draw the classification head anew, even where the checkpoint has one. Otherwise the head of a
+    checkpoint is kept, with its rows in the order of the data's labels, if it was trained for the same
+    labels; if it was trained for others, it is refused."""
 
 
 class HeldOut(Strict):

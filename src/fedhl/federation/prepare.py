@@ -82,6 +82,7 @@ def load_federation(
         device=device,
         gradient_checkpointing=config.model.gradient_checkpointing,
         dropout=config.model.dropout,
+        fresh_head=config.model.fresh_head,
         seed=config.seed,
     )
     slots = peft.attach(

@@ -79,6 +79,7 @@ def load_fresh(run: Path, loaded: Loaded) -> Loaded:
         config.task.kind,
         labels=read_summary(run)["labels"],
         revision=loaded.revision,
+        fresh_head=config.model.fresh_head,
         seed=config.seed,
     )
 
