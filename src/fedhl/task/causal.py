@@ -8,7 +8,6 @@ for no completion token cannot be learned from and is dropped, which `Encoded.ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt
@@ -16,6 +15,7 @@ from pydantic import PositiveInt
 from fedhl.errors import UserError
 from fedhl.task.examples import IGNORED, Encoded, Example, check_texts
 from fedhl.task.kind import Kind
+from fedhl.task.pieces import tokenize
 from fedhl.task.rows import Rows, column, text_column
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def encode_completion(
     bos = [tokenizer.bos_token_id]
     if bos != tokenizer("")["input_ids"][:1]:
         bos = []
-    tokens = _tokenize(tokenizer, [p + c for p, c in pairs], [[len(p)] for p in prompts])
+    tokens = tokenize(tokenizer, [p + c for p, c in pairs], [[len(p)] for p in prompts])
     masked = []
     for ids, (cut,) in tokens:
         ids = [*bos, *ids, eos]
@@ -137,7 +137,7 @@ def encode_chat(
         texts.append(text)
         spans.append(turns)
     cuts = [[cut for span in turns for cut in span] for turns in spans]
-    tokens = _tokenize(tokenizer, texts, cuts)
+    tokens = tokenize(tokenizer, texts, cuts)
     return _encoded(
         [(ids, list(zip(c[::2], c[1::2], strict=True))) for ids, c in tokens], max_length
     )
@@ -167,37 +167,6 @@ def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> E
             f"the shortest prompt has {min(starts)} tokens with its template; raise max_length"
         )
     return Encoded(examples, kept, truncated)
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], cuts: Sequence[Sequence[int]]
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each text, and its cuts (in characters) as positions in them.
-
-    The tokens before a cut must be what the model sees when it generates from there. Usually
-    those of the whole text are; where a token would span a cut (a newline before the cut merging
-    with spaces after it), the pieces between the cuts are tokenised on their own.
-    """
-    whole = _token_ids(tokenizer, texts)
-    prefixes = [text[:c] for text, cs in zip(texts, cuts, strict=True) for c in cs]
-    heads = iter(_token_ids(tokenizer, prefixes))
-    tokens: list[tuple[list[int], list[int]]] = []
-    for text, ids, places in zip(texts, whole, cuts, strict=True):
-        before = [next(heads) for _ in places]
-        if all(ids[: len(head)] == head for head in before):
-            tokens.append((ids, [len(head) for head in before]))
-            continue
-        pieces = _token_ids(tokenizer, [text[a:b] for a, b in pairwise([0, *places, len(text)])])
-        ends = list(accumulate(len(piece) for piece in pieces))
-        tokens.append(([token for piece in pieces for token in piece], ends[:-1]))
-    return tokens
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: texts beyond the model's length are cut later, a warning would mislead.
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _render_turns(
