@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fedhl.data.label_groups import split_labels
 from fedhl.data.loading import Indices, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid
 from fedhl.errors import UserError
-from fedhl.names import unknown
+from fedhl.names import plural, unknown
 from fedhl.seeds import derive
 from fedhl.task.examples import Encoded, Example
 from fedhl.task.labels import label_names, named_labels, sorted_labels
@@ -50,13 +50,14 @@ class Shards:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The rows of `Shards` as model inputs. `dropped`: the number of rows without room for a completion;
-    `truncated`: the number of rows that lost their end."""
+    """The rows of `Shards` as model inputs. Of all `count` rows, `dropped` had no room for a completion, and
+    `truncated` lost their end."""
 
     train: dict[str, list[Example]]
     client_held_out: dict[str, list[Example]]
     held_out: list[Example]
     validation: list[Example]
+    count: int
     dropped: int
     truncated: int
 
@@ -315,7 +316,20 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
                 "the fraction or task.max_length"
             )
     validation = [by_row[k] for k in shards.validation if k in by_row]
-    dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)
-    return Tokenised(
-        train, own, held.examples, validation, dropped, encoded.truncated + held.truncated
-    )
+    count = len(used) + len(shards.held_out)
+    dropped = count - len(by_row) - len(held.examples)
+    cut = encoded.truncated + held.truncated
+    return Tokenised(train, own, held.examples, validation, count, dropped, cut)
+
+
+def losses(config: Config, tokenised: Tokenised) -> Iterator[str]:
+    """What the rows lose by `task.max_length`, in words; nothing where they lose nothing."""
+    length = f"task.max_length = {config.task.max_length}"
+    cut, count = tokenised.truncated, tokenised.count
+    if cut:
+        yield f"{cut:,} of {plural(count, 'row')} ({cut / count:.0%}) cut to {length} tokens"
+    if tokenised.dropped:
+        yield (
+            f"warning: {plural(tokenised.dropped, 'row')} dropped: their prompts leave no room for a "
+            f"completion within {length}"
+        )

@@ -212,11 +212,8 @@ def assemble(
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
     tokenised = shards.tokenise(config, data, loaded.tokenizer)
-    if tokenised.dropped:
-        watcher.say(
-            f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
-            f"within task.max_length = {config.task.max_length}"
-        )
+    for line in shards.losses(config, tokenised):
+        watcher.say(line)
     federation = replace(
         federation,
         clients=[

@@ -50,8 +50,6 @@ def overview(prepared: Prepared) -> Iterator[str]:
         f"{sum(len(rows) for rows in prepared.tokenised.train.values()):,} training rows of "
         f"{sum(tokens) / len(tokens):.0f} tokens on average (longest {max(tokens)}), "
         f"{len(federation.held_out):,} held out by the server"
-        + (f"; {prepared.tokenised.truncated} rows cut" if prepared.tokenised.truncated else "")
-        + (f"; {prepared.tokenised.dropped} rows dropped" if prepared.tokenised.dropped else "")
     )
     if federation.validation:
         yield f"{len(federation.validation):,} validation rows, for the choice of settings"

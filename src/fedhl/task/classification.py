@@ -71,8 +71,7 @@ class ClassificationTask(Kind):
     ) -> Encoded:
         ids, _ = named_labels(column(rows, self.label, source), source, labels)
         texts = column(rows, self.text, source)
-        examples = encode_classification(tokenizer, texts, ids, self.max_length)
-        return Encoded(examples, list(range(len(rows))), 0)
+        return encode_classification(tokenizer, texts, ids, self.max_length)
 
 
 def encode_classification(
@@ -80,16 +79,23 @@ def encode_classification(
     texts: Sequence[str],
     label_ids: Sequence[int],
     max_length: int,
-) -> list[Example]:
+) -> Encoded:
     """Texts with the tokenizer's special tokens, cut at `max_length`; one class id each."""
     if len(texts) != len(label_ids):
         raise ValueError(f"{len(texts)} texts but {len(label_ids)} labels")
     check_texts(texts, "text")
     if not texts:
-        return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
-    for row, example in enumerate(examples):
-        if not example.input_ids:
+        return Encoded([], [], 0)
+    # verbose=False: a warning of texts beyond the model's length would mislead, since they are cut.
+    encoded = list(tokenizer(list(texts), verbose=False)["input_ids"])
+    long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
+    if long:  # once more, so that special tokens at the end stay there
+        texts_cut = [texts[row] for row in long]
+        cut = tokenizer(texts_cut, truncation=True, max_length=max_length)["input_ids"]
+        for row, ids in zip(long, cut, strict=True):
+            encoded[row] = ids
+    for row, ids in enumerate(encoded):
+        if not ids:
             raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens")
-    return examples
+    examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
+    return Encoded(examples, [*range(len(texts))], len(long))
