@@ -82,7 +82,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such field": (["--set", "task.label=labl"], ["rows.jsonl: row 0", "did you mean 'label'?"]),
     "a row without the field": (
         ["--set", "data.source=no-text.jsonl"],
-        ["no-text.jsonl: row 307 (counted from 0) has no field 'text'"],
+        ["no-text.jsonl: row 307 (counted from 0, line 308): the row has no field 'text'"],
     ),
     "one label": (["--set", "data.source=one-label.jsonl"], ["one-label.jsonl: all", "['plant']"]),
     "a new label": (
@@ -138,7 +138,7 @@ def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
         (["--set", "task.max_length=3"], "max_length 3 leaves no room for a completion"),
         (
             ["--set", "data.source=no-prompt.jsonl"],
-            "field 'prompt' of row 9 (counted from 0) is list",
+            "row 9 (counted from 0, line 10): field 'prompt' is list",
         ),
         (
             ["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"],

@@ -142,7 +142,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     [
         ("hello", "expected a list of messages, got 'hello'"),
         ([], r"expected a list of messages"),
-        ([{"role": "user"}], r"row 1 \(counted from 0\), message 0: expected .*'content'"),
+        ([{"role": "user"}], r"row 1 \(counted from 0\): message 0: expected .*'content'"),
         ([{"role": "user", "content": 3}], "message 0"),
         ([{"role": "user", "content": "x"}], r"no assistant message .*roles: user"),
         ([{"role": "assistant", "content": "x"}], "starts with the assistant"),
@@ -160,7 +160,7 @@ def test_bad_prompts() -> None:
     with pytest.raises(UserError, match="no chat template"):
         encode_chat(PLAIN, [[{"role": "user", "content": "x"}]], 9)
     refusing = characters("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"row 0 .*refuses it: roles must alternate"):
+    with pytest.raises(UserError, match=r"row 0 .*refuses the row: roles must alternate"):
         encode_completion(refusing, ["x"], ["y"], 9)
     endless = characters()
     endless.eos_token = None

@@ -42,7 +42,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'nmae'; did you mean 'name'? (known: name, other)`."""
     known = list(known)
     hint = "".join(f"; did you mean {near!r}?" for near in nearest(name, known))
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
+    return f"unknown {kind} {name!r}{hint} (known: {listed(known)})"
 
 
 # --- what a name stands for ---------------------------------------------------------------------

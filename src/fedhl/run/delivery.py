@@ -109,7 +109,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation = prepared.federation
     if source is not None:
-        rows = load_rows(source)
+        rows = load_rows(source, encoding=config.data.encoding)
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
         federation = replace(federation, held_out=encoded.examples, own={})

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import PositiveInt
 
 from fedhl.errors import UserError
+from fedhl.names import listed
 from fedhl.task.examples import IGNORED, Encoded, Example, check_texts
 from fedhl.task.kind import Kind
 from fedhl.task.pieces import tokenize
-from fedhl.task.rows import Rows, column, text_column
+from fedhl.task.rows import RowError, Rows, column, located, refuse, shown, text_column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +72,12 @@ class CausalTask(Kind):
     ) -> Encoded:
         if self.messages is not None:
             conversations = column(rows, self.messages, source)
-            return encode_chat(tokenizer, conversations, self.max_length)
+            with located(rows, source):
+                return encode_chat(tokenizer, conversations, self.max_length)
         prompts = column(rows, self.prompt, source)
         completions = column(rows, self.completion, source)
-        return encode_completion(tokenizer, prompts, completions, self.max_length)
+        with located(rows, source):
+            return encode_completion(tokenizer, prompts, completions, self.max_length)
 
 
 def encode_completion(
@@ -131,8 +134,9 @@ def encode_chat(
         )
     texts: list[str] = []
     spans: list[list[Span]] = []
+    problems = map(problem_of, conversations)
+    refuse((row, problem) for row, problem in enumerate(problems) if problem)
     for row, messages in enumerate(conversations):
-        _check_conversation(messages, row)
         text, turns = _render_turns(tokenizer, messages, row)
         texts.append(text)
         spans.append(turns)
@@ -182,11 +186,11 @@ def _render_turns(
         head = _render(tokenizer, messages[:i], row, add_generation_prompt=True)
         turn = text if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], row)
         if not (text.startswith(turn) and turn.startswith(head) and done <= len(head)):
-            raise UserError(
-                f"row {row} (counted from 0): the chat template renders message {i} differently "
-                "once the conversation goes on, so the assistant's tokens cannot be told apart. "
-                "Train on rows with one answer each (prompt and completion), or use a chat "
-                "template whose output only grows"
+            raise RowError(
+                row,
+                f"the chat template renders message {i} differently once the conversation goes on, so "
+                "that the assistant's tokens cannot be told apart. Train on rows with one answer each "
+                "(prompt and completion), or use a chat template whose output only grows",
             )
         done = len(turn)
         spans.append((len(head), done))
@@ -199,36 +203,33 @@ def _render(
     row: int,
     add_generation_prompt: bool = False,
 ) -> str:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:
-        raise UserError(
-            f"row {row} (counted from 0): the model's chat template refuses it: {error}"
-        ) from error
+    except Exception as error:  # a template raises what Python raises
+        raise RowError(row, f"the model's chat template refuses the row: {error}") from error
     assert isinstance(text, str)
     return text
 
 
-def _check_conversation(messages: Sequence[Message], row: int) -> None:
-    where = f"row {row} (counted from 0)"
+def problem_of(messages: Sequence[Message]) -> str:
+    """Why these messages are no conversation to learn from; "" if they are one."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}")
+        return f"expected a list of messages, got {shown(messages)}"
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise UserError(
-                f"{where}, message {i}: expected {{'role': ..., 'content': ...}} with texts, "
-                f"got {message!r:.60}"
+            return (
+                f"message {i}: expected {{'role': ..., 'content': ...}} with texts, "
+                f"got {shown(message)}"
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)})")
+        return f"no assistant message to learn from (roles: {listed(roles)})"
     if roles[0] == "assistant":
-        raise UserError(f"{where}: it starts with the assistant; put what it answers before it")
+        return "the conversation starts with the assistant; put what it answers before it"
+    return ""

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from fedhl.errors import UserError
 from fedhl.task.examples import Encoded, Example, check_texts
 from fedhl.task.kind import Kind
 from fedhl.task.labels import label_names, named_labels
-from fedhl.task.rows import Rows, column, text_column
+from fedhl.task.rows import Rows, column, located, refuse, shown, text_column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +55,8 @@ class ClassificationTask(Kind):
 
     def check(self, rows: Rows, source: str) -> None:
         labels = column(rows, self.label, source)
-        try:
+        with located(rows, source):
             label_names(labels)  # one alone is enough for a client that has its own rows
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
         text_column(rows, self.text, source)
 
     def encode(
@@ -69,9 +66,10 @@ class ClassificationTask(Kind):
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None,
     ) -> Encoded:
-        ids, _ = named_labels(column(rows, self.label, source), source, labels)
+        ids, _ = named_labels(column(rows, self.label, source), rows, source, labels)
         texts = column(rows, self.text, source)
-        return encode_classification(tokenizer, texts, ids, self.max_length)
+        with located(rows, source):
+            return encode_classification(tokenizer, texts, ids, self.max_length)
 
 
 def encode_classification(
@@ -94,8 +92,10 @@ def encode_classification(
         cut = tokenizer(texts_cut, truncation=True, max_length=max_length)["input_ids"]
         for row, ids in zip(long, cut, strict=True):
             encoded[row] = ids
-    for row, ids in enumerate(encoded):
-        if not ids:
-            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens")
+    refuse(
+        (row, f"the text {shown(texts[row])} has no tokens; fill it in or remove the row")
+        for row, ids in enumerate(encoded)
+        if not ids
+    )
     examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
     return Encoded(examples, [*range(len(texts))], len(long))

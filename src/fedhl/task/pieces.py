@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fedhl.errors import UserError
+from fedhl.task.rows import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +57,11 @@ def continuation(
         tail = more[len(lead) :]
         if more[: len(lead)] == lead and decoded(tokenizer, ids + tail) in right:
             return tail
-    raise UserError(
-        f"row {row} (counted from 0): the tokenizer cannot part {before[-30:]!r} from the {piece[:30]!r} "
+    raise RowError(
+        row,
+        f"the tokenizer cannot part {before[-30:]!r} from the {piece[:30]!r} "
         "that the model shall learn, without a change of the text; move a blank or a line break from the end "
-        "of the prompt to the begin of the completion, or the other way round"
+        "of the prompt to the begin of the completion, or the other way round",
     )
 
 
