@@ -16,6 +16,7 @@ from support import tiny
 from support.tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
+from fedhl.cli.app import app
 from fedhl.run.overview import size
 
 
@@ -124,6 +125,34 @@ def test_a_mistake_is_named_before_anything_is_written(mistake: str, bad: Path) 
     for part in said:
         assert part in message
     assert not (bad / "runs/refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["run", "tiny.yaml", "--rounds", "3"],
+            "run has no option --rounds; .* by --set rounds=3$",
+        ),
+        (["check", "tiny.yaml", "--rounds=3"], "--set rounds=3$"),
+        (["run", "tiny.yaml", "--lr", "1e-3"], "--set training.learning_rate=1e-3$"),
+        (["run", "--method", "flora", "tiny.yaml"], "--set method=flora$"),
+        (["run", "tiny.yaml", "--batch-size"], "training.batch_size=VALUE or --set evaluation.ba"),
+    ],
+)
+def test_a_setting_is_no_option(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(arguments)
+    message = refused(Done(int(str(left.value.code)), *capsys.readouterr()))
+    assert re.search(said, message)
+
+
+def test_an_option_that_is_no_setting_either(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["run", "tiny.yaml", "--nonsense", "3"])
+    assert "No such option" in capsys.readouterr().err
 
 
 def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from fedhl.cli.app import (
     ConfigFile,
+    Configured,
     NewRunFolder,
     Overrides,
     Quiet,
@@ -45,7 +46,7 @@ def first_look(draft: Config) -> Examined:
     return examine(draft)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def check(config: ConfigFile, set: Overrides = None) -> None:
     """Show what a config amounts to, before anything is trained.
 
@@ -72,7 +73,7 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
         console.print(f"nothing was trained; to train: fedhl run {config}", markup=False)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def run(
     config: ConfigFile,
     set: Overrides = None,
@@ -120,7 +121,7 @@ def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
     finished(run, quiet)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def serve(
     config: ConfigFile,
     superlink: Annotated[
@@ -163,7 +164,7 @@ def flower(module: str) -> Any:
         raise UserError(f"{error.name} is not installed: pip install 'fedhl[flower]'") from None
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def compare(
     config: ConfigFile,
     methods: Annotated[

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedhl.config import Config
+from fedhl.config.ranks import RankShares
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
@@ -212,6 +213,8 @@ def assemble(
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
     tokenised = shards.tokenise(config, data, loaded.tokenizer)
+    if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
+        watcher.say(remark)
     for line in shards.losses(config, tokenised):
         watcher.say(line)
     federation = replace(
