@@ -155,6 +155,32 @@ def test_an_option_that_is_no_setting_either(capsys: pytest.CaptureFixture[str])
     assert "No such option" in capsys.readouterr().err
 
 
+def test_check_says_what_is_odd_in_the_rows(
+    bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = rows(60)
+    for k in range(0, 10):  # prompts without room for a completion
+        made[k]["prompt"] = "the " * 40
+    write_rows(bad / "odd.jsonl", made)
+    write_rows(bad / "odd-held.jsonl", rows(80, seed=5)[60:] + made[20:23])
+    monkeypatch.chdir(bad)
+    changes = ["data.source=odd.jsonl", "data.limit=null", "task.max_length=16"]
+    changes += ["data.held_out={source: odd-held.jsonl}"]
+    with pytest.raises(SystemExit) as left:
+        app(["check", "lm.yaml", *(f"--set={change}" for change in changes)])
+    out = capsys.readouterr().out
+    assert left.value.code in (0, None)
+    assert "warning: 10 rows dropped: their prompts leave no room for a completion" in out
+    seen = re.search(
+        r"warning: (\d+) of 23 held-out rows have the text of a training row.*: (.*)", out
+    )
+    assert seen and seen[2].endswith("line 21, line 22, line 23")
+    clients = re.findall(r"│ (site-\d)\s*│\s*\d+ │\s*(\d+)", out)
+    assert sorted(clients) == [
+        (f"site-{s}", str(sum(k % 3 == s for k in range(10, 60)))) for s in range(3)
+    ]
+
+
 def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
     done = fedhl(bad, "check", "broken.yaml")
     assert done.code == 2 and "broken.yaml is not valid YAML" in done.err and "line 2" in done.err

@@ -62,12 +62,18 @@ def test_every_setting_is_explained() -> None:
         ("lora.target_modules=[query]", "unknown key 'target_modules'; did you mean 'targets'?"),
         ("num_clients=3", "did you mean partition.clients or federation.clients?"),
         ("max_seq_length=9", "did you mean task.max_length?"),
+        ("lora.ranks={shares: {4: .inf}}", "lora.ranks.shares.4: input should be a finite number"),
+        (
+            "lora.ranks={shares: {4: 1e308, 8: 1e308}}",
+            "the sum of the shares is beyond all numbers",
+        ),
+        ("training.learning_rate=.inf", "learning_rate: input should be a finite number, got inf"),
         ("method=fedavg", "method: unknown method 'fedavg'; did you mean 'fedit'?"),
         ("method=FedAvg", "did you mean 'fedit'?"),
         ("partition={kind: iid, clients: 2, alpha: 1}", "'alpha' (known: kind, clients)"),
     ],
 )
-def test_what_others_call_it(change: str, said: str, tmp_path: Path) -> None:
+def test_what_others_write(change: str, said: str, tmp_path: Path) -> None:
     assert said in refuse(tmp_path, classification(), change)
 
 

@@ -262,6 +262,9 @@ def test_rows_without_room_are_dropped_and_counted(tmp_path: Path) -> None:
     assert {name: len(rows) for name, rows in got.train.items()} == {"one": 3, "two": 2}
     assert len(got.held_out) == 1
     assert got.dropped == 3 + 2
+    read = shards.read(settings)
+    lengths_kept = {k: [len(read.rows[j]["prompt"]) for j in v] for k, v in got.rows.items()}
+    assert lengths_kept == {"one": [3, 4, 5], "two": [2, 2]}
     (warning,) = shards.losses(settings, got)
     assert warning.startswith("warning: 5 rows dropped: their prompts leave no room")
     for example in got.train["one"]:  # prompt, completion and end of text

@@ -50,19 +50,22 @@ def first_look(draft: Config) -> Examined:
 def check(config: ConfigFile, set: Overrides = None) -> None:
     """Show what a config amounts to, before anything is trained.
 
-    The data is read and the model is loaded, so that every mistake shows now. Printed are the clients and
-    their rows, the parameters that are trained at each rank, the bytes per client and round, and the memory
-    needed.
+    The data is read and the model is loaded, so that every mistake shows now, and warnings of rows that are
+    odd: rare labels, labels that look alike, blank texts, duplicates. Printed are the clients and their rows,
+    the parameters that are trained at each rank, the bytes per client and round, and the memory needed.
     """
     with friendly(), watching(quiet=False) as watcher:
         from fedhl.config import load_config
 
         draft = load_config(config, set or (), draft=True)
         examined = first_look(draft)
+        from fedhl.data.hygiene import remarks
         from fedhl.federation.prepare import prepare
         from fedhl.run import overview
 
         prepared = prepare(load_config(config, set or ()), watcher, examined)
+        for line in remarks(draft, examined[0]):
+            watcher.say(line)
         tables = (overview.clients_table, overview.ranks_table, overview.memory_table)
         lines, made = list(overview.overview(prepared)), [table(prepared) for table in tables]
         console = stdout()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel, model_validator
 
 from fedhl.errors import UserError
 from fedhl.names import listed, unknown
@@ -65,6 +65,12 @@ class RankShares(Strict):
     @property
     def named(self) -> list[int]:
         return list(self.shares)
+
+    @model_validator(mode="after")
+    def finite(self) -> RankShares:
+        if not math.isfinite(self.total):
+            raise ValueError("the sum of the shares is beyond all numbers; give smaller shares")
+        return self
 
     @property
     def total(self) -> float:

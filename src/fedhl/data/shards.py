@@ -50,10 +50,11 @@ class Shards:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The rows of `Shards` as model inputs. Of all `count` rows, `dropped` had no room for a completion, and
-    `truncated` lost their end."""
+    """The rows of `Shards` as model inputs; `rows`: the indices in `Shards.rows` of those in `train`. Of all
+    `count` rows, `dropped` had no room for a completion, and `truncated` lost their end."""
 
     train: dict[str, list[Example]]
+    rows: dict[str, Indices]
     client_held_out: dict[str, list[Example]]
     held_out: list[Example]
     validation: list[Example]
@@ -326,7 +327,9 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
     count = len(used) + len(shards.held_out)
     dropped = count - len(by_row) - len(held.examples)
     cut = encoded.truncated + held.truncated
-    return Tokenised(train, own, held.examples, validation, count, dropped, cut)
+    kept = used[encoded.rows]
+    rows = {name: part[np.isin(part, kept)] for name, part in shards.clients.items()}
+    return Tokenised(train, rows, own, held.examples, validation, count, dropped, cut)
 
 
 def losses(config: Config, tokenised: Tokenised) -> Iterator[str]:

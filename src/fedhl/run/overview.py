@@ -172,11 +172,11 @@ def robust_rules(config: RobustConfig) -> str:
 
 
 def clients_table(prepared: Prepared) -> Table:
-    """Clients by rank, size and label."""
+    """Clients by rank, the number of rows that they train on, and label."""
     data, config = prepared.data, prepared.config
     labels = config.task.classes(data.rows, config.data.source)
     ranks = {client.id: client.rank for client in prepared.federation.clients}
-    return partition_table(data.clients, labels, ranks)
+    return partition_table(prepared.tokenised.rows, labels, ranks)
 
 
 def ranks_table(prepared: Prepared) -> Table:

@@ -8,7 +8,7 @@ for no completion token cannot be learned from and is dropped, which `Encoded.ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
@@ -62,6 +62,16 @@ class CausalTask(Kind):
             return
         text_column(rows, self.prompt, source)
         text_column(rows, self.completion, source)
+
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.messages is None:
+            return row[self.prompt], row[self.completion]
+        return tuple(str(m[key]) for m in row[self.messages] for key in ("role", "content"))
+
+    def learnt(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.messages is None:
+            return (row[self.completion],)
+        return tuple(m["content"] for m in row[self.messages] if m["role"] == "assistant")
 
     def encode(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
@@ -58,6 +58,9 @@ class ClassificationTask(Kind):
         with located(rows, source):
             label_names(labels)  # one alone is enough for a client that has its own rows
         text_column(rows, self.text, source)
+
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return (row[self.text],)
 
     def encode(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedhl.names import listed
+from fedhl.names import listed, meant
 from fedhl.task.rows import RowError, Rows, located, refuse, shown
 
 
@@ -29,7 +29,11 @@ def label_ids(
             )
     index = {name: i for i, name in enumerate(known)}
     refuse(
-        (row, f"the label is {name!r}, which was not in training; known labels: {listed(known)}")
+        (
+            row,
+            f"the label is {name!r}{meant(name, known)}, which was not in training; known labels: "
+            f"{listed(known)}",
+        )
         for row, name in enumerate(names)
         if name not in index
     )
