@@ -145,7 +145,8 @@ def test_a_setting_is_no_option(
 ) -> None:
     with pytest.raises(SystemExit) as left:
         app(arguments)
-    message = refused(Done(int(str(left.value.code)), *capsys.readouterr()))
+    printed = capsys.readouterr()
+    message = refused(Done(int(str(left.value.code)), printed.out, printed.err))
     assert re.search(said, message)
 
 

@@ -91,10 +91,11 @@ def test_held_out_rows_that_are_trained_on(task: dict[str, Any], tmp_path: Path)
 def test_rows_that_are_drawn_are_compared_too(tmp_path: Path) -> None:
     """Every text twice: whoever holds rows out, some are trained on."""
     rows = [row(k // 2, "ab"[k % 4 // 2]) for k in range(80)]
-    for settings in (
+    each: list[dict[str, Any]] = [
         {"evaluation": {"client_fraction": 0.25}},
         {"data": {"source": str(tmp_path / "rows.jsonl"), "held_out": {"count": 20}}},
         {"data": {"source": str(tmp_path / "rows.jsonl"), "held_out": None, "validation": 20}},
-    ):
+    ]
+    for settings in each:
         (line,) = said(tmp_path, rows, **settings)
         assert " of 20 held-out rows have the text of a training row" in line

@@ -73,10 +73,6 @@ def file_kind(path: Path) -> str:
 # --- text ---------------------------------------------------------------------------------------
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
 def open_text(file: File, newline: str | None = None) -> IO[str]:
     # "utf-8-sig" leaves out a byte order mark; "utf-16" and "utf-32" do so by themselves.
     encoding = "utf-8-sig" if is_utf8(file.encoding) else file.encoding
@@ -90,8 +86,9 @@ def is_utf8(encoding: str) -> bool:
 
 def not_text(file: File, error: UnicodeError) -> str:
     """What is said of a file that is not text in `data.encoding`: the line and the byte."""
-    with open_bytes(file.path) as raw:
-        data = raw.read()
+    data = file.path.read_bytes()
+    if file.path.suffix.lower() == ".gz":
+        data = gzip.decompress(data)
     where = "not"
     try:
         data.decode(file.encoding)

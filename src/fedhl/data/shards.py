@@ -327,7 +327,7 @@ def tokenise(config: Config, shards: Shards, tokenizer: PreTrainedTokenizerBase)
     count = len(used) + len(shards.held_out)
     dropped = count - len(by_row) - len(held.examples)
     cut = encoded.truncated + held.truncated
-    kept = used[encoded.rows]
+    kept = list(by_row)
     rows = {name: part[np.isin(part, kept)] for name, part in shards.clients.items()}
     return Tokenised(train, rows, own, held.examples, validation, count, dropped, cut)
 

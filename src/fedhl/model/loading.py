@@ -175,7 +175,7 @@ def labels_of(folder: str, source: str, revision: str | None) -> list[str]:
     kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
     with quiet():
         try:
-            names = AutoConfig.from_pretrained(folder, **kwargs).id2label or {}
+            names: dict[Any, Any] = AutoConfig.from_pretrained(folder, **kwargs).id2label or {}
         except Exception as error:  # the library raises nearly everything here
             raise UserError(cannot_load("model", source, error)) from error
     return [str(names[i]) for i in sorted(names)]
