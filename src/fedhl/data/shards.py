@@ -175,7 +175,7 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
     training = found([shards.rows[k] for part in shards.clients.values() for k in part])
     held_out = found(shards.held_out)
     for group in groups:
-        names = ", ".join(labels[k] for k in group)
+        names = listed(labels[k] for k in group)
         if not training & set(group):
             raise UserError(
                 f"tasks: no client has training rows of the task with labels {names}; change "

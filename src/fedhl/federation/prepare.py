@@ -21,6 +21,7 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
+from fedhl.names import listed
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
@@ -250,7 +251,7 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
     if not mixed and len(kinds) > 1:
         raise UserError(
             f"method {config.method.name!r} needs one rank and scale for all clients, got ranks "
-            f"{', '.join(str(rank) for rank, _ in kinds)}; set lora.ranks to one number, or use "
+            f"{listed(rank for rank, _ in kinds)}; set lora.ranks to one number, or use "
             "method: fedhl, which takes any ranks"
         )
 
