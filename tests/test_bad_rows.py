@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhl.config import Config
@@ -95,6 +95,43 @@ def test_a_limit_beyond_all_numbers_of_rows(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(jsonl('{"a": 1}', '{"a": 2}'))
     for name in ("a.parquet", "b.jsonl"):
         assert len(load_rows(str(tmp_path / name), limit=10**30)) == 2
+
+
+def whole_files() -> dict[str, bytes]:
+    """A sound file of two rows for each kind of file."""
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x", "é"], "b": [[1], None]}), table)
+    lines, cells = jsonl('{"a": "x"}', '{"a": "\\u00e9"}'), 'a,b\n1,"é, y"\n2,"z""q"\n'.encode()
+    return {
+        **{"f.jsonl": lines, "f.jsonl.gz": gzip.compress(lines), "f.json": b'[{"a": 1}, {"a": 2}]'},
+        **{"f.csv": cells, "f.tsv.gz": gzip.compress(cells)},
+        "f.parquet": table.getvalue().to_pybytes(),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from([*whole_files()]),
+    place=st.integers(0, 2**16),
+    lost=st.integers(0, 9),
+    put=st.binary(max_size=4),
+    encoding=st.sampled_from(["utf-8", "utf-16", "shift_jis", "idna", "utf-7"]),
+)
+def test_damaged_files_are_read_or_refused(
+    name: str,
+    place: int,
+    lost: int,
+    put: bytes,
+    encoding: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    data, path = whole_files()[name], tmp_path_factory.getbasetemp() / name
+    place %= len(data) + 1
+    path.write_bytes(data[:place] + put + data[place + lost :])
+    try:
+        assert all(isinstance(row, Row) for row in load_rows(str(path), encoding=encoding))
+    except UserError as error:
+        assert name in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("text", ['"\\ud83d tail"', '["a", {"b": "x\\udc00"}]', '{"\\ud83d": 1}'])

@@ -9,6 +9,7 @@ import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,11 +37,12 @@ def read_file(path: Path, source: str, limit: int | None, encoding: str) -> Rows
     """The rows of a file. Raises UserError, with the line or the row, for whatever is wrong with it."""
     file, read = File(path, source, limit, encoding), reader_of(path, source)
     try:
-        return read(file)
+        try:
+            return read(file)
+        except UnicodeError as error:
+            raise UserError(not_text(file, error)) from error
     except UserError:
         raise
-    except UnicodeError as error:
-        raise UserError(not_text(file, error)) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{source}: a damaged gzip file ({error}); fetch it again") from error
     except Exception as error:  # the libraries raise nearly everything here
@@ -93,8 +95,11 @@ def not_text(file: File, error: UnicodeError) -> str:
     try:
         data.decode(file.encoding)
     except UnicodeDecodeError as found:
-        line = data[: found.start].decode(file.encoding, "replace").count("\n") + 1
-        where = f"line {line} is not"
+        error = found
+        with suppress(UnicodeError):
+            line = data[: found.start].decode(file.encoding).count("\n") + 1
+            where = f"line {line} is not"
+    except UnicodeError as found:
         error = found
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) and is_utf8(file.encoding):
         advice = "the file begins as one in UTF-16 does: set data.encoding: utf-16"
