@@ -16,6 +16,7 @@ from support import tiny
 from support.tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
+from fedhl.cli.app import app
 from fedhl.run.overview import size
 
 
@@ -82,7 +83,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such field": (["--set", "task.label=labl"], ["rows.jsonl: row 0", "did you mean 'label'?"]),
     "a row without the field": (
         ["--set", "data.source=no-text.jsonl"],
-        ["no-text.jsonl: row 307 (counted from 0) has no field 'text'"],
+        ["no-text.jsonl: row 307 (counted from 0, line 308): the row has no field 'text'"],
     ),
     "one label": (["--set", "data.source=one-label.jsonl"], ["one-label.jsonl: all", "['plant']"]),
     "a new label": (
@@ -126,6 +127,61 @@ def test_a_mistake_is_named_before_anything_is_written(mistake: str, bad: Path) 
     assert not (bad / "runs/refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["run", "tiny.yaml", "--rounds", "3"],
+            "run has no option --rounds; .* by --set rounds=3$",
+        ),
+        (["check", "tiny.yaml", "--rounds=3"], "--set rounds=3$"),
+        (["run", "tiny.yaml", "--lr", "1e-3"], "--set training.learning_rate=1e-3$"),
+        (["run", "--method", "flora", "tiny.yaml"], "--set method=flora$"),
+        (["run", "tiny.yaml", "--batch-size"], "training.batch_size=VALUE or --set evaluation.ba"),
+    ],
+)
+def test_a_setting_is_no_option(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        app(arguments)
+    printed = capsys.readouterr()
+    message = refused(Done(int(str(left.value.code)), printed.out, printed.err))
+    assert re.search(said, message)
+
+
+def test_an_option_that_is_no_setting_either(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["run", "tiny.yaml", "--nonsense", "3"])
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_check_says_what_is_odd_in_the_rows(
+    bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = rows(60)
+    for k in range(0, 10):  # prompts without room for a completion
+        made[k]["prompt"] = "the " * 40
+    write_rows(bad / "odd.jsonl", made)
+    write_rows(bad / "odd-held.jsonl", rows(80, seed=5)[60:] + made[20:23])
+    monkeypatch.chdir(bad)
+    changes = ["data.source=odd.jsonl", "data.limit=null", "task.max_length=16"]
+    changes += ["data.held_out={source: odd-held.jsonl}"]
+    with pytest.raises(SystemExit) as left:
+        app(["check", "lm.yaml", *(f"--set={change}" for change in changes)])
+    out = capsys.readouterr().out
+    assert left.value.code in (0, None)
+    assert "warning: 10 rows dropped: their prompts leave no room for a completion" in out
+    seen = re.search(
+        r"warning: (\d+) of 23 held-out rows have the text of a training row.*: (.*)", out
+    )
+    assert seen and seen[2].endswith("line 21, line 22, line 23")
+    clients = re.findall(r"│ (site-\d)\s*│\s*\d+ │\s*(\d+)", out)
+    assert sorted(clients) == [
+        (f"site-{s}", str(sum(k % 3 == s for k in range(10, 60)))) for s in range(3)
+    ]
+
+
 def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
     done = fedhl(bad, "check", "broken.yaml")
     assert done.code == 2 and "broken.yaml is not valid YAML" in done.err and "line 2" in done.err
@@ -138,7 +194,7 @@ def test_a_broken_config_is_shown_where_it_breaks(bad: Path) -> None:
         (["--set", "task.max_length=3"], "max_length 3 leaves no room for a completion"),
         (
             ["--set", "data.source=no-prompt.jsonl"],
-            "field 'prompt' of row 9 (counted from 0) is list",
+            "row 9 (counted from 0, line 10): field 'prompt' is list",
         ),
         (
             ["--set", "partition={kind: dirichlet, clients: 3, alpha: 1}"],

@@ -299,7 +299,7 @@ def test_a_mistake_is_refused_before_anything_is_run(mistake: str, tmp_path: Pat
     config = load_config(write_config(tmp_path / "c.yaml", classification(**changes)))
     arguments: Json = {"seeds": [0], **more}
     with pytest.raises(UserError, match=said):
-        compare(config, variants, folder=tmp_path / "out", **arguments)
+        compare(config, variants, folder=str(tmp_path / "out"), **arguments)
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from support.tiny import causal, classification, merged
 from fedhl.config import Config, dump_config, load_config
 from fedhl.config.conduct import Participation, TrainingConfig
 from fedhl.config.inputs import LoRAConfig
-from fedhl.config.ranks import RankByClient
+from fedhl.config.ranks import RankByClient, RankShares
 from fedhl.errors import UserError
 from fedhl.strict import help_of
 
@@ -50,6 +50,82 @@ def test_every_setting_is_explained() -> None:
             grouped = models(field.annotation)
             explained = help_of(model).get(name) or (grouped and all(m.__doc__ for m in grouped))
             assert explained or (name in chosen and model.__doc__), f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.lr=1", "training.lr: unknown key 'lr'; did you mean 'learning_rate'?"),
+        ("lr=1", "lr: unknown key 'lr'; did you mean training.learning_rate?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate?"),
+        ("lora.r=8", "lora.r: unknown key 'r'; did you mean 'ranks'?"),
+        ("lora.target_modules=[query]", "unknown key 'target_modules'; did you mean 'targets'?"),
+        ("num_clients=3", "did you mean partition.clients or federation.clients?"),
+        ("max_seq_length=9", "did you mean task.max_length?"),
+        ("lora.ranks={shares: {4: .inf}}", "lora.ranks.shares.4: input should be a finite number"),
+        (
+            "lora.ranks={shares: {4: 1e308, 8: 1e308}}",
+            "the sum of the shares is beyond all numbers",
+        ),
+        ("training.learning_rate=.inf", "learning_rate: input should be a finite number, got inf"),
+        ("method=fedavg", "method: unknown method 'fedavg'; did you mean 'fedit'?"),
+        ("method=FedAvg", "did you mean 'fedit'?"),
+        ("partition={kind: iid, clients: 2, alpha: 1}", "'alpha' (known: kind, clients)"),
+    ],
+)
+def test_what_others_write(change: str, said: str, tmp_path: Path) -> None:
+    assert said in refuse(tmp_path, classification(), change)
+
+
+def test_every_name_of_others_means_something_here() -> None:
+    from fedhl.config.text import settings
+    from fedhl.methods import METHODS
+    from fedhl.names import CALLED
+
+    here = {path.rpartition(".")[2] for path in settings(Config)}
+    assert {"learning_rate", "method", "weighting", "shares"} <= here
+    assert set(CALLED.values()) <= here | set(METHODS)
+    assert not set(CALLED) & (here | set(METHODS))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\nmodel:\n\tsource: x\n", "line begins with a tab, which YAML does not allow"),
+        ("name: a\nmodel:\n  source: x\n\ttask: x\n", "line begins with a tab"),
+        ("name: 2024-13-45\n", "is not valid YAML: month must be in 1..12"),
+        ("rounds: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is not valid YAML: it is nested too deeply"),
+        ("a: \x00", "is not valid YAML: unacceptable character"),
+    ],
+)
+def test_yaml_that_cannot_be_read(text: str, said: str, tmp_path: Path) -> None:
+    assert said in refuse(tmp_path, text)
+
+
+def test_a_value_that_cannot_be_read(tmp_path: Path) -> None:
+    for value in ("2024-13-45", "9" * 5000, "[" * 5000):
+        said = refuse(tmp_path, classification(), f"name={value}")
+        assert said.startswith("--set 'name=") and "the value is not valid YAML" in said
+
+
+def test_shares_that_do_not_sum_to_1_are_told_as_they_are_taken() -> None:
+    said = "lora.ranks.shares sum to 0.8, not to 1; they are taken as 75% of rank 4, 25% of rank 64"
+    assert RankShares(shares={4: 0.6, 64: 0.2}).remark() == said
+    assert RankShares(shares={4: 0.7, 8: 0.2, 64: 0.1}).remark() == ""
+    assert "sum to 4" in RankShares(shares={4: 3, 64: 1}).remark()
+
+
+def test_the_path_of_a_config_may_be_text(tmp_path: Path) -> None:
+    config = load(tmp_path, classification())
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    with pytest.raises(UserError, match=r"config file none\.yaml does not exist"):
+        load_config("none.yaml")
+
+
+def test_a_fresh_head_needs_a_head(tmp_path: Path) -> None:
+    config = causal(model={"source": "x", "fresh_head": True})
+    assert "model.fresh_head: causal-lm trains no head; leave" in refuse(tmp_path, config)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_locate_inside_a_package_without_importing_it(
         ("./nothing", r"no file or folder 'nothing'; the current folder has data"),
         ("data/train.jsonl/deeper.csv", r"'data/train\.jsonl' is a file"),
         ("", "the source is empty"),
+        ("~nobody-of-this-name/rows.jsonl", "no path on this machine: .*home directory"),
+        (300 * "long" + ".csv", "'(long)+' is no path on this machine: .*too long"),
         ("package:no_such_package_here/x", r"pip install no-such-package-here"),
         ("package:numpyy/x", r"did you mean 'numpy'.*pip install"),
         ("package:numpy.linalg/x", "not the import name"),
@@ -187,11 +189,14 @@ def test_settings_that_cannot_apply(write: Write) -> None:
 
 def test_column() -> None:
     assert column(ROWS, "label", "f.csv") == ["1", "0"]
-    with pytest.raises(UserError, match=r"f\.csv: row 0 .*'lable' \(did you mean 'label'\?\); "):
+    with pytest.raises(
+        UserError,
+        match=r"f\.csv: row 0 .*'lable' \(did you mean 'label'\?\); .*wrong in this way: row 1\)$",
+    ):
         column(ROWS, "lable", "f.csv")
-    with pytest.raises(UserError, match=r"row 1 .* has no field 'b'.*fields: a"):
+    with pytest.raises(UserError, match=r"row 1 .*: the row has no field 'b'; its fields: a$"):
         column([{"a": 1, "b": 1}, {"a": 1}], "b", "f.csv")
-    with pytest.raises(UserError, match="'a' is empty in row 1"):
+    with pytest.raises(UserError, match=r"f\.csv: row 1 .*: field 'a' is empty; fill"):
         column([{"a": 0}, {"a": None}], "a", "f.csv")
 
 

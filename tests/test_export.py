@@ -275,7 +275,7 @@ def test_merging_averages_heads_and_patterns(
     base = save("bert", tmp_path / "bert")
     oracle = trained("bert", base, tmp_path)
     folders = [str(tmp_path / name) for name in NAMES]
-    merge = merge_folders(folders, [1, 1, 2], None, tmp_path / "out")
+    merge = merge_folders(folders, [1, 1, 2], None, str(tmp_path / "out"))
     assert merge.weights == (0.25, 0.25, 0.5)
     assert set(merge.ranks.values()) == {10, 13}
     adapter, head, config = adapters.load_adapter(tmp_path / "out")

@@ -272,7 +272,7 @@ def test_a_run_begun_in_one_process_goes_on_over_the_network(
     assert [len(line["clients"]) for line in lines] == [3] * ROUNDS
     with pytest.raises(Stop):
         serve(settings, tmp_path / "other", Faults(clients).grid, 3, Watcher(say=listen))
-    resume_run(tmp_path / "other")
+    resume_run(str(tmp_path / "other"))
     alone(settings, tmp_path / "alone")
     a, b = (
         load_file(max((f / "state").glob("round-*")) / "state.safetensors")

@@ -187,7 +187,9 @@ def test_what_is_wrong_with_its_own_rows_is_in_the_nodes_log_and_not_told(
 
     assert "nowhere.jsonl" in refused(Node("a", "nowhere.jsonl", rank=1))
     file = str(tiny.write_rows(tmp_path / "odd.jsonl", [{"text": 5, "label": "plant"}] * 9))
-    assert "odd.jsonl: field 'text' of row 0" in refused(Node("a", file, rank=1))
+    assert "odd.jsonl: row 0 (counted from 0, line 1): field 'text' is int 5" in refused(
+        Node("a", file, rank=1)
+    )
     # a config could otherwise ask for any field, and have its values in a message
     nosy = shared.model_copy(
         update={"data": shared.data.model_copy(update={"where": {"label": 1}})}

@@ -519,7 +519,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     seen: set[str] = set()
     config = load_config(project / "tiny.yaml", SETTINGS)
     with pytest.raises(Killed):
-        start_run(config, folder, Watcher(step=kill))
+        start_run(config, str(folder), Watcher(step=kill))
     # as if it had drawn the same secret at its start
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["round"] == 0

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.characters import characters
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from fedhl.data.locate import locate
@@ -123,7 +124,7 @@ def test_a_first_token_alone_is_nothing_to_learn() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     assert encode_completion(CHAT, [], [], 9) == Encoded([], [], 0)
-    assert encode_classification(PLAIN, [], [], 9) == []
+    assert encode_classification(PLAIN, [], [], 9) == Encoded([], [], 0)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
@@ -141,7 +142,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     [
         ("hello", "expected a list of messages, got 'hello'"),
         ([], r"expected a list of messages"),
-        ([{"role": "user"}], r"row 1 \(counted from 0\), message 0: expected .*'content'"),
+        ([{"role": "user"}], r"row 1 \(counted from 0\): message 0: expected .*'content'"),
         ([{"role": "user", "content": 3}], "message 0"),
         ([{"role": "user", "content": "x"}], r"no assistant message .*roles: user"),
         ([{"role": "assistant", "content": "x"}], "starts with the assistant"),
@@ -159,7 +160,7 @@ def test_bad_prompts() -> None:
     with pytest.raises(UserError, match="no chat template"):
         encode_chat(PLAIN, [[{"role": "user", "content": "x"}]], 9)
     refusing = characters("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match=r"row 0 .*refuses it: roles must alternate"):
+    with pytest.raises(UserError, match=r"row 0 .*refuses the row: roles must alternate"):
         encode_completion(refusing, ["x"], ["y"], 9)
     endless = characters()
     endless.eos_token = None
@@ -172,14 +173,26 @@ def test_bad_prompts() -> None:
 
 def test_classification() -> None:
     tokenizer = characters(adds_bos=True)
-    examples = encode_classification(tokenizer, ["xyz", "", "xxxxxxx"], [1, 0, 1], 4)
-    tokens = [tokenizer.convert_ids_to_tokens(e.input_ids) for e in examples]
+    encoded = encode_classification(tokenizer, ["xyz", "", "xxxxxxx"], [1, 0, 1], 4)
+    tokens = [tokenizer.convert_ids_to_tokens(e.input_ids) for e in encoded.examples]
     assert tokens == [["<bos>", "x", "y", "z"], ["<bos>"], ["<bos>", "x", "x", "x"]]
-    assert [e.labels for e in examples] == [1, 0, 1]
+    assert [e.labels for e in encoded.examples] == [1, 0, 1]
+    assert (encoded.rows, encoded.truncated) == ([0, 1, 2], 1)
     with pytest.raises(UserError, match=r"row 1 .*has no tokens"):
         encode_classification(PLAIN, ["x", ""], [0, 1], 4)
     with pytest.raises(UserError, match=r"row 0 .*the text is NoneType"):
         encode_classification(PLAIN, [None], [0], 4)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_text_that_is_cut_keeps_the_token_at_its_end() -> None:
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    encoded = encode_classification(tokenizer, ["xyzxyz", "xy", "xyz"], [0, 1, 0], 4)
+    tokens = [tokenizer.convert_ids_to_tokens(e.input_ids) for e in encoded.examples]
+    assert tokens == [["<bos>", "x", "y", "<eos>"]] * 3
+    assert encoded.truncated == 2  # the second is as long without a cut
 
 
 def test_label_ids() -> None:

@@ -230,6 +230,14 @@ def test_tokenised_rows_are_those_of_the_shards(source: str) -> None:
             assert tokenised[name] == [expected(data.rows[k]) for k in part]
     assert got.held_out == [expected(row) for row in data.held_out]
     assert got.dropped == 0
+    assert got.count == len(data.rows)  # training, the clients' and the server's held-out rows
+    everything = [*data.rows]
+    assert got.truncated == sum(len(TOKENIZER(row["text"])["input_ids"]) > 6 for row in everything)
+    share = got.truncated / got.count
+    said = f"{got.truncated} of {got.count} rows ({share:.0%}) cut to task.max_length = 6 tokens"
+    assert [*shards.losses(settings, got)] == [said]
+    roomy = config(source, task={"max_length": 500})
+    assert [*shards.losses(roomy, shards.tokenise(roomy, shards.read(roomy), TOKENIZER))] == []
 
 
 def lm_rows(lengths: dict[str, list[int]]) -> list[dict[str, Any]]:
@@ -254,6 +262,11 @@ def test_rows_without_room_are_dropped_and_counted(tmp_path: Path) -> None:
     assert {name: len(rows) for name, rows in got.train.items()} == {"one": 3, "two": 2}
     assert len(got.held_out) == 1
     assert got.dropped == 3 + 2
+    read = shards.read(settings)
+    lengths_kept = {k: [len(read.rows[j]["prompt"]) for j in v] for k, v in got.rows.items()}
+    assert lengths_kept == {"one": [3, 4, 5], "two": [2, 2]}
+    (warning,) = shards.losses(settings, got)
+    assert warning.startswith("warning: 5 rows dropped: their prompts leave no room")
     for example in got.train["one"]:  # prompt, completion and end of text
         assert isinstance(example.labels, list)
         assert [label == IGNORED for label in example.labels] == [True] * (

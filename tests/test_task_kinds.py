@@ -99,6 +99,7 @@ def test_long_rows_are_cut(name: str) -> None:
     cut = build(name, max_length=room).encode(rows, "rows.jsonl", TOKENIZER, labels)
     assert cut.rows == [0, 1]
     assert [e.input_ids for e in cut.examples] == [e.input_ids[:room] for e in whole]
+    assert cut.truncated == sum(len(example.input_ids) > room for example in whole) > 0
 
 
 @every_field

@@ -13,14 +13,40 @@ ALIKE = 0.5
 """The similarity, between 0 and 1, from which one name is taken for a slip of another."""
 
 
+CALLED = {
+    **{"lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "optim": "optimizer"},
+    **{"num_train_epochs": "epochs", "num_epochs": "epochs", "local_epochs": "epochs"},
+    **{"local_steps": "steps", "max_steps": "steps", "lr_scheduler_type": "schedule"},
+    **{"lr_scheduler": "schedule", "scheduler": "schedule", "wd": "weight_decay"},
+    **{"gradient_accumulation_steps": "accumulation", "grad_clip": "max_grad_norm"},
+    **{"num_rounds": "rounds", "n_rounds": "rounds", "num_clients": "clients"},
+    **{"n_clients": "clients", "r": "ranks", "rank": "ranks", "lora_r": "ranks"},
+    **{"lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"},
+    **{"use_rslora": "rslora", "load_in_4bit": "four_bit", "random_seed": "seed"},
+    **{"max_len": "max_length", "max_seq_len": "max_length", "max_seq_length": "max_length"},
+    **{"model_name_or_path": "source", "model_name": "source", "path": "source", "file": "source"},
+    **{"torch_dtype": "dtype", "workers": "threads", "fp16": "precision", "bf16": "precision"},
+    **{"fedavg": "fedit", "avg": "fedit", "fedavg_lora": "fedit", "fed_it": "fedit"},
+}
+"""What other tools and papers say, and what the same is called here. FedAvg of LoRA's factors is FedIT."""
+
+
+def plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def called(name: str) -> str:
+    """What a name is called here."""
+    return CALLED.get(plain(name), plain(name))
+
+
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """The known names that are most like `name`, the nearest first; upper and lower case are alike, and so
-    are `-` and `_`."""
-
-    def plain(text: str) -> str:
-        return text.lower().replace("-", "_")
+    are `-` and `_`. What `CALLED` knows comes before all."""
 
     by_plain = {plain(other): other for other in known}
+    if called(name) in by_plain:
+        return [by_plain[called(name)]]
     found = get_close_matches(plain(name), list(by_plain), n=count, cutoff=ALIKE)
     return [by_plain[text] for text in found]
 
@@ -31,11 +57,18 @@ def meant(name: str, known: Iterable[str], count: int = 1) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """`a, b, c`; of more than `most` values the first, and the number of the others."""
+    texts = [str(value) for value in values]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'nmae'; did you mean 'name'? (known: name, other)`."""
     known = list(known)
     hint = "".join(f"; did you mean {near!r}?" for near in nearest(name, known))
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
+    return f"unknown {kind} {name!r}{hint} (known: {listed(known)})"
 
 
 def some(names: Sequence[str], most: int = 2) -> str:

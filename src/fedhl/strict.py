@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values do not change, and the text under a field is its help."""
+    """Unknown keys are errors, numbers are finite, values do not change, and the text under a field is its
+    help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def help_of(model: type[BaseModel]) -> dict[str, str]:

@@ -6,10 +6,12 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from fedhl import __version__
 from fedhl.errors import UserError
@@ -104,6 +106,32 @@ Round = Annotated[
     str,
     typer.Option("--round", help="The checkpoint: best, last, or the number of a kept round."),
 ]
+
+
+class Configured(TyperCommand):
+    """A command that has a config. An option of the name of a setting gets the hint of `--set`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # of click, which is not ours to import
+                raise
+            from fedhl.config.text import places
+
+            option: str = getattr(error, "option_name", "")
+            found = places(option.lstrip("-"))
+            if not found:
+                raise
+            values = [b for a, b in pairwise(given) if a == option and not b.startswith("-")]
+            values += [text for text in given if text.startswith(f"{option}=")]
+            value = values[0].removeprefix(f"{option}=") if values else "VALUE"
+            ways = " or ".join(f"--set {path}={value}" for path in found)
+            with friendly():
+                raise UserError(
+                    f"{self.name} has no option {option}; a setting of the config is changed by {ways}"
+                ) from None
 
 
 # --- what a command prints ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ import typer
 
 from fedhl.cli.app import (
     ConfigFile,
+    Configured,
     NewRunFolder,
     Overrides,
     Quiet,
@@ -45,23 +46,26 @@ def first_look(draft: Config) -> Examined:
     return examine(draft)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def check(config: ConfigFile, set: Overrides = None) -> None:
     """Show what a config amounts to, before anything is trained.
 
-    The data is read and the model is loaded, so that every mistake shows now. Printed are the clients and
-    their rows, the parameters that are trained at each rank, the bytes per client and round, and the memory
-    needed.
+    The data is read and the model is loaded, so that every mistake shows now, and warnings of rows that are
+    odd: rare labels, labels that look alike, blank texts, duplicates. Printed are the clients and their rows,
+    the parameters that are trained at each rank, the bytes per client and round, and the memory needed.
     """
     with friendly(), watching(quiet=False) as watcher:
         from fedhl.config import load_config
 
         draft = load_config(config, set or (), draft=True)
         examined = first_look(draft)
+        from fedhl.data.hygiene import remarks
         from fedhl.federation.prepare import prepare
         from fedhl.run import overview
 
         prepared = prepare(load_config(config, set or ()), watcher, examined)
+        for line in remarks(draft, examined[0]):
+            watcher.say(line)
         tables = (overview.clients_table, overview.ranks_table, overview.memory_table)
         lines, made = list(overview.overview(prepared)), [table(prepared) for table in tables]
         console = stdout()
@@ -72,7 +76,7 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
         console.print(f"nothing was trained; to train: fedhl run {config}", markup=False)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def run(
     config: ConfigFile,
     set: Overrides = None,
@@ -120,7 +124,7 @@ def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
     finished(run, quiet)
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def serve(
     config: ConfigFile,
     superlink: Annotated[
@@ -163,7 +167,7 @@ def flower(module: str) -> Any:
         raise UserError(f"{error.name} is not installed: pip install 'fedhl[flower]'") from None
 
 
-@commands.command(rich_help_panel=PANEL)
+@commands.command(rich_help_panel=PANEL, cls=Configured)
 def compare(
     config: ConfigFile,
     methods: Annotated[

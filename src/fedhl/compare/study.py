@@ -21,6 +21,7 @@ from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
 from fedhl.files import write_text
+from fedhl.names import listed
 from fedhl.record import read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
@@ -141,7 +142,7 @@ def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
     """Raises UserError for a method of one rank on mixed ranks, suggesting a variant with one rank."""
     ranks = config.lora.ranks.named
     if not config.method.build().mixed_ranks and len(set(ranks)) > 1:
-        shown = ", ".join(str(rank) for rank in sorted(set(ranks)))
+        shown = listed(sorted(set(ranks)))
         raise UserError(
             f"--methods {variant.text}: {variant.method} needs one rank for all clients, and lora.ranks "
             f"has {shown}; give the variant a rank of its own: "
@@ -232,7 +233,7 @@ def compare(
     config: Config,
     variants: Sequence[str],
     seeds: Sequence[int],
-    folder: Path,
+    folder: str | Path,
     watcher: Watcher = SILENT,
     rates: Sequence[float] = (),
 ) -> Comparison:
@@ -250,6 +251,7 @@ def compare(
             refuse_mixed_ranks(variant, variant.config(config, seed))
         if rates:
             refuse_own_rate(variant)
+    folder = Path(folder)
     study = Study(config, made, seeds, rates, folder)
     grid, chosen = study.grid(), {}
     if rates:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from fedhl.config.ranks import OneRank, RankByClient, RankList, RankRule, RankShares
 from fedhl.strict import Strict
@@ -27,6 +34,21 @@ class ModelConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The dropout probability inside the base model during training; null: what the checkpoint says. 0 is the
     fastest, and drops no layers either."""
+    fresh_head: bool = False
+    """Draw the classification head anew, even where the checkpoint has one. Otherwise the head of a
+    checkpoint is kept, with its rows in the order of the data's labels, if it was trained for the same
+    labels; if it was trained for others, it is refused."""
+
+
+def text_encoding(name: str) -> str:
+    """The name, if Python knows an encoding of text by it. Raises ValueError otherwise."""
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(
+            f"expected the name of a text encoding such as utf-8, latin-1 or cp1252, got {name!r}"
+        ) from None
+    return name
 
 
 class HeldOut(Strict):
@@ -66,6 +88,9 @@ class DataConfig(Strict):
     """Use only the rows in which a field has this value, or one of these values:
     `{source: rotten_tomatoes}`. The rule also selects among the rows that clients bring, but not among those
     of `held_out.source`."""
+    encoding: Annotated[str, AfterValidator(text_encoding)] = "utf-8"
+    """The encoding of text files with rows, as Python names it: utf-8, latin-1, cp1252, utf-16, ... A byte
+    order mark at the begin of a file is left out."""
     limit: PositiveInt | None = None
     """Use this number of rows, drawn at random by the run's seed; null: use all rows."""
     held_out: HeldOut | None = HeldOut(fraction=0.1)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, RootModel, model_validator
 
 from fedhl.errors import UserError
-from fedhl.names import unknown
+from fedhl.names import listed, unknown
 from fedhl.seeds import generator
 from fedhl.strict import Strict
 
@@ -66,14 +66,32 @@ class RankShares(Strict):
     def named(self) -> list[int]:
         return list(self.shares)
 
+    @model_validator(mode="after")
+    def finite(self) -> RankShares:
+        if not math.isfinite(self.total):
+            raise ValueError("the sum of the shares is beyond all numbers; give smaller shares")
+        return self
+
+    @property
+    def total(self) -> float:
+        return sum(self.shares.values())
+
+    def remark(self) -> str:
+        """What the shares are taken for if they do not sum to 1; "" if they do."""
+        if math.isclose(self.total, 1, rel_tol=1e-6):
+            return ""
+        parts = (f"{share / self.total:.0%} of rank {r}" for r, share in self.shares.items())
+        return (
+            f"lora.ranks.shares sum to {self.total:g}, not to 1; they are taken as {listed(parts)}"
+        )
+
     def rank_of(self, client: str) -> int | None:
         return None
 
     def assign(self, clients: Sequence[str], seed: int) -> dict[str, int]:
         import torch
 
-        total = sum(self.shares.values())
-        quotas = {r: share / total * len(clients) for r, share in sorted(self.shares.items())}
+        quotas = {r: share / self.total * len(clients) for r, share in sorted(self.shares.items())}
         counts = {rank: math.floor(quota) for rank, quota in quotas.items()}
         by_remainder = sorted(quotas, key=lambda rank: counts[rank] - quotas[rank])
         for rank in by_remainder[: len(clients) - sum(counts.values())]:

@@ -95,6 +95,14 @@ class Config(Strict):
         return {**raw, "evaluation": {"client_fraction": 0.1} | evaluation}
 
     @model_validator(mode="after")
+    def head_to_draw(self) -> Config:
+        if self.model.fresh_head and not self.task.head:
+            raise ValueError(
+                f"model.fresh_head: {self.task.kind} trains no head; leave model.fresh_head out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def analog_payload(self) -> Config:
         narrow = {self.wire.payload, self.wire.download} - {"float32", None}
         if self.channel is not None and narrow:

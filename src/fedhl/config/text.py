@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from fedhl.config.conduct import MedianRule, TrimmedRule
 from fedhl.config.inputs import ColumnPartition, DirichletPartition, IIDPartition
-from fedhl.config.named import DEFAULT_METHOD, named
+from fedhl.config.named import DEFAULT_METHOD, Named, named
 from fedhl.config.schema import DRAFT, Config
 from fedhl.errors import UserError
-from fedhl.names import unknown
+from fedhl.names import called, unknown
 from fedhl.strict import Strict
 from fedhl.task import Task
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, draft: bool = False) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, draft: bool = False) -> Config:
     """The config in a YAML file, with `a.b=value` overrides. Raises UserError, naming the field.
 
     `draft`: only what can be checked without the classes of the method and the weighting, which import torch;
     for a first look, and never for a run.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
-    try:
-        raw = yaml.load(text, Loader=ConfigLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from None
+    raw = parse(text, f"config file {path} is")
     if not isinstance(raw, dict):
         raise UserError(
             f"config file {path} must hold a mapping of settings, got {type(raw).__name__}"
@@ -46,6 +44,22 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, draft: bool = Fals
         return Config.model_validate(raw, context=DRAFT if draft else None)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
+
+
+def parse(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises UserError, which begins with `what`."""
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except yaml.MarkedYAMLError as error:
+        mark, hint = error.problem_mark, ""
+        line = text.splitlines()[mark.line : mark.line + 1] if mark else []
+        if line and "\t" in line[0][: len(line[0]) - len(line[0].lstrip())]:
+            hint = "\n  the line begins with a tab, which YAML does not allow; indent with blanks"
+        raise UserError(f"{what} not valid YAML: {error}{hint}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also of a date or a number
+        raise UserError(f"{what} not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{what} not valid YAML: it is nested too deeply") from None
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -87,10 +101,7 @@ def set_value(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override!r}: expected KEY=VALUE, e.g. --set training.steps=20")
-    try:
-        value = yaml.load(text, Loader=ConfigLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    value = parse(text, f"--set {override!r}: the value is")
     node: Any = raw
     *parents, last = key.strip().split(".")
     for depth, part in enumerate(parents):
@@ -139,7 +150,11 @@ def explain_one(item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
-        return f"{field}: {unknown('key', location[-1], siblings(item['loc']))}"
+        key, known = location[-1], siblings(item["loc"])
+        elsewhere = places(key)
+        if elsewhere and field not in elsewhere and called(key) not in known:
+            return f"{field}: unknown key {key!r}; did you mean {' or '.join(elsewhere)}?"
+        return f"{field}: {unknown('key', key, known)}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -179,6 +194,30 @@ def siblings(location: tuple[int | str, ...]) -> list[str]:
         if len(options) == 1:
             model = options[0]
     return list(getattr(model, "model_fields", {}))
+
+
+def places(name: str) -> list[str]:
+    """The settings of this name, or of what is meant by it, such as `training.learning_rate`; those of the
+    topmost groups alone."""
+    named = [path for path in settings(Config) if path.rpartition(".")[2] == called(name)]
+    top = min((path.count(".") for path in named), default=0)
+    return [path for path in dict.fromkeys(named) if path.count(".") == top]
+
+
+def settings(model: Any, prefix: str = "") -> Iterator[str]:
+    """The paths of all settings that a type mentions; `method` and `weighting` are one setting each."""
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        for part in get_args(model):
+            yield from settings(part, prefix)
+        return
+    if issubclass(model, RootModel):  # a rank or a list of ranks
+        yield prefix[:-1]
+        return
+    if issubclass(model, Named):
+        return
+    for name, field in model.model_fields.items():
+        inner = list(settings(field.annotation, f"{prefix}{name}."))
+        yield from inner or [f"{prefix}{name}"]
 
 
 def dump_config(config: Config) -> str:

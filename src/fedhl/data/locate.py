@@ -41,9 +41,12 @@ def locate(source: str) -> Path | None:
         raise UserError(f"the source is empty; {FORMS}")
     if source.startswith(PACKAGE):
         return inside_package(source)
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a name that is too long
+        raise UserError(f"{source[:100]!r} is no path on this machine: {error}; {FORMS}") from None
     if is_hub_id(source):
         return None
     raise UserError(f"{missing_part(path)}; {FORMS}")

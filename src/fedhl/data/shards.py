@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from fedhl.data.label_groups import split_labels
 from fedhl.data.loading import Indices, fingerprint, hold_out, load_rows
 from fedhl.data.partition import by_column, dirichlet, iid
 from fedhl.errors import UserError
-from fedhl.names import unknown
+from fedhl.names import listed, plural, unknown
 from fedhl.seeds import derive
 from fedhl.task.examples import Encoded, Example
 from fedhl.task.labels import label_names, named_labels, sorted_labels
-from fedhl.task.rows import Rows, column
+from fedhl.task.rows import Rows, column, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,13 +50,15 @@ class Shards:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The rows of `Shards` as model inputs. `dropped`: the number of rows without room for a completion;
-    `truncated`: the number of rows that lost their end."""
+    """The rows of `Shards` as model inputs; `rows`: the indices in `Shards.rows` of those in `train`. Of all
+    `count` rows, `dropped` had no room for a completion, and `truncated` lost their end."""
 
     train: dict[str, list[Example]]
+    rows: dict[str, Indices]
     client_held_out: dict[str, list[Example]]
     held_out: list[Example]
     validation: list[Example]
+    count: int
     dropped: int
     truncated: int
 
@@ -64,7 +66,7 @@ class Tokenised:
 def read(config: Config) -> Shards:
     """Read and partition the data. Raises UserError, naming the setting, the row or the client."""
     data = config.data
-    rows = rows_where(config, load_rows(data.source, split=data.split))
+    rows = rows_where(config, load_rows(data.source, split=data.split, encoding=data.encoding))
     check_fields(config, rows)  # before rows are drawn, while their numbers are those of the file
     if data.limit is not None and data.limit < len(rows):
         rng = np.random.default_rng(derive(config.seed, "limit"))
@@ -73,7 +75,9 @@ def read(config: Config) -> Shards:
     training, held_out, hash = np.arange(len(rows)), [], fingerprint(data.source)
     rule = data.held_out
     if rule is not None and rule.source is not None:
-        held_out = load_rows(rule.source, split=rule.split, limit=rule.count)
+        held_out = load_rows(
+            rule.source, split=rule.split, limit=rule.count, encoding=data.encoding
+        )
         hash += f" {fingerprint(rule.source)}"
     elif rule is not None and rule.split is not None:
         held_out = rows_where(config, load_rows(data.source, split=rule.split))[: rule.count]
@@ -91,7 +95,7 @@ def read(config: Config) -> Shards:
         training, validation = hold_out_validation(config, training, classes)
     labels = None
     if classes is not None:
-        ids, names = named_labels(classes, data.source)
+        ids, names = named_labels(classes, rows, data.source)
         labels = [names[k] for k in sorted({ids[j] for j in training})]
     clients = {
         name: training[part] for name, part in partition_training(config, rows, training).items()
@@ -113,9 +117,11 @@ def client_shards(
     result are those of its own rows. Raises UserError as `read` does."""
     data = config.data.model_copy(update={"source": source, "split": None})
     config = config.model_copy(update={"data": data})
-    rows = load_rows(source)
+    rows = load_rows(source, encoding=data.encoding)
     if fields is not None:
-        rows = [{name: row[name] for name in fields if name in row} for row in rows]
+        for row in rows:
+            for name in row.keys() - set(fields):
+                del row[name]
     rows = rows_where(config, rows)
     check_fields(config, rows)
     part, held = np.arange(len(rows)), {}
@@ -124,7 +130,9 @@ def client_shards(
     labels = None
     classes = config.task.classes(rows, source)
     if classes is not None:
-        labels = sorted_labels(set(label_names([classes[k] for k in part])))
+        with located(rows, source):
+            names = label_names(classes)
+        labels = sorted_labels({names[k] for k in part})
     return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
 
 
@@ -140,7 +148,8 @@ def server_shards(config: Config, labels: Sequence[str] | None) -> Shards:
             "data.held_out: when clients have their own data, the server's held-out rows need a source "
             "of their own; set data.held_out.source, or data.held_out: null"
         )
-    held = load_rows(rule.source, split=rule.split, limit=rule.count)
+    encoding = config.data.encoding
+    held = load_rows(rule.source, split=rule.split, limit=rule.count, encoding=encoding)
     return Shards([], {}, {}, held, nobody, names, f"{CLIENTS_OWN} {fingerprint(rule.source)}")
 
 
@@ -161,12 +170,12 @@ def with_tasks(config: Config, shards: Shards) -> Shards:
 
     def found(rows: Rows) -> set[int]:
         classes = config.task.classes(rows, config.data.source) or []
-        return set(named_labels(classes, config.data.source, labels)[0])
+        return set(named_labels(classes, rows, config.data.source, labels)[0])
 
     training = found([shards.rows[k] for part in shards.clients.values() for k in part])
     held_out = found(shards.held_out)
     for group in groups:
-        names = ", ".join(labels[k] for k in group)
+        names = listed(labels[k] for k in group)
         if not training & set(group):
             raise UserError(
                 f"tasks: no client has training rows of the task with labels {names}; change "
@@ -215,7 +224,7 @@ def rows_with(rows: Rows, field: str, wanted: Any, source: str) -> Rows:
         seen = sorted(set(found))
         raise UserError(
             f"data.where: no row of {source} has {field} {' or '.join(sorted(values))}; its values are "
-            f"{', '.join(seen[:10])}{', ...' if len(seen) > 10 else ''}"
+            f"{listed(seen)}"
         )
     return chosen
 
@@ -324,7 +333,22 @@ def tokenise(
                 "the fraction or task.max_length"
             )
     validation = [by_row[k] for k in shards.validation if k in by_row]
-    dropped = len(used) - len(by_row) + len(shards.held_out) - len(held.examples)
-    return Tokenised(
-        train, own, held.examples, validation, dropped, encoded.truncated + held.truncated
-    )
+    count = len(used) + len(shards.held_out)
+    dropped = count - len(by_row) - len(held.examples)
+    cut = encoded.truncated + held.truncated
+    kept = list(by_row)
+    rows = {name: part[np.isin(part, kept)] for name, part in shards.clients.items()}
+    return Tokenised(train, rows, own, held.examples, validation, count, dropped, cut)
+
+
+def losses(config: Config, tokenised: Tokenised) -> Iterator[str]:
+    """What the rows lose by `task.max_length`, in words; nothing where they lose nothing."""
+    length = f"task.max_length = {config.task.max_length}"
+    cut, count = tokenised.truncated, tokenised.count
+    if cut:
+        yield f"{cut:,} of {plural(count, 'row')} ({cut / count:.0%}) cut to {length} tokens"
+    if tokenised.dropped:
+        yield (
+            f"warning: {plural(tokenised.dropped, 'row')} dropped: their prompts leave no room for a "
+            f"completion within {length}"
+        )

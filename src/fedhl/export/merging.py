@@ -74,7 +74,7 @@ def merge_folders(
     folders: Sequence[str],
     weights: Sequence[float] | None,
     rank: int | None,
-    out: Path,
+    out: str | Path,
     *,
     normalize: bool = True,
     force: bool = False,
@@ -86,6 +86,7 @@ def merge_folders(
     its rank; otherwise every layer is cut to the best approximation of at most this rank.
     `force` merges adapters of different base models.
     """
+    out = Path(out)
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
     parts = [load_adapter(adapter_folder(folder)) for folder in folders]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedhl.config import Config
+from fedhl.config.ranks import RankShares
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
@@ -21,6 +22,7 @@ from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import check_rows, padding_id
+from fedhl.names import listed
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
@@ -84,6 +86,7 @@ def load_federation(
         device=device,
         gradient_checkpointing=config.model.gradient_checkpointing,
         dropout=config.model.dropout,
+        fresh_head=config.model.fresh_head,
         seed=config.seed,
     )
     refuse_padding(config, loaded)
@@ -214,11 +217,10 @@ def assemble(
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
     tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(config, loaded))
-    if tokenised.dropped:
-        watcher.say(
-            f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
-            f"within task.max_length = {config.task.max_length}"
-        )
+    if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
+        watcher.say(remark)
+    for line in shards.losses(config, tokenised):
+        watcher.say(line)
     federation = replace(
         federation,
         clients=[
@@ -261,7 +263,7 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
     if not mixed and len(kinds) > 1:
         raise UserError(
             f"method {config.method.name!r} needs one rank and scale for all clients, got ranks "
-            f"{', '.join(str(rank) for rank, _ in kinds)}; set lora.ranks to one number, or use "
+            f"{listed(rank for rank, _ in kinds)}; set lora.ranks to one number, or use "
             "method: fedhl, which takes any ranks"
         )
 

@@ -18,6 +18,7 @@ from fedhl.files import file_name
 from fedhl.flower.mailbox import Mailbox, pause
 from fedhl.flower.records import HELLO, pack
 from fedhl.model.loading import load_tokenizer, tokenizer_hash
+from fedhl.names import listed
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.server import Client
@@ -74,7 +75,7 @@ class Roster:
         noticed, end = monotonic() - PATIENCE, monotonic() + seconds
         while len(self.look()) < number and monotonic() < end:
             if monotonic() - noticed > PATIENCE:
-                there = ", ".join(sorted(repr(m.client) for m in self.members.values())) or "none"
+                there = listed(sorted(repr(m.client) for m in self.members.values())) or "none"
                 self.watcher.say(f"waiting for {number} clients before {what}; connected: {there}")
                 noticed = monotonic()
             pause()

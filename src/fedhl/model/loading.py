@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from fedhl.data.locate import locate
 from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
+from fedhl.model import classes
 from fedhl.model.dropout import refuse_random, set_dropout
 from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
 from fedhl.names import some
@@ -73,15 +74,17 @@ def load_model(
     device: str = "cpu",
     gradient_checkpointing: bool = False,
     dropout: float | None = None,
+    fresh_head: bool = False,
     seed: int = 0,
 ) -> Loaded:
     """The base model with its tokenizer, every parameter frozen, in eval mode, on `device`.
 
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
     at `revision`; `task` is the name of a kind. A classification head that the checkpoint lacks, or
-    holds for another number of labels, is drawn from `seed` alone: the global random state is neither
-    used nor changed. `dropout` replaces every dropout probability of the model; None leaves them.
-    Raises UserError for a source, device or setting that cannot work.
+    holds for another number of labels without names, is drawn from `seed` alone: the global random state is
+    neither used nor changed. A head whose labels have names is put into the order of `labels`; it is
+    drawn anew with `fresh_head`. `dropout` replaces every dropout probability of the model; None leaves them.
+    Raises UserError for a source, device or setting that cannot work, and for a head of other labels.
     """
     kind, target = KINDS[task], device_named(device)
     if four_bit:
@@ -95,12 +98,17 @@ def load_model(
     kwargs |= kind.model_settings(labels)
     if four_bit:
         kwargs |= four_bit_settings(kind, target)
+    own = labels_of(folder, source, revision) if kind.head else ()
     with quiet(), seeded(seed, target if four_bit else torch.device("cpu")):
-        model, missing = load_weights(folder, source, kind, dtype, kwargs)
-
-    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
-        raise UserError(is_adapter(source))
-    head = head_names(model, missing, source) if kind.head else ()
+        model, lacking, misfits = load_weights(folder, source, kind, dtype, kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
+            raise UserError(is_adapter(source))
+        missing = lacking | misfits
+        head = head_names(model, missing, source) if kind.head else ()
+        if fresh_head:
+            classes.draw(model, (name for name in head if name not in missing))
+        elif labels is not None and not lacking.issuperset(head):
+            classes.reorder(model, own, labels, source)
     if missing and not kind.head:
         raise UserError(incomplete(source, sorted(missing), model))
     if not all(model.get_parameter(name).is_floating_point() for name in head):
@@ -150,8 +158,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def load_weights(
     folder: str, source: str, kind: type[Kind], dtype: torch.dtype, kwargs: dict[str, Any]
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the parameters that its checkpoint did not hold in the right shape."""
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model, the parameters that its checkpoint did not hold, and those of another shape there."""
     import transformers
 
     try:
@@ -167,7 +175,20 @@ def load_weights(
         raise UserError(cannot_load("model", source, error)) from error
     model, info = loaded
     model.eval()
-    return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
+
+
+def labels_of(folder: str, source: str, revision: str | None) -> list[str]:
+    """The names that the checkpoint gives to the rows of its classification head."""
+    from transformers import AutoConfig
+
+    kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
+    with quiet():
+        try:
+            names: dict[Any, Any] = AutoConfig.from_pretrained(folder, **kwargs).id2label or {}
+        except Exception as error:  # the library raises nearly everything here
+            raise UserError(cannot_load("model", source, error)) from error
+    return [str(names[i]) for i in sorted(names)]
 
 
 def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -215,11 +236,10 @@ def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[
     if lost:
         raise UserError(incomplete(source, lost, model))
     names = [name for name, _ in model.named_parameters()]
-    return tuple(
-        name
-        for name in names
-        if name in missing or any(part.endswith(HEAD_SUFFIXES) for part in name.split(".")[:-1])
-    )
+    head = [n for n in names if any(part.endswith(HEAD_SUFFIXES) for part in n.split(".")[:-1])]
+    if not head:  # it has another name: `classification_head`, `logits_proj`
+        head = [n for n in names if not n.startswith(prefix)]
+    return tuple(name for name in names if name in missing or name in head)
 
 
 def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:

@@ -118,6 +118,8 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
     tokenizer = load_tokenizer(source, config.model.revision)
     with unquoted(node):
         tokenised = shards.tokenise(own_config(config, node), data, tokenizer)
+    for line in shards.losses(config, tokenised):
+        logger.info("%s", line)
     return {
         "protocol": wire.PROTOCOL,
         "client": node.client,

@@ -85,6 +85,7 @@ def load_fresh(run: Path, loaded: Loaded) -> Loaded:
         config.task.kind,
         labels=read_summary(run)["labels"],
         revision=loaded.revision,
+        fresh_head=config.model.fresh_head,
         seed=config.seed,
     )
 
@@ -114,7 +115,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation = prepared.federation
     if source is not None:
-        rows = load_rows(source)
+        rows = load_rows(source, encoding=config.data.encoding)
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
         readable(config, prepared.loaded)(encoded, source)

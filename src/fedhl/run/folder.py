@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.files import write_text
+from fedhl.names import listed
 from fedhl.record import read_metrics, read_summary, rounds_in
 from fedhl.watch import SILENT, Watcher
 
@@ -85,7 +86,7 @@ def load_checkpoint(
             )
         which = int(best["round"])
     if which not in rounds:
-        kept = ", ".join(str(round) for round in sorted(rounds)) or "none"
+        kept = listed(sorted(rounds)) or "none"
         raise UserError(
             f"{folder}: no checkpoint of round {which}; kept: {kept} (see checkpoints.keep)"
         )

@@ -38,18 +38,20 @@ from fedhl.watch import SILENT, Watcher
 
 
 def start_run(
-    config: Config, folder: Path, watcher: Watcher = SILENT, examined: Examined | None = None
+    config: Config, folder: str | Path, watcher: Watcher = SILENT, examined: Examined | None = None
 ) -> None:
     """Run from the first round into a new folder. Raises UserError if the folder is taken.
 
     `examined`: the rows and the ranks, if they have been read already.
     """
+    folder = Path(folder)
     refuse_taken(folder)
     start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
-def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
+def resume_run(folder: str | Path, watcher: Watcher = SILENT) -> None:
     """Continue after the newest good checkpoint, to the same end as an uninterrupted run."""
+    folder = Path(folder)
     config = load_run_config(folder)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
         raise UserError(

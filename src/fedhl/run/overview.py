@@ -52,8 +52,6 @@ def overview(prepared: Prepared) -> Iterator[str]:
         f"{sum(len(rows) for rows in prepared.tokenised.train.values()):,} training rows of "
         f"{sum(tokens) / len(tokens):.0f} tokens on average (longest {max(tokens)}), "
         f"{len(federation.held_out):,} held out by the server"
-        + (f"; {prepared.tokenised.truncated} rows cut" if prepared.tokenised.truncated else "")
-        + (f"; {prepared.tokenised.dropped} rows dropped" if prepared.tokenised.dropped else "")
     )
     if federation.validation:
         yield f"{len(federation.validation):,} validation rows, for the choice of settings"
@@ -214,11 +212,11 @@ def robust_rules(config: RobustConfig) -> str:
 
 
 def clients_table(prepared: Prepared) -> Table:
-    """Clients by rank, size and label."""
+    """Clients by rank, the number of rows that they train on, and label."""
     data, config = prepared.data, prepared.config
     labels = config.task.classes(data.rows, config.data.source)
     ranks = {client.id: client.rank for client in prepared.federation.clients}
-    return partition_table(data.clients, labels, ranks)
+    return partition_table(prepared.tokenised.rows, labels, ranks)
 
 
 def ranks_table(prepared: Prepared) -> Table:

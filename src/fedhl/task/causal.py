@@ -8,15 +8,16 @@ for no completion token cannot be learned from and is dropped, which `Encoded.ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
 from fedhl.errors import UserError
+from fedhl.names import listed
 from fedhl.task.examples import IGNORED, Encoded, Example, check_texts
 from fedhl.task.kind import Kind
-from fedhl.task.rows import Rows, column, text_column
+from fedhl.task.pieces import tokenize
+from fedhl.task.rows import RowError, Rows, column, located, refuse, shown, text_column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,16 @@ class CausalTask(Kind):
         text_column(rows, self.prompt, source)
         text_column(rows, self.completion, source)
 
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.messages is None:
+            return row[self.prompt], row[self.completion]
+        return tuple(str(m[key]) for m in row[self.messages] for key in ("role", "content"))
+
+    def learnt(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.messages is None:
+            return (row[self.completion],)
+        return tuple(m["content"] for m in row[self.messages] if m["role"] == "assistant")
+
     def encode(
         self,
         rows: Rows,
@@ -71,10 +82,12 @@ class CausalTask(Kind):
     ) -> Encoded:
         if self.messages is not None:
             conversations = column(rows, self.messages, source)
-            return encode_chat(tokenizer, conversations, self.max_length)
+            with located(rows, source):
+                return encode_chat(tokenizer, conversations, self.max_length)
         prompts = column(rows, self.prompt, source)
         completions = column(rows, self.completion, source)
-        return encode_completion(tokenizer, prompts, completions, self.max_length)
+        with located(rows, source):
+            return encode_completion(tokenizer, prompts, completions, self.max_length)
 
 
 def encode_completion(
@@ -105,7 +118,7 @@ def encode_completion(
     bos = [tokenizer.bos_token_id]
     if bos != tokenizer("")["input_ids"][:1]:
         bos = []
-    tokens = _tokenize(tokenizer, [p + c for p, c in pairs], [[len(p)] for p in prompts])
+    tokens = tokenize(tokenizer, [p + c for p, c in pairs], [[len(p)] for p in prompts])
     masked = []
     for ids, (cut,) in tokens:
         ids = [*bos, *ids, eos]
@@ -131,13 +144,14 @@ def encode_chat(
         )
     texts: list[str] = []
     spans: list[list[Span]] = []
+    problems = map(problem_of, conversations)
+    refuse((row, problem) for row, problem in enumerate(problems) if problem)
     for row, messages in enumerate(conversations):
-        _check_conversation(messages, row)
         text, turns = _render_turns(tokenizer, messages, row)
         texts.append(text)
         spans.append(turns)
     cuts = [[cut for span in turns for cut in span] for turns in spans]
-    tokens = _tokenize(tokenizer, texts, cuts)
+    tokens = tokenize(tokenizer, texts, cuts)
     return _encoded(
         [(ids, list(zip(c[::2], c[1::2], strict=True))) for ids, c in tokens], max_length
     )
@@ -169,37 +183,6 @@ def _encoded(rows: Iterable[tuple[list[int], list[Span]]], max_length: int) -> E
     return Encoded(examples, kept, truncated)
 
 
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], cuts: Sequence[Sequence[int]]
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each text, and its cuts (in characters) as positions in them.
-
-    The tokens before a cut must be what the model sees when it generates from there. Usually
-    those of the whole text are; where a token would span a cut (a newline before the cut merging
-    with spaces after it), the pieces between the cuts are tokenised on their own.
-    """
-    whole = _token_ids(tokenizer, texts)
-    prefixes = [text[:c] for text, cs in zip(texts, cuts, strict=True) for c in cs]
-    heads = iter(_token_ids(tokenizer, prefixes))
-    tokens: list[tuple[list[int], list[int]]] = []
-    for text, ids, places in zip(texts, whole, cuts, strict=True):
-        before = [next(heads) for _ in places]
-        if all(ids[: len(head)] == head for head in before):
-            tokens.append((ids, [len(head) for head in before]))
-            continue
-        pieces = _token_ids(tokenizer, [text[a:b] for a, b in pairwise([0, *places, len(text)])])
-        ends = list(accumulate(len(piece) for piece in pieces))
-        tokens.append(([token for piece in pieces for token in piece], ends[:-1]))
-    return tokens
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: texts beyond the model's length are cut later, a warning would mislead.
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _render_turns(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], row: int
 ) -> tuple[str, list[Span]]:
@@ -213,11 +196,11 @@ def _render_turns(
         head = _render(tokenizer, messages[:i], row, add_generation_prompt=True)
         turn = text if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], row)
         if not (text.startswith(turn) and turn.startswith(head) and done <= len(head)):
-            raise UserError(
-                f"row {row} (counted from 0): the chat template renders message {i} differently "
-                "once the conversation goes on, so the assistant's tokens cannot be told apart. "
-                "Train on rows with one answer each (prompt and completion), or use a chat "
-                "template whose output only grows"
+            raise RowError(
+                row,
+                f"the chat template renders message {i} differently once the conversation goes on, so "
+                "that the assistant's tokens cannot be told apart. Train on rows with one answer each "
+                "(prompt and completion), or use a chat template whose output only grows",
             )
         done = len(turn)
         spans.append((len(head), done))
@@ -230,36 +213,33 @@ def _render(
     row: int,
     add_generation_prompt: bool = False,
 ) -> str:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:
-        raise UserError(
-            f"row {row} (counted from 0): the model's chat template refuses it: {error}"
-        ) from error
+    except Exception as error:  # a template raises what Python raises
+        raise RowError(row, f"the model's chat template refuses the row: {error}") from error
     assert isinstance(text, str)
     return text
 
 
-def _check_conversation(messages: Sequence[Message], row: int) -> None:
-    where = f"row {row} (counted from 0)"
+def problem_of(messages: Sequence[Message]) -> str:
+    """Why these messages are no conversation to learn from; "" if they are one."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r:.60}")
+        return f"expected a list of messages, got {shown(messages)}"
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise UserError(
-                f"{where}, message {i}: expected {{'role': ..., 'content': ...}} with texts, "
-                f"got {message!r:.60}"
+            return (
+                f"message {i}: expected {{'role': ..., 'content': ...}} with texts, "
+                f"got {shown(message)}"
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError(f"{where}: no assistant message to learn from (roles: {', '.join(roles)})")
+        return f"no assistant message to learn from (roles: {listed(roles)})"
     if roles[0] == "assistant":
-        raise UserError(f"{where}: it starts with the assistant; put what it answers before it")
+        return "the conversation starts with the assistant; put what it answers before it"
+    return ""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from fedhl.errors import UserError
 from fedhl.task.examples import Encoded, Example, check_texts
 from fedhl.task.kind import Kind
 from fedhl.task.labels import label_names, named_labels
-from fedhl.task.rows import Rows, column, text_column
+from fedhl.task.rows import Rows, column, located, refuse, shown, text_column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +55,12 @@ class ClassificationTask(Kind):
 
     def check(self, rows: Rows, source: str) -> None:
         labels = column(rows, self.label, source)
-        try:
+        with located(rows, source):
             label_names(labels)  # one alone is enough for a client that has its own rows
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
         text_column(rows, self.text, source)
+
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return (row[self.text],)
 
     def encode(
         self,
@@ -69,10 +69,10 @@ class ClassificationTask(Kind):
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None,
     ) -> Encoded:
-        ids, _ = named_labels(column(rows, self.label, source), source, labels)
+        ids, _ = named_labels(column(rows, self.label, source), rows, source, labels)
         texts = column(rows, self.text, source)
-        examples = encode_classification(tokenizer, texts, ids, self.max_length)
-        return Encoded(examples, list(range(len(rows))), 0)
+        with located(rows, source):
+            return encode_classification(tokenizer, texts, ids, self.max_length)
 
 
 def encode_classification(
@@ -80,16 +80,25 @@ def encode_classification(
     texts: Sequence[str],
     label_ids: Sequence[int],
     max_length: int,
-) -> list[Example]:
+) -> Encoded:
     """Texts with the tokenizer's special tokens, cut at `max_length`; one class id each."""
     if len(texts) != len(label_ids):
         raise ValueError(f"{len(texts)} texts but {len(label_ids)} labels")
     check_texts(texts, "text")
     if not texts:
-        return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        return Encoded([], [], 0)
+    # verbose=False: a warning of texts beyond the model's length would mislead, since they are cut.
+    encoded = list(tokenizer(list(texts), verbose=False)["input_ids"])
+    long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
+    if long:  # once more, so that special tokens at the end stay there
+        texts_cut = [texts[row] for row in long]
+        cut = tokenizer(texts_cut, truncation=True, max_length=max_length)["input_ids"]
+        for row, ids in zip(long, cut, strict=True):
+            encoded[row] = ids
+    refuse(
+        (row, f"the text {shown(texts[row])} has no tokens; fill it in or remove the row")
+        for row, ids in enumerate(encoded)
+        if not ids
+    )
     examples = [Example(ids, label) for ids, label in zip(encoded, label_ids, strict=True)]
-    for row, example in enumerate(examples):
-        if not example.input_ids:
-            raise UserError(f"row {row} (counted from 0): the text {texts[row]!r} has no tokens")
-    return examples
+    return Encoded(examples, [*range(len(texts))], len(long))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedhl.errors import UserError
+from fedhl.task.rows import refuse, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
 
 def check_texts(texts: Sequence[Any], what: str) -> None:
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(
-                f"row {row} (counted from 0): the {what} is {type(text).__name__} {text!r:.60}, "
-                "expected text"
-            )
+    refuse(
+        (row, f"the {what} is {type(text).__name__} {shown(text)}, expected text")
+        for row, text in enumerate(texts)
+        if not isinstance(text, str)
+    )

@@ -59,6 +59,15 @@ class Kind(Strict, ABC):
     ) -> Encoded:
         """Tokenised rows; `labels` are the names of the classes. Raises UserError as `check` does."""
 
+    @abstractmethod
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """All that the model reads of a row that has passed `check`: two rows with the same texts are the
+        same."""
+
+    def learnt(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of the texts that should not be blank."""
+        return self.texts(row)
+
     @property
     def class_field(self) -> str | None:
         """The field of a row's class, by which rows are told apart; None where rows have no class."""

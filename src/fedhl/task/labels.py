@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedhl.errors import UserError
+from fedhl.names import listed, meant
+from fedhl.task.rows import RowError, Rows, located, refuse, shown
 
 
 def label_ids(
@@ -23,30 +24,36 @@ def label_ids(
     if known is None:
         known = sorted_labels(set(names))
         if len(known) < 2:
-            raise UserError(f"all {len(names)} rows have the same label {known}; need two or more")
-    index = {name: i for i, name in enumerate(known)}
-    for row, name in enumerate(names):
-        if name not in index:
-            raise UserError(
-                f"row {row} (counted from 0) has label {name!r}, which was not in training; "
-                f"known labels: {', '.join(known)}"
+            raise RowError(
+                [], f"all {len(names)} rows have the same label {known}; need two or more"
             )
+    index = {name: i for i, name in enumerate(known)}
+    refuse(
+        (
+            row,
+            f"the label is {name!r}{meant(name, known)}, which was not in training; known labels: "
+            f"{listed(known)}",
+        )
+        for row, name in enumerate(names)
+        if name not in index
+    )
     return [index[name] for name in names], list(known)
 
 
 def named_labels(
-    values: Sequence[Any], source: str, known: Sequence[str] | None = None
+    values: Sequence[Any], rows: Rows, source: str, known: Sequence[str] | None = None
 ) -> tuple[list[int], list[str]]:
-    """`label_ids`, with the source in its errors."""
-    try:
+    """`label_ids` of the values of these rows, with the source and the row in its errors."""
+    with located(rows, source):
         return label_ids(values, known)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def label_names(values: Sequence[Any]) -> list[str]:
     """The name of each label value. Raises UserError for one that is empty or no class."""
-    return [_label_name(value, row) for row, value in enumerate(values)]
+    refuse(
+        (row, problem) for row, value in enumerate(values) if (problem := problem_of_label(value))
+    )
+    return [str(int(x)) if isinstance(x, float) else str(x) for x in values]
 
 
 def sorted_labels(names: set[str]) -> list[str]:
@@ -56,12 +63,10 @@ def sorted_labels(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def _label_name(value: Any, row: int) -> str:
+def problem_of_label(value: Any) -> str:
+    """Why this value names no class; "" if it does."""
     if value is None or (isinstance(value, float) and not value.is_integer()):
-        raise UserError(
-            f"row {row} (counted from 0): {value!r} is no class label; "
-            "expected a name or a whole number"
-        )
-    if isinstance(value, (list, dict)):
-        raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}")
-    return str(int(value)) if isinstance(value, float) else str(value)
+        return f"{value!r} is no class label; expected a name or a whole number"
+    if isinstance(value, list | tuple | dict):
+        return f"one label expected, got {shown(value)}"
+    return ""
