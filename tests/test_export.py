@@ -336,7 +336,10 @@ def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one weight per adapter, got 2 for 3"):
         merge_folders(folders, [1, 2], None, out)
     with pytest.raises(UserError, match="must sum to more than 0"):
-        merge_folders(folders, [1, -1, 0], None, out)
+        merge_folders(folders, [0, 0, 0], None, out)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="finite numbers and not negative"):
+            merge_folders(folders, [1, wrong, 3], None, out)
     with pytest.raises(UserError, match="rank must be at least 1, got 0"):
         merge_folders(folders, None, 0, out)
     with pytest.raises(UserError, match="no file or folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -202,10 +203,13 @@ def stdout() -> Console:
 def parse_numbers(
     option: str, text: str, kind: Callable[[str], Number], example: str
 ) -> list[Number]:
-    """Numbers between commas. Raises UserError, naming the option and showing the example."""
+    """Finite numbers between commas. Raises UserError, naming the option and showing the example."""
     try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [kind(part) for part in text.split(",")]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+    except (ValueError, OverflowError):
         raise UserError(
-            f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
+            f"{option} {text!r}: expected finite numbers separated by commas, e.g. {example}"
         ) from None
+    return numbers

@@ -17,7 +17,7 @@ from fedhl.export.cards import front_matter
 from fedhl.export.fetch import adapter_folder
 from fedhl.export.folders import publish
 from fedhl.lora import LoRA
-from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
+from fedhl.model.adapters import AdapterFolder, is_finite, load_adapter, save_adapter
 
 
 class Merge(NamedTuple):
@@ -38,8 +38,8 @@ def merge_adapters(
 ) -> dict[str, LoRA]:
     """`Σ w_i s_i B_i A_i` in every layer, exactly, as one adapter of scale 1 and rank `Σ r_i`.
 
-    Raises UserError unless all adapters have the same layers of the same shapes, and there is one
-    finite weight for each.
+    Raises UserError unless all adapters have the same layers of the same shapes, there is one
+    finite weight for each, and the sum is finite.
     """
     if not adapters:
         raise UserError("no adapters to merge; give at least one")
@@ -62,12 +62,19 @@ def merge_adapters(
                     f"layer {name} is {first[name].shape} in adapter 1 and {adapter[name].shape} in "
                     f"adapter {i}; they belong to different base models"
                 )
-    return {
+    merged = {
         name: algebra.concat(
             (w, adapter[name]) for w, adapter in zip(weights, adapters, strict=True)
         )
         for name in sorted(first)
     }
+    for name, lora in merged.items():
+        if not (is_finite(lora.A) and is_finite(lora.B)):
+            raise UserError(
+                f"layer {name}: the sum of the updates times their weights is not finite in float32; "
+                f"choose smaller weights than {list(weights)}, and finite adapters"
+            )
+    return merged
 
 
 def merge_folders(
@@ -92,6 +99,8 @@ def merge_folders(
     if not parts:
         raise UserError("no adapters to merge; name at least one adapter folder")
     used = list(weights) if weights is not None else [1.0] * len(parts)
+    if not all(math.isfinite(w) and w >= 0 for w in used):
+        raise UserError(f"the weights must be finite numbers and not negative, got {used}")
     if not sum(used) > 0:
         raise UserError(f"the weights must sum to more than 0, got {used}")
     shares = [w / sum(used) for w in used]
