@@ -379,6 +379,14 @@ def test_a_run_can_start_from_an_adapter(runs: Path, tmp_path: Path) -> None:
     assert first["full"] == pytest.approx(expected)
     assert {k: first["truncated"][k] for k in expected} == pytest.approx(expected)
 
+    (adapter / "config.json").rename(adapter / "unnamed.json")
+    done = tiny.fedhl(project, "check", *start[1:])
+    assert done.code == 0 and "warning: nothing says which labels the head of" in done.out
+    text = (adapter / "unnamed.json").read_text()
+    (adapter / "config.json").write_text(text.replace('"plant"', '"stone"'))
+    done = tiny.fedhl(project, *start, "--out", tmp_path / "refused")
+    assert done.code == 2 and "has the labels 'animal', 'stone', the data has" in done.err
+    (adapter / "config.json").write_text(text)
     done = tiny.fedhl(project, *start, "--set", "lora.ranks=2", "--out", tmp_path / "refused")
     assert done.code == 2
     assert "rank 4, expected (32, 32) and at most 2" in done.err and "fedhl merge" in done.err

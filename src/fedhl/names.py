@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import UserDict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -11,6 +12,12 @@ from typing import Any
 
 ALIKE = 0.5
 """The similarity, between 0 and 1, from which one name is taken for a slip of another."""
+
+
+def one_line(name: str) -> bool:
+    """Whether a name from data can be printed and written: without control characters, line breaks and
+    halves of a surrogate pair."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:

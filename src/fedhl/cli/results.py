@@ -140,6 +140,12 @@ def merge(
             f"{100 * result.error:.3g}% of the squared norm",
             markup=False,
         )
+        if result.unnamed:
+            console.print(
+                f"warning: nothing says which labels the heads of {', '.join(result.unnamed)} have; their "
+                "mean is right only if all have the same labels in the same order",
+                markup=False,
+            )
         worst = max(result.errors, key=lambda name: result.errors[name])
         if result.errors[worst] > 0:
             console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)

@@ -228,6 +228,8 @@ def assemble(
         tasks=data.tasks,
     )
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
+    if head and data.labels is not None:
+        check_start_labels(config, data.labels, watcher)
     head = peft.read_head(federation.slots) | head  # copied now: training will change the model's
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
@@ -279,3 +281,22 @@ def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA],
                 "model and these labels"
             )
     return adapter, head
+
+
+def check_start_labels(config: Config, labels: Sequence[str], watcher: Watcher) -> None:
+    """Raises UserError if the head that `lora.start` brings has other labels than the data, or the same in
+    another order; warns if nothing says which it has."""
+    assert config.lora.start is not None
+    theirs = adapters.adapter_labels(Path(config.lora.start))
+    if theirs is None:
+        watcher.say(
+            f"warning: nothing says which labels the head of {config.lora.start} has; starting from it "
+            f"is right only if they are {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}, in this "
+            "order"
+        )
+    elif theirs != list(labels):
+        raise UserError(
+            f"lora.start: the head of {config.lora.start} has the labels {', '.join(map(repr, theirs[:5]))}, "
+            f"the data has {', '.join(map(repr, labels[:5]))}; start from an adapter of the same labels in "
+            "the same order"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -138,6 +140,21 @@ def load_adapter(folder: Path) -> AdapterFolder:
         layer: read_layer(folder, layer, factors[layer], config, ranks, alphas) for layer in factors
     }
     return AdapterFolder(adapter, head, config)
+
+
+def adapter_labels(folder: Path) -> list[str] | None:
+    """The names of the labels that the head of an adapter has, in order, from the model's config beside it;
+    None if nobody has named them, as in a folder that PEFT wrote alone. Raises UserError for a config that is
+    none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        known = from_json(file.read_bytes()).get("id2label") or {}
+        labels = [str(known[key]) for key in sorted(known, key=int)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the labels in {file}: {error}") from error
+    return None if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

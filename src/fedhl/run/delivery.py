@@ -15,6 +15,7 @@ from fedhl.config.conduct import ComputeConfig
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
+from fedhl.export.cards import base_licence
 from fedhl.federation.federation import initial_state
 from fedhl.federation.prepare import clients_keep, load_federation, prepare, prepare_server_again
 from fedhl.federation.scores import evaluate_round, truncation
@@ -52,17 +53,23 @@ def export_run(
         raise UserError(f"{run}: method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
-    base, labels = loaded.source_for_adapter, summary["labels"] or ()
+    base = loaded.source_for_adapter
+    about: dict[str, Any] = {
+        "base": base,
+        "max_length": config.task.max_length,
+        "labels": summary["labels"] or (),
+        "licence": base_licence(base),
+    }
     if rank is None:
         fresh = load_fresh(run, loaded)
-        card = model_card(summary, "merged", None, base=base, labels=labels)
+        card = model_card(summary, "merged", None, **about)
         export_merged(
             out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
         )
         return [f"round {state.round}, full-rank update merged into {base}: {out}"]
     adapter = truncation(federation, state, rank)
     got = max(lora.rank for lora in adapter.values())
-    card = model_card(summary, "adapter", got, base=base, labels=labels)
+    card = model_card(summary, "adapter", got, **about)
     export_adapter(out, loaded, adapter, state.head, card)
     short = "" if got == rank else f" (the rank of the update; asked for was {rank})"
     return [

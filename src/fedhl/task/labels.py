@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedhl.errors import UserError
+from fedhl.names import one_line
 
 
 def label_ids(
@@ -64,4 +65,10 @@ def _label_name(value: Any, row: int) -> str:
         )
     if isinstance(value, (list, dict)):
         raise UserError(f"row {row} (counted from 0): one label expected, got {value!r:.60}")
-    return str(int(value)) if isinstance(value, float) else str(value)
+    name = str(int(value)) if isinstance(value, float) else str(value)
+    if not one_line(name):
+        raise UserError(
+            f"row {row} (counted from 0): the label {name!r:.60} has a control character or a line break; "
+            "clean the data"
+        )
+    return name
