@@ -254,15 +254,25 @@ def compare(
 
 
 def finished(run: Path, quiet: bool) -> None:
-    """The last words of a run: its numbers, its report, and what to do next."""
+    """The last words of a run: its numbers, its report, and what to do next. A run that has failed ends
+    with the reason and exit code 3."""
+    from fedhl.record import FAILED, read_summary
+
+    summary = read_summary(run)
+    failed = summary["status"] == FAILED
+    if failed:
+        print(f"failed: {summary['reason']}", file=sys.stderr)
     if quiet:
-        return
+        raise typer.Exit(3 if failed else 0)
     from fedhl.report import final_table
 
     console = stdout()
     console.print(final_table(run))
     console.print(f"report: {run / 'report.html'}", markup=False)
+    if failed:
+        raise typer.Exit(3)
+    top = max(client["rank"] for client in summary["clients"])
     console.print(
-        f"a PEFT adapter of rank 8: fedhl export {run} --rank 8 --out {run.name}-rank8",
+        f"a PEFT adapter of rank {top}: fedhl export {run} --rank {top} --out {run.name}-rank{top}",
         markup=False,
     )

@@ -21,7 +21,7 @@ from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
 from fedhl.files import write_text
-from fedhl.record import read_summary
+from fedhl.record import FAILED, FINISHED, read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import load_run_config
@@ -331,7 +331,7 @@ def finished(run: Path) -> bool:
     if not (run / "config.yaml").is_file() or not (run / "summary.json").is_file():
         return False
     # a kill in the last moment leaves no report: resuming writes it
-    return read_summary(run)["status"] == "finished" and (run / "report.html").is_file()
+    return read_summary(run)["status"] in (FINISHED, FAILED) and (run / "report.html").is_file()
 
 
 def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from fedhl import server
 from fedhl.config.conduct import ComputeConfig
@@ -20,8 +21,9 @@ from fedhl.federation.federation import initial_state
 from fedhl.federation.prepare import clients_keep, load_federation, prepare, prepare_server_again
 from fedhl.federation.scores import evaluate_round, truncation
 from fedhl.lora import LoRA, dense
+from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
-from fedhl.record import read_summary
+from fedhl.record import FAILED, measured, read_summary
 from fedhl.run.folder import load_checkpoint, load_run_config, networked
 from fedhl.run.summary import check_same, clients_own_data
 from fedhl.server import ServerState
@@ -49,6 +51,9 @@ def export_run(
     check_same(run, config, {"model": loaded.hash})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     known = server.deltas(federation.method, state)
+    refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
+    if summary["status"] == FAILED:
+        watcher.say(f"warning: {run} failed: {summary['reason']}")
     if not known:
         raise UserError(f"{run}: method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
@@ -76,6 +81,23 @@ def export_run(
         f"round {state.round}, PEFT adapter of rank {got}{short}: {out}",
         f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
     ]
+
+
+def refuse_diverged(
+    run: Path,
+    state: ServerState,
+    deltas: Mapping[str, Tensor | LoRA],
+    evaluation: Mapping[str, Any] | None,
+) -> None:
+    """Raises UserError unless all numbers of the model are finite, and the losses, where they were measured."""
+    factors = [t for d in deltas.values() for t in ((d.A, d.B) if isinstance(d, LoRA) else (d,))]
+    if not all(
+        is_finite(tensor) for tensor in (*factors, *state.head.values())
+    ) or None in measured(evaluation or {}):
+        raise UserError(
+            f"{run}: training had diverged by round {state.round}, whose numbers or losses are not finite; "
+            "export an earlier round, e.g. with --round best"
+        )
 
 
 def load_fresh(run: Path, loaded: Loaded) -> Loaded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
-from fedhl.files import write_text
+from fedhl.files import json_text, write_text
 from fedhl.record import read_metrics, read_summary, rounds_in
 from fedhl.watch import SILENT, Watcher
 
@@ -101,7 +100,7 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     # the line in the file is the same, with the seconds of the checkpoint
     last = next((line for line in lines if line["round"] == last["round"]), last)
     kept = [*(line for line in lines if line["round"] < last["round"]), last]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    text = "".join(json_text(line) + "\n" for line in kept)
     write_text(folder / "metrics.jsonl", text)
 
 

@@ -15,9 +15,9 @@ from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
-from fedhl.files import append_line, write_text
+from fedhl.files import append_line, finite, write_text
 from fedhl.model.training import learning_rate
-from fedhl.record import better, rounds_in
+from fedhl.record import FINISHED, better, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
@@ -127,7 +127,7 @@ def run_rounds(
             mark(folder, "interrupted")
         raise
     with writing(folder):
-        write_summary(prepared, folder, "finished", best)
+        write_summary(prepared, folder, FINISHED, best)
         write_report(folder)
 
 
@@ -188,7 +188,7 @@ def finish_round(
     with uninterrupted(), writing(folder):
         phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
         seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
-        notes = {"metrics": line, "best": best}
+        notes = finite({"metrics": line, "best": best})
         state = checkpoint.on_disk(folder / "state", state)
         checkpoint.save(folder / "state", state, notes)
         checkpoint.prune(
