@@ -206,6 +206,30 @@ def test_a_merged_model_computes_what_the_run_computed(
     assert not any("other" in p.name for p in tmp_path.iterdir()), "nothing half-written is left"
 
 
+def test_an_adapted_output_embedding_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both ways; where it shares its weight with the input embedding it cannot be adapted at all."""
+    loaded = load(save("llama", tmp_path / "llama"))
+    slots = peft.attach(loaded.model, {2: 2}, ["lm_head", "q_proj"])
+    adapter = {
+        n: LoRA(torch.randn(2, k), torch.randn(m, 2) / 4, 1.0)
+        for n, (m, k) in peft.layers(slots).items()
+    }
+    assert "lm_head" in adapter
+    peft.write(slots, 2, adapter)
+    peft.activate(slots, 2)
+    expected = logits(loaded.model)
+    export_adapter(tmp_path / "adapter", loaded, adapter, {}, "")
+    deltas = {name: lora.delta() for name, lora in adapter.items()}
+    export_merged(tmp_path / "merged", load(str(tmp_path / "llama")), deltas, {}, "")
+    with silence(caplog):
+        exported = PeftModel.from_pretrained(fresh_base(loaded), str(tmp_path / "adapter"))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_export_never_overwrites(tmp_path: Path) -> None:
     loaded = load(save("llama", tmp_path / "llama"))
     name = targets.find_targets(loaded.model, ["0.self_attn.q_proj"])[0]
@@ -288,7 +312,7 @@ def test_merging_averages_heads_and_patterns(
     merge = merge_folders(folders, [1, 1, 2], None, tmp_path / "out")
     assert merge.weights == (0.25, 0.25, 0.5)
     assert set(merge.ranks.values()) == {10, 13}
-    adapter, head, config = adapters.load_adapter(tmp_path / "out")
+    adapter, head, config, _ = adapters.load_adapter(tmp_path / "out")
     for layer, lora in adapter.items():
         module = oracle.get_submodule(f"base_model.model.{layer}")
         parts = [module.get_delta_weight(name) for name in NAMES]  # pyright: ignore

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from support.tiny import LLAMA
@@ -176,3 +176,41 @@ def test_no_pattern_hangs_and_no_number_of_layers(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="adapter: rank_pattern: its regular expressions take more"):
         for name in names:
             slow.of(name[1:] + "q" * 100, -1)
+
+
+# --- the output embedding -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters_of_the_output_embedding_are_summed(tied: bool, tmp_path: Path) -> None:
+    """PEFT saves the frozen weight, too. As an adapter the sum is right also where the output embedding
+    shares its weight with the input embedding, which stays as it is."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)).eval()
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, adapter_name="one")
+    model.add_adapter("two", config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(tmp_path))
+    model.add_weighted_adapter(["one", "two"], [0.25, 0.75], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    ids = torch.arange(3, 9).reshape(1, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    merge_folders(folders, [1, 3], None, tmp_path / "merged")
+    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    merged = PeftModel.from_pretrained(fresh, str(tmp_path / "merged")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+    spoil(tmp_path / "two", "lm_head.base_layer.weight", lambda weight: weight + 1)
+    with pytest.raises(UserError, match=r"two and .*one were trained on other weights of lm_head"):
+        merge_folders(folders, None, None, tmp_path / "other")

@@ -83,6 +83,15 @@ Overrides = Annotated[
         help="Change a setting, e.g. --set training.steps=20 --set method=flexlora. Repeatable.",
     ),
 ]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=PATH",
+        help="Where model or data are now, if not where they were, e.g. --set data.source=rows.jsonl. "
+        "Repeatable.",
+    ),
+]
 RunFolder = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, e.g. runs/NAME.", autocompletion=run_folders),

@@ -13,6 +13,7 @@ from fedhl.cli.app import (
     ConfigFile,
     NewRunFolder,
     Overrides,
+    Places,
     Quiet,
     Ray,
     RunFolder,
@@ -105,18 +106,18 @@ def run(
 
 
 @commands.command(rich_help_panel=PANEL)
-def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
+def resume(run: RunFolder, set: Places = None, ray: Ray = None, quiet: Quiet = False) -> None:
     """Continue a run that was stopped, to the result that it would have had without the stop."""
     with friendly(run, ray), watching(quiet) as watcher:
-        from fedhl.run.folder import load_run_config, refuse_other
+        from fedhl.run.folder import PLACES, load_run_config, refuse_other
 
         refuse_other(run)
         if ray is None:
             from fedhl.run import resume_run
 
-            resume_run(run, watcher)
+            resume_run(run, watcher, set or ())
         else:
-            flower("ray").simulate(load_run_config(run), run, watcher, ray)
+            flower("ray").simulate(load_run_config(run, set or (), PLACES), run, watcher, ray)
     finished(run, quiet)
 
 

@@ -24,7 +24,7 @@ from fedhl.files import write_text
 from fedhl.record import FAILED, FINISHED, read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
-from fedhl.run.folder import load_run_config
+from fedhl.run.folder import anchored, load_run_config
 from fedhl.watch import SILENT, Watcher
 
 # --- what is to be run --------------------------------------------------------------------------
@@ -200,7 +200,9 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if not (job.folder / "config.yaml").is_file():
             continue
-        found = difference(settings(load_run_config(job.folder)), settings(job.config))
+        found = difference(
+            settings(anchored(load_run_config(job.folder))), settings(anchored(job.config))
+        )
         if found is not None:
             key, before, now = found
             raise UserError(

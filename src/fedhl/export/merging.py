@@ -121,6 +121,7 @@ def merge_folders(
     labels = [adapter_labels(path) for path in paths]
     refuse_other_labels(folders, labels)
     head = average_heads(folders, parts, shares)
+    frozen = same_frozen(folders, parts)
     unnamed = [f for f, names in zip(folders, labels, strict=True) if names is None]
     averaged = head and config.task_type in AUTOMATIC_HEADS and len(folders) > 1
 
@@ -144,6 +145,7 @@ def merge_folders(
             task_type=config.task_type,
             fan_in_fan_out=config.fan_in_fan_out,
             revision=config.revision,
+            frozen=frozen,
         )
         named = next((p for p, names in zip(paths, labels, strict=True) if names is not None), None)
         if head and named is not None:
@@ -223,6 +225,22 @@ def average_heads(
         .float()
         for name in sorted(first)
     }
+
+
+def same_frozen(folders: Sequence[str], parts: Sequence[AdapterFolder]) -> dict[str, Tensor]:
+    """The base weights that the adapters bring. Raises UserError if two bring other weights of one layer."""
+    found: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    for folder, part in zip(folders, parts, strict=True):
+        for layer, weight in part.frozen.items():
+            if layer in found and not torch.equal(found[layer], weight):
+                raise UserError(
+                    f"{folder} and {owner[layer]} were trained on other weights of {layer}, as after a "
+                    "vocabulary was extended; merge adapters of one base model"
+                )
+            found.setdefault(layer, weight)
+            owner.setdefault(layer, folder)
+    return found
 
 
 def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:

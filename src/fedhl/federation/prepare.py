@@ -259,7 +259,7 @@ def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> No
 def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
     """The adapter and head that `lora.start` names, if they fit this model and these ranks."""
     assert config.lora.start is not None
-    adapter, head, _ = adapters.load_adapter(Path(config.lora.start))
+    adapter, head, _, frozen = adapters.load_adapter(Path(config.lora.start))
     shapes, top = peft.layers(federation.slots), federation.top_rank
     for name, lora in adapter.items():
         if name not in shapes:
@@ -272,6 +272,14 @@ def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA],
                 f"lora.start: layer {name!r} has shape {lora.shape} and rank {lora.rank}, expected "
                 f"{shapes[name]} and at most {top}, the largest of lora.ranks; `fedhl merge "
                 f"{config.lora.start} --rank {top} --out DIR` makes one that fits"
+            )
+    for name, weight in frozen.items():
+        base = federation.slots.modules[name].get_base_layer().weight
+        assert isinstance(base, Tensor)
+        if not torch.equal(adapters.cpu_copy(base), weight):
+            raise UserError(
+                f"lora.start: the adapter was trained on another weight of {name} than this model has; start "
+                "from the base model of the adapter"
             )
     own = federation.slots.head
     for name, value in head.items():

@@ -22,6 +22,8 @@ from fedhl.model.adapter_config import AdapterConfig, Patterns, patterns, read_c
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FROZEN = ".base_layer.weight"
+"""The end of the name of a base weight under an adapted layer."""
 # Heads that PEFT itself wraps, for these tasks, by the end of the module's name.
 AUTOMATIC_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
@@ -31,11 +33,13 @@ def cpu_copy(parameter: Tensor) -> Tensor:
 
 
 class AdapterFolder(NamedTuple):
-    """The contents of a PEFT LoRA folder: the adapter, the head trained beside it, and the config."""
+    """The contents of a PEFT LoRA folder: the adapter, the head trained beside it, and the config; `frozen`:
+    the base weights under adapted layers, by layer, which PEFT saves of an adapted output embedding."""
 
     adapter: dict[str, LoRA]
     head: dict[str, Tensor]
     config: AdapterConfig
+    frozen: dict[str, Tensor]
 
 
 def save_adapter(
@@ -47,8 +51,9 @@ def save_adapter(
     task_type: str | None,
     fan_in_fan_out: bool = False,
     revision: str | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the PEFT adapter folder of `adapter` and `head`; ranks may differ between layers.
+    """Write the PEFT adapter folder of `adapter`, `head` and `frozen`; ranks may differ between layers.
 
     The scale goes into B, and `lora_alpha = r`, so that PEFT's own scaling is 1 in every layer.
     `base` and `revision` name the model of the adapter, `task_type` is PEFT's name for its kind of task.
@@ -81,6 +86,8 @@ def save_adapter(
         lora = adapter[name]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(lora.A).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(lora.B * lora.scale).contiguous()
+    for name, weight in sorted((frozen or {}).items()):
+        tensors[f"{PREFIX}{name}{FROZEN}"] = cpu_copy(weight).contiguous()
     for name in sorted(head):
         tensors[PREFIX + name] = cpu_copy(head[name]).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +124,7 @@ def load_adapter(folder: Path) -> AdapterFolder:
     config = read_config(folder)
     factors: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     is_head = heads(config)
     for key, tensor in read_tensors(folder):
         name = key.removeprefix(PREFIX)
@@ -125,6 +133,8 @@ def load_adapter(folder: Path) -> AdapterFolder:
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             layer, factor = name.removesuffix(".weight").rsplit(".lora_", 1)
             factors.setdefault(layer, {})[factor] = tensor
+        elif name.endswith(FROZEN):
+            frozen[name.removesuffix(FROZEN)] = tensor
         elif is_head(name):
             head[name] = tensor
         else:
@@ -139,7 +149,12 @@ def load_adapter(folder: Path) -> AdapterFolder:
     adapter = {
         layer: read_layer(folder, layer, factors[layer], config, ranks, alphas) for layer in factors
     }
-    return AdapterFolder(adapter, head, config)
+    for layer, weight in frozen.items():
+        if layer not in adapter or weight.shape != adapter[layer].shape:
+            raise UserError(
+                f"{folder}: the base weight of {layer} does not belong to an adapted layer"
+            )
+    return AdapterFolder(adapter, head, config, frozen)
 
 
 def adapter_labels(folder: Path) -> list[str] | None:

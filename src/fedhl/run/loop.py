@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +22,9 @@ from fedhl.record import FINISHED, better, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
+    PLACES,
     alone,
+    anchored,
     keep_metrics,
     load_checkpoint,
     load_run_config,
@@ -48,9 +51,10 @@ def start_run(
     start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
-def resume_run(folder: Path, watcher: Watcher = SILENT) -> None:
-    """Continue after the newest good checkpoint, to the same end as an uninterrupted run."""
-    config = load_run_config(folder)
+def resume_run(folder: Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> None:
+    """Continue after the newest good checkpoint, to the same end as an uninterrupted run. `places`: where
+    model and data are now, as in `load_run_config`."""
+    config = load_run_config(folder, places, PLACES)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
         raise UserError(
             f"the clients of {folder} were other processes, with rows or factors of their own; continue the "
@@ -72,7 +76,7 @@ def start_prepared(
                 f"{folder}: another process has started a run here in the meantime; choose another folder"
             )
         with writing(folder):
-            write_text(folder / "config.yaml", dump_config(prepared.config))
+            write_text(folder / "config.yaml", dump_config(anchored(prepared.config)))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
         run_rounds(prepared, None, folder, watcher, engine=engine)

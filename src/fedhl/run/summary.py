@@ -38,7 +38,7 @@ def write_summary(
     config, federation = prepared.config, prepared.federation
     weighting = config.weighting_used
     lines = read_metrics(folder)
-    earlier = read_summary(folder)["peak_memory_bytes"] if (folder / "summary.json").exists() else 0
+    before = read_summary(folder) if (folder / "summary.json").exists() else {}
     reason = failure(lines) if status == FINISHED else None
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
     summary = {
@@ -48,8 +48,8 @@ def write_summary(
         "fedhl": __version__,
         "commit": commit(),
         "task": config.task.kind,
-        "model": config.model.source,
-        "data": config.data.source,
+        "model": before.get("model", config.model.source),
+        "data": before.get("data", config.data.source),
         "labels": prepared.data.labels,
         "method": {"name": config.method.name, **config.method.hyperparameters},
         "weighting": {"name": weighting.name, **weighting.hyperparameters},
@@ -77,7 +77,7 @@ def write_summary(
             phase: sum(line["seconds"].get(phase, 0.0) for line in lines)
             for phase in ("total", "train", "compute", "evaluate")
         },
-        "peak_memory_bytes": max(peak_memory(), earlier),
+        "peak_memory_bytes": max(peak_memory(), before.get("peak_memory_bytes", 0)),
         "device": str(federation.device),
         "precision": config.compute.precision,
         "versions": {
