@@ -215,10 +215,10 @@ def parse_numbers(
     """Finite numbers between commas. Raises UserError, naming the option and showing the example."""
     try:
         numbers = [kind(part) for part in text.split(",")]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError
-    except (ValueError, OverflowError):
+    except ValueError:
         raise UserError(
-            f"{option} {text!r}: expected finite numbers separated by commas, e.g. {example}"
+            f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
         ) from None
+    if not all(abs(number) < math.inf for number in numbers):
+        raise UserError(f"{option} {text!r}: expected finite numbers, e.g. {example}")
     return numbers
