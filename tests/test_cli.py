@@ -247,6 +247,8 @@ def test_exports_that_make_no_sense(arguments: list[str], said: str, bad: Path, 
     [
         (["bert"], "bert holds no adapter_config.json"),
         (["bert", "--weights", "1;2"], "expected numbers separated by commas"),
+        (["bert", "--weights", "nan"], "expected finite numbers"),
+        (["bert", "--weights", "inf"], "expected finite numbers"),
         (["nowhere/at/all"], "no file or folder 'nowhere/at/all'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -365,6 +366,46 @@ def test_merging_two_exports_is_their_weighted_sum(runs: Path, tmp_path: Path) -
     assert {lora.rank for lora in adapters.load_adapter(tmp_path / "small").adapter.values()} == {4}
 
 
+# --- elsewhere ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_is_used_from_another_folder_and_after_a_move(tmp_path: Path) -> None:
+    """From another working folder as it is; on another machine, where model and data lie elsewhere, with
+    their places: it is evaluated, exported and resumed to the same numbers."""
+    here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny.project(here)
+    short = ["rounds=2", "training.steps=1", "checkpoints.keep=3"]
+    settings = [part for change in short for part in ("--set", change)]
+    done = tiny.fedhl(here, "run", "tiny.yaml", *settings, "--out", run)
+    assert done.code == 0, done.err
+    before, told = lines(run), tiny.fedhl(other, "eval", run)
+    assert told.code == 0, told.err
+    here.rename(there)
+    for command in (["eval", run], ["export", run, "--merged", "--out", "model"], ["resume", run]):
+        done = tiny.fedhl(other, *command)
+        assert done.code == 2 and "model.source: no file or folder" in done.err
+        assert "--set model.source=PATH" in done.err.replace("\n", " ")
+    model = ["--set", f"model.source={there / 'bert'}"]
+    done = tiny.fedhl(other, "export", run, "--merged", "--out", "model", *model)
+    assert done.code == 0, done.err
+    done = tiny.fedhl(other, "eval", run, *model, "--data", there / "rows.jsonl")
+    assert done.code == 0 and " 400 " in done.out, done
+    done = tiny.fedhl(other, "eval", run, *model)
+    assert done.code == 2 and "--set data.source=PATH" in done.err.replace("\n", " ")
+    places = [*model, "--set", f"data.source={there / 'rows.jsonl'}"]
+    again = tiny.fedhl(other, "eval", run, *places)
+    assert again.code == 0 and again.out.split("after")[1] == told.out.split("after")[1], again
+    shutil.rmtree(run / "state" / "round-000002")
+    done = tiny.fedhl(other, "resume", run, *places)
+    assert done.code == 0, done.err
+    assert [line["evaluation"] for line in lines(run)] == [line["evaluation"] for line in before]
+    done = tiny.fedhl(other, "resume", run, "--set", "rounds=9")
+    assert done.code == 2 and "a run keeps its settings" in done.err
+
+
 # --- starting from an adapter -------------------------------------------------------------------
 
 
@@ -379,6 +420,14 @@ def test_a_run_can_start_from_an_adapter(runs: Path, tmp_path: Path) -> None:
     assert first["full"] == pytest.approx(expected)
     assert {k: first["truncated"][k] for k in expected} == pytest.approx(expected)
 
+    (adapter / "config.json").rename(adapter / "unnamed.json")
+    done = tiny.fedhl(project, "check", *start[1:])
+    assert done.code == 0 and "warning: nothing says which labels the head of" in done.out
+    text = (adapter / "unnamed.json").read_text()
+    (adapter / "config.json").write_text(text.replace('"plant"', '"stone"'))
+    done = tiny.fedhl(project, *start, "--out", tmp_path / "refused")
+    assert done.code == 2 and "has the labels 'animal', 'stone', the data has" in done.err
+    (adapter / "config.json").write_text(text)
     done = tiny.fedhl(project, *start, "--set", "lora.ranks=2", "--out", tmp_path / "refused")
     assert done.code == 2
     assert "rank 4, expected (32, 32) and at most 2" in done.err and "fedhl merge" in done.err

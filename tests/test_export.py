@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.tiny import BERT, LLAMA, WORDS, save_tokenizer
 from torch import Tensor
@@ -21,16 +25,19 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, merge_adapters, merge_folders, model_card
+from fedhl.export.cards import base_licence
 from fedhl.lora import LoRA, truncate
 from fedhl.model import adapters, peft, targets
 from fedhl.model.loading import Loaded, load_model
@@ -140,8 +147,11 @@ def test_an_exported_adapter_computes_what_the_run_computed(
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
     assert (tmp_path / "out" / "README.md").read_text() == "card\n"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+        *(["config.json"] if loaded.head else []),
     }
+    assert adapters.adapter_labels(tmp_path / "out") == (LABELS if loaded.head else None)
     names = sorted(uneven)
     with peft.offset(slots, {n: uneven[n].delta() for n in names}), peft.base_only(slots):
         expected = logits(loaded.model)
@@ -194,6 +204,30 @@ def test_a_merged_model_computes_what_the_run_computed(
     with pytest.raises(ValueError, match="un-adapted linear layer"):
         export_merged(tmp_path / "other", loaded, deltas, head, "")
     assert not any("other" in p.name for p in tmp_path.iterdir()), "nothing half-written is left"
+
+
+def test_an_adapted_output_embedding_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both ways; where it shares its weight with the input embedding it cannot be adapted at all."""
+    loaded = load(save("llama", tmp_path / "llama"))
+    slots = peft.attach(loaded.model, {2: 2}, ["lm_head", "q_proj"])
+    adapter = {
+        n: LoRA(torch.randn(2, k), torch.randn(m, 2) / 4, 1.0)
+        for n, (m, k) in peft.layers(slots).items()
+    }
+    assert "lm_head" in adapter
+    peft.write(slots, 2, adapter)
+    peft.activate(slots, 2)
+    expected = logits(loaded.model)
+    export_adapter(tmp_path / "adapter", loaded, adapter, {}, "")
+    deltas = {name: lora.delta() for name, lora in adapter.items()}
+    export_merged(tmp_path / "merged", load(str(tmp_path / "llama")), deltas, {}, "")
+    with silence(caplog):
+        exported = PeftModel.from_pretrained(fresh_base(loaded), str(tmp_path / "adapter"))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_export_never_overwrites(tmp_path: Path) -> None:
@@ -278,7 +312,7 @@ def test_merging_averages_heads_and_patterns(
     merge = merge_folders(folders, [1, 1, 2], None, str(tmp_path / "out"))
     assert merge.weights == (0.25, 0.25, 0.5)
     assert set(merge.ranks.values()) == {10, 13}
-    adapter, head, config = adapters.load_adapter(tmp_path / "out")
+    adapter, head, config, _ = adapters.load_adapter(tmp_path / "out")
     for layer, lora in adapter.items():
         module = oracle.get_submodule(f"base_model.model.{layer}")
         parts = [module.get_delta_weight(name) for name in NAMES]  # pyright: ignore
@@ -328,6 +362,35 @@ def test_unnormalised_weights_are_used_as_they_are(tmp_path: Path) -> None:
     torch.testing.assert_close(after.head, before.head)
 
 
+def test_heads_of_other_labels_are_not_averaged(tmp_path: Path) -> None:
+    """Those that name no labels, as PEFT saves them, are averaged with a warning."""
+    base = save("bert", tmp_path / "bert")
+    trained("bert", base, tmp_path)
+    folders = [str(tmp_path / name) for name in NAMES]
+
+    def name(folder: str, labels: list[str]) -> None:
+        config = BertConfig(**BERT, id2label=dict(enumerate(labels)))
+        config.save_pretrained(tmp_path / folder)
+
+    assert merge_folders(folders, None, None, tmp_path / "zero").unnamed == tuple(folders)
+    name("one", ["LABEL_0", "LABEL_1", "LABEL_2"])  # what transformers calls labels without names
+    assert adapters.adapter_labels(tmp_path / "one") is None
+    name("one", LABELS)
+    assert merge_folders(folders, None, None, tmp_path / "first").unnamed == tuple(folders[1:])
+    assert adapters.adapter_labels(tmp_path / "first") == LABELS
+    for other in (["a", "b", "c"], LABELS[::-1]):
+        name("three", other)
+        with pytest.raises(
+            UserError, match=r"three and .*one are classifiers of other labels, 'a|'m"
+        ):
+            merge_folders(folders, None, None, tmp_path / "second")
+    (tmp_path / "three" / "config.json").write_text('{"id2label": ["a"]}')
+    with pytest.raises(UserError, match=r"cannot read the labels in .*three/config\.json"):
+        merge_folders(folders, None, None, tmp_path / "second")
+    name("two", LABELS), name("three", LABELS)
+    assert merge_folders(folders, None, None, tmp_path / "third").unnamed == ()
+
+
 def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
     base = save("llama", tmp_path / "llama")
     trained("llama", base, tmp_path)
@@ -336,7 +399,10 @@ def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one weight per adapter, got 2 for 3"):
         merge_folders(folders, [1, 2], None, out)
     with pytest.raises(UserError, match="must sum to more than 0"):
-        merge_folders(folders, [1, -1, 0], None, out)
+        merge_folders(folders, [0, 0, 0], None, out)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="finite numbers and not negative"):
+            merge_folders(folders, [1, wrong, 3], None, out)
     with pytest.raises(UserError, match="rank must be at least 1, got 0"):
         merge_folders(folders, None, 0, out)
     with pytest.raises(UserError, match="no file or folder"):
@@ -365,7 +431,11 @@ SUMMARY: dict[str, Any] = {
     "method": {"name": "fedhl"},
     "weighting": {"name": "truncation", "power": 2, "epsilon": 0.001},
     **{"task": "sequence-classification", "rounds": 10, "rounds_done": 10, "metric": "accuracy"},
-    "final": {"full": {"loss": 0.5, "accuracy": 0.79, "examples": 500}, "truncated": None},
+    "final": {
+        "full": {"loss": 0.5, "accuracy": 0.79, "examples": 500},
+        "truncated": {"rank": 64, "loss": 0.5, "accuracy": 0.78, "examples": 500},
+        "ranks": {"16": {"loss": 0.6, "accuracy": 0.75, "examples": 500}},
+    },
     "clients": [
         {"id": f"client-{i}", "rank": r, "scale": 2.0, "examples": 100, "labels": None}
         for i, r in enumerate([4, 4, 64])
@@ -375,32 +445,128 @@ SUMMARY: dict[str, Any] = {
 }
 
 
+ABOUT: dict[str, Any] = {"max_length": 33, "labels": LABELS}
+
+
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_the_card_says_how_it_was_made(kind: Any) -> None:
-    card = model_card(SUMMARY, kind, 16, base="some/base: model", labels=LABELS)
-    _, front, body = card.split("---\n", 2)
-    meta = yaml.safe_load(front)
-    assert meta["base_model"] == "some/base: model"
-    assert meta["library_name"] == ("peft" if kind == "adapter" else "transformers")
-    assert meta["pipeline_tag"] == "text-classification" and "fedhl" in meta["tags"]
+    rank = 16 if kind == "adapter" else None
+    card = model_card(SUMMARY, kind, rank, base="some/base", licence="mit", **ABOUT)
+    data = ModelCard(card).data
+    assert data.base_model == "some/base" and data.license == "mit"
+    assert data.library_name == ("peft" if kind == "adapter" else "transformers")
+    assert data.pipeline_tag == "text-classification" and "fedhl" in (data.tags or [])
+    scores = {result.metric_type: result.metric_value for result in data.eval_results or []}
+    assert scores == ({"accuracy": 0.75, "loss": 0.6} if rank else {"accuracy": 0.79, "loss": 0.5})
     for fact in (
         *("truncation (power=2, epsilon=0.001)", "3 (2 of rank 4, 1 of rank 64)", "10 of 10"),
-        *("accuracy 0.7900, loss 0.5000", "`c0ffee`", "0.1.0 (commit abc1234)", "`maybe`"),
+        *("accuracy 0.7900, loss 0.5000", "`c0ffee`", "0.1.0 (commit abc1234)", '"2": "maybe"'),
+        *("max_length=33", "Licence: mit"),
     ):
-        assert fact in body
-    assert ("num_labels=3" in body) is (kind == "adapter")
+        assert fact in card
+    assert ("this adapter, rank 16 | accuracy 0.7500, loss 0.6000" in card) is (kind == "adapter")
+    assert "rank 8 | not measured" in model_card(SUMMARY, "adapter", 8, base="some/base", **ABOUT)
 
 
-def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load(save("bert", tmp_path / "bert"))
-    layer = targets.find_targets(loaded.model, ["0.attention.self.query"])[0]
-    adapter = {layer: LoRA(torch.ones(1, 32), torch.ones(32, 1), 1.0)}
-    base = loaded.source_for_adapter
-    card = model_card(SUMMARY, "adapter", 1, base=base, labels=LABELS)
-    export_adapter(tmp_path / "path/to/this/folder", loaded, adapter, random_head(loaded), card)
-    monkeypatch.chdir(tmp_path)
-    code = card.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 5
-    scope: dict[str, Any] = {}
-    exec(code, scope)
-    assert logits(scope["model"]).shape == (1, 3) and scope["tokenizer"]("the cat")["input_ids"]
+def test_a_card_names_no_folder_of_this_machine() -> None:
+    card = model_card(SUMMARY, "adapter", 16, base="/home/me/.cache/model", **ABOUT)
+    assert "/home" not in card and 'base = "path/to/the/base/model"  # replace this' in card
+    assert ModelCard(card).data.base_model is None and "state it before you publish" in card
+
+
+def test_names_from_data_do_nothing_in_a_card() -> None:
+    evil = "a` <script>alert(1)</script> ```\n\n# A heading\x1b[2J"
+    summary = SUMMARY | {"name": evil}
+    card = model_card(summary, "adapter", 16, base="b/b", max_length=9, labels=[evil, "```"])
+    assert "\x1b" not in card and "\n# A heading" not in card
+    titled, code, listed = (
+        card.split("---\n", 2)[2].split("```python\n")[0],
+        *card.split("```json\n"),
+    )
+    assert "<script>" not in titled and "<script>" not in code
+    names = listed.split("\n```\n")[0]  # a fence ends at a line of its own
+    assert json.loads(names) == {"0": evil, "1": "```"}
+
+
+def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:
+    assert base_licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    assert base_licence(str(tmp_path)) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert base_licence(str(tmp_path)) is None
+    assert base_licence("nobody/nothing") is None
+
+
+BASES = ["masked", "head of 3", "no padding", "language model"]
+TEXTS = ["the cat", "the cat sees a dog near the oak"]
+
+
+def base_of_a_stranger(name: str, folder: Path) -> Loaded:
+    torch.manual_seed(0)
+    if name == "language model":
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    elif name == "no padding":
+        model = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=2))
+    elif name == "head of 3":
+        model = BertForSequenceClassification(BertConfig(**BERT, num_labels=3))
+    else:
+        model = build("bert")
+    model.save_pretrained(folder)
+    save_tokenizer(folder, pad=name != "no padding", chat=name == "language model")
+    if name == "language model":
+        return load_model(str(folder), "causal-lm")
+    return load_model(str(folder), "sequence-classification", labels=["no", "yes"])
+
+
+@pytest.mark.slow
+def test_the_code_of_a_card_runs_in_a_new_process(tmp_path: Path) -> None:
+    """For several bases and both kinds of export, as it stands, with the folders filled in: the labels are
+    named, and a batch of texts of two lengths has the logits of the merged model."""
+    scripts, expected = [], {}
+    for name in BASES:
+        loaded = base_of_a_stranger(name, tmp_path / name)
+        layers = targets.find_targets(
+            loaded.model, ["query" if "bert" in str(type(loaded.model)) else "q_proj"]
+        )
+        adapter = {layer: LoRA(torch.randn(1, 32), torch.randn(32, 1) / 4, 1.0) for layer in layers}
+        deltas = {layer: lora.delta() for layer, lora in adapter.items()}
+        head, summary = random_head(loaded), SUMMARY | {"task": loaded.task}
+        about = ABOUT | {"labels": ["no", "yes"] if loaded.head else ()}
+        base = loaded.source_for_adapter
+        for kind, rank in (("adapter", 1), ("merged", None)):
+            out = tmp_path / f"{name} {kind}"
+            card = model_card(summary, kind, rank, base=base, **about)  # pyright: ignore
+            if kind == "adapter":
+                export_adapter(out, loaded, adapter, head, card)
+            else:
+                fresh = base_of_a_stranger(name, tmp_path / name)
+                export_merged(out, fresh, deltas, head, card)
+                rows = fresh.tokenizer(TEXTS, padding=True, return_tensors="pt")
+                with torch.no_grad():
+                    expected[name] = fresh.model.eval()(**rows).logits
+            (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+            code = code.replace("path/to/this/folder", str(out)).replace(
+                "path/to/the/base/model", base
+            )
+            if loaded.head:
+                code += "assert model.config.id2label == {0: 'no', 1: 'yes'}\n"
+            else:
+                code += "assert tokenizer.chat_template\n"
+            code += f"""
+import torch
+rows = tokenizer({TEXTS!r}, padding=True, return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(**rows).logits, {str(out / "logits.pt")!r})
+"""
+            scripts.append(out / "use.py")
+            scripts[-1].write_text(code)
+    runner = "import runpy, sys; [runpy.run_path(file) for file in sys.argv[1:]]"
+    command = [sys.executable, "-c", runner, *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if line in ("no", "yes")]
+    assert len(said) == 2 * (len(BASES) - 1)
+    for script in scripts:
+        got = torch.load(script.with_name("logits.pt"))
+        name = script.parent.name.rpartition(" ")[0]
+        torch.testing.assert_close(got, expected[name], atol=1e-4, rtol=1e-4)

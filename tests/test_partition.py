@@ -100,6 +100,7 @@ def test_dirichlet_that_cannot_work_names_the_smallest_client() -> None:
         (lambda: dirichlet(["a"] * 9, 2, float("nan"), 0), "alpha is nan"),
         (lambda: by_column([]), "no rows"),
         (lambda: by_column(["a", None]), "row 1 .* names no client"),
+        (lambda: by_column(["a", "b\x1b[31m"]), "row 1 .* the client .* control character"),
         (lambda: partition_table({"a": np.array([], dtype=np.int64)}), "client 'a' has no rows"),
     ],
 )

@@ -334,7 +334,7 @@ def peft_folder(folder: Path, make: Any = llama, **config: Any) -> Any:
 )
 def test_load_adapter_reads_what_peft_computes(tmp_path: Path, config: dict[str, Any]) -> None:
     model = peft_folder(tmp_path, **config)
-    adapter, head, _ = adapters.load_adapter(tmp_path)
+    adapter, head, _, _ = adapters.load_adapter(tmp_path)
     assert head == {}
     assert len(adapter) == 4
     for name, lora in adapter.items():
@@ -352,7 +352,7 @@ def test_load_adapter_finds_the_head(tmp_path: Path) -> None:
         "modules_to_save": ["pooler"],
     }
     model = peft_folder(tmp_path, bert, **saved)
-    _, head, _ = adapters.load_adapter(tmp_path)
+    head = adapters.load_adapter(tmp_path).head
     assert head.keys() == {*HEAD, "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     kept = model.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(head["classifier.weight"], kept)
@@ -366,7 +366,7 @@ def test_save_then_load(tmp_path: Path, model: PreTrainedModel) -> None:
     adapters.save_adapter(
         tmp_path / "a", adapter, peft.read_head(slots), base="some/base", task_type="CAUSAL_LM"
     )
-    loaded, head, config = adapters.load_adapter(tmp_path / "a")
+    loaded, head, config, _ = adapters.load_adapter(tmp_path / "a")
     assert loaded.keys() == adapter.keys() and head.keys() == set(head_of(model))
     for name, lora in loaded.items():
         assert lora.scale == 1.0

@@ -195,6 +195,12 @@ def test_a_text_that_is_cut_keeps_the_token_at_its_end() -> None:
     assert encoded.truncated == 2  # the second is as long without a cut
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\x7f", "a\u2028b", "\ud83d"])
+def test_labels_that_cannot_be_printed(name: str) -> None:
+    with pytest.raises(UserError, match=r"row 1 .* the label '.*' has a control character"):
+        label_ids(["a", name])
+
+
 def test_label_ids() -> None:
     assert label_ids([10, 2, 2, 1]) == ([2, 1, 1, 0], ["1", "2", "10"])
     assert label_ids(["10", "2"]) == label_ids([10.0, 2]) == ([1, 0], ["2", "10"])

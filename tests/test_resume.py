@@ -187,7 +187,11 @@ def test_what_has_changed_is_refused(what: str, file: str, elsewhere: Path) -> N
         commands = {"resume": [], "eval": [], "export": ["--rank", "2", "--out", "x"]}
         refusing = {"data": ["resume", "eval"], "model": [*commands], "config": ["resume"]}[what]
         for command in refusing:
-            done = fedhl(elsewhere, command, "runs/tiny", *commands[command])
+            here = {"data": ["data.source=rows.jsonl"], "model": ["model.source=bert"]}.get(
+                what, []
+            )
+            places = [part for place in here for part in ("--set", place)]
+            done = fedhl(elsewhere, command, "runs/tiny", *commands[command], *places)
             assert done.code == 2, done
             assert f"the {what} has changed since runs/tiny began" in done.err, done.err
         assert not (elsewhere / "x").exists()

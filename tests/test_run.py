@@ -12,8 +12,8 @@ import pytest
 from support.tiny import Done, fedhl
 
 from fedhl.errors import UserError
-from fedhl.files import write_text
-from fedhl.record import better, headline, read_metrics
+from fedhl.files import json_text, write_text
+from fedhl.record import better, failure, headline, read_metrics
 from fedhl.run.folder import keep_metrics, uninterrupted, writing
 from fedhl.run.progress import describe
 
@@ -45,6 +45,66 @@ def test_the_best_round_is_the_first_of_equals(metric: str, values: list[float],
         found = better(found, evaluation(metric, value, None, None), round)
     assert found == {"round": best, "value": values[best]}
     assert better(found, evaluation(metric, None, None, None), 9) == found
+
+
+def round_of(
+    number: int, loss: float | None, accepted: int, reason: str | None = None
+) -> dict[str, Any]:
+    scores = {"full": {"loss": loss}, "truncated": None, "clients": None}
+    refused = [{"id": "a", "reason": reason}] if reason else []
+    return {"round": number, "evaluation": scores, "clients": [{}] * accepted, "refused": refused}
+
+
+def test_how_a_run_fails() -> None:
+    start = round_of(0, 0.7, 0)
+    assert failure([start]) is None and failure([]) is None
+    assert failure([start, round_of(1, 0.6, 2), round_of(2, 0.6, 0, "late")]) is None
+    none = [
+        start,
+        round_of(1, 0.7, 0, "late"),
+        round_of(2, 0.7, 0, "late"),
+        round_of(3, 0.7, 0, "NaN"),
+    ]
+    assert failure(none) == (
+        "no update was accepted in any of the 3 rounds, so that nothing was learnt: 2 times 'late', "
+        "1 times 'NaN'"
+    )
+    assert "no client answered" in str(failure([start, round_of(1, 0.7, 0)]))
+    for loss in (None, float("nan"), float("inf")):
+        after = failure([start, round_of(1, loss, 2), round_of(2, loss, 2) | {"evaluation": None}])
+        assert after == "training diverged: the loss is not finite after round 1"
+        assert failure([start, round_of(1, loss, 2), round_of(2, 0.5, 2)]) is None
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    value = {"a": [float("nan"), 1, None, {"b": (float("-inf"), 0.5, True)}], "c": "NaN"}
+    assert json.loads(json_text(value)) == {
+        "a": [None, 1, None, {"b": [None, 0.5, True]}],
+        "c": "NaN",
+    }
+    first = better(None, evaluation("loss", float("nan"), None, None), 0)
+    assert first is None
+    assert better(first, evaluation("loss", 2.0, None, None), 1) == {"round": 1, "value": 2.0}
+
+
+def test_a_run_that_diverges_fails(project: Path) -> None:
+    """One step of SGD that is accepted, and whose loss is infinite or NaN ever after."""
+    steps = ["training.optimizer=sgd", "training.learning_rate=1e14", "training.max_grad_norm=null"]
+    settings = [
+        text for step in (*steps, "training.steps=1", "rounds=2") for text in ("--set", step)
+    ]
+    done = fedhl(project, "run", "tiny.yaml", *settings, "--out", "runs/infinite")
+    assert done.code == 3 and "export" not in done.out
+    assert "failed: training diverged: the loss is not finite after round 2" in done.err
+    run = project / "runs" / "infinite"
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["status"] == "failed" and "diverged" in summary["reason"]
+    rounds = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text, parse_constant=pytest.fail)["round"] for text in rounds] == [0, 1, 2]
+    page = (run / "report.html").read_text()
+    assert 'class="status failed"' in page and "This run failed: training diverged" in page
+    done = fedhl(project, "export", run, "--rank", "2", "--out", "infinite-adapter")
+    assert done.code == 2 and "had diverged by round 2" in done.err and "--round best" in done.err
 
 
 def test_a_round_in_one_line_of_text() -> None:
@@ -127,7 +187,10 @@ def run(project: Path, name: str, *changes: str) -> Done:
 
 
 def test_clients_that_diverge_are_refused_and_the_model_stays(project: Path) -> None:
-    done = run(project, "diverged", "training.learning_rate=1e30", "rounds=2")
+    changes = ["--set", "training.learning_rate=1e30", "--set", "rounds=2"]
+    done = fedhl(project, "run", "tiny.yaml", "--out", "runs/diverged", *changes)
+    assert done.code == 3 and "PEFT adapter" not in done.out
+    assert "failed: no update was accepted in any of the 2 rounds" in done.err
     assert "warning: client 'client-2' does not count: layer " in done.out
     assert done.out.count("no update was accepted in this round; the model stays as it was") == 2
     first, *rounds = read_metrics(project / "runs/diverged")

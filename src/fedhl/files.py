@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,25 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
     write_bytes(path, text.encode(), mode)
 
 
+def finite(value: Any) -> Any:
+    """The same numbers, lists and dictionaries, with None for each number that is not finite, since JSON has
+    no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, with null for numbers that are not finite."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one line of JSON, on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json_text(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -38,6 +39,12 @@ def plain(name: str) -> str:
 def called(name: str) -> str:
     """What a name is called here."""
     return CALLED.get(plain(name), plain(name))
+
+
+def one_line(name: str) -> bool:
+    """Whether a name from data can be printed and written: without control characters, line breaks and
+    halves of a surrogate pair."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:

@@ -7,7 +7,9 @@ here; `fedhl.run.checkpoint` reads the states beside them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,37 @@ def read_summary(folder: Path) -> Json:
     return summary
 
 
+# --- how a run ended ----------------------------------------------------------------------------
+
+FINISHED, FAILED = "finished", "failed"
+"""The statuses of a run whose rounds are all done: it has learnt, or nothing can be made of it."""
+
+
+def failure(rounds: Sequence[Json]) -> str | None:
+    """The reason why nothing can be made of a run with these rounds, the lines of its metrics: no update
+    counted, or its last evaluation is not finite. None if there is no such reason."""
+    trained = [line for line in rounds if line["round"]]
+    last = next((line for line in reversed(rounds) if line.get("evaluation")), None)
+    if trained and not any(line["clients"] for line in trained):
+        reasons = Counter(entry["reason"] for line in trained for entry in line["refused"])
+        most = [f"{count} times {reason!r}" for reason, count in reasons.most_common(3)]
+        return (
+            f"no update was accepted in any of the {len(trained)} rounds, so that nothing was learnt: "
+            + (", ".join(most) if most else "no client answered")
+        )
+    scores = [] if last is None else measured(last["evaluation"])
+    if last and any(loss is None or not math.isfinite(loss) for loss in scores):
+        return f"training diverged: the loss is not finite after round {last['round']}"
+    return None
+
+
+def measured(evaluation: Mapping[str, Any]) -> list[float | None]:
+    """The losses of an evaluation, of the models by which a run is judged."""
+    clients = evaluation.get("clients") or {}
+    models = (evaluation.get("full"), evaluation.get("truncated"), clients.get("mean"))
+    return [metrics.get("loss") for metrics in models if metrics]
+
+
 # --- which round is best ------------------------------------------------------------------------
 
 
@@ -106,7 +139,7 @@ def better(best: Json | None, evaluation: Mapping[str, Any], round: int) -> Json
     """The better of the best round so far and this one, as `{"round": ..., "value": ...}`; of equal
     ones, the earlier."""
     value = headline(evaluation)
-    if value is None:
+    if value is None or not math.isfinite(value):
         return best
     sign = 1 if evaluation["metric"] == "accuracy" else -1
     if best is None or sign * value > sign * best["value"]:

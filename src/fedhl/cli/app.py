@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -82,6 +83,15 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change a setting, e.g. --set training.steps=20 --set method=flexlora. Repeatable.",
+    ),
+]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=PATH",
+        help="Where model or data are now, if not where they were, e.g. --set data.source=rows.jsonl. "
+        "Repeatable.",
     ),
 ]
 RunFolder = Annotated[
@@ -230,10 +240,13 @@ def stdout() -> Console:
 def parse_numbers(
     option: str, text: str, kind: Callable[[str], Number], example: str
 ) -> list[Number]:
-    """Numbers between commas. Raises UserError, naming the option and showing the example."""
+    """Finite numbers between commas. Raises UserError, naming the option and showing the example."""
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
             f"{option} {text!r}: expected numbers separated by commas, e.g. {example}"
         ) from None
+    if not all(abs(number) < math.inf for number in numbers):
+        raise UserError(f"{option} {text!r}: expected finite numbers, e.g. {example}")
+    return numbers

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedhl.cli.app import Round, RunFolder, friendly, parse_numbers, stdout, watching
+from fedhl.cli.app import Places, Round, RunFolder, friendly, parse_numbers, stdout, watching
 from fedhl.errors import UserError
 
 commands = typer.Typer()
@@ -35,6 +35,7 @@ def evaluate(
             "--data", metavar="SOURCE", help="Other rows than those that the run has held out."
         ),
     ] = None,
+    set: Places = None,
 ) -> None:
     """Evaluate a run again: the full-rank update, and its truncation to every rank of a client."""
     with friendly(), watching(quiet=False) as watcher:
@@ -47,7 +48,7 @@ def evaluate(
             locate(data)
         from fedhl.run.delivery import evaluate_run
 
-        table = evaluate_run(run, which, data, watcher)
+        table = evaluate_run(run, which, data, watcher, set or ())
         stdout().print(table)
 
 
@@ -65,6 +66,7 @@ def export(
         ),
     ] = False,
     round: Round = "last",
+    set: Places = None,
 ) -> None:
     """Write what a run has learned: a PEFT adapter of any rank, or the merged model, with a model card."""
     with friendly(), watching(quiet=False) as watcher:
@@ -79,7 +81,7 @@ def export(
         refuse_other(run)
         from fedhl.run.delivery import export_run
 
-        for line in export_run(run, out, rank, which, watcher):
+        for line in export_run(run, out, rank, which, watcher, set or ()):
             watcher.say(line)
 
 
@@ -140,6 +142,12 @@ def merge(
             f"{100 * result.error:.3g}% of the squared norm",
             markup=False,
         )
+        if result.unnamed:
+            console.print(
+                f"warning: nothing says which labels the heads of {', '.join(result.unnamed)} have; their "
+                "mean is right only if all have the same labels in the same order",
+                markup=False,
+            )
         worst = max(result.errors, key=lambda name: result.errors[name])
         if result.errors[worst] > 0:
             console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)

@@ -14,6 +14,7 @@ from fedhl.cli.app import (
     Configured,
     NewRunFolder,
     Overrides,
+    Places,
     Quiet,
     Ray,
     RunFolder,
@@ -109,18 +110,18 @@ def run(
 
 
 @commands.command(rich_help_panel=PANEL)
-def resume(run: RunFolder, ray: Ray = None, quiet: Quiet = False) -> None:
+def resume(run: RunFolder, set: Places = None, ray: Ray = None, quiet: Quiet = False) -> None:
     """Continue a run that was stopped, to the result that it would have had without the stop."""
     with friendly(run, ray), watching(quiet) as watcher:
-        from fedhl.run.folder import load_run_config, refuse_other
+        from fedhl.run.folder import PLACES, load_run_config, refuse_other
 
         refuse_other(run)
         if ray is None:
             from fedhl.run import resume_run
 
-            resume_run(run, watcher)
+            resume_run(run, watcher, set or ())
         else:
-            flower("ray").simulate(load_run_config(run), run, watcher, ray)
+            flower("ray").simulate(load_run_config(run, set or (), PLACES), run, watcher, ray)
     finished(run, quiet)
 
 
@@ -258,15 +259,25 @@ def compare(
 
 
 def finished(run: Path, quiet: bool) -> None:
-    """The last words of a run: its numbers, its report, and what to do next."""
+    """The last words of a run: its numbers, its report, and what to do next. A run that has failed ends
+    with the reason and exit code 3."""
+    from fedhl.record import FAILED, read_summary
+
+    summary = read_summary(run)
+    failed = summary["status"] == FAILED
+    if failed:
+        print(f"failed: {summary['reason']}", file=sys.stderr)
     if quiet:
-        return
+        raise typer.Exit(3 if failed else 0)
     from fedhl.report import final_table
 
     console = stdout()
     console.print(final_table(run))
     console.print(f"report: {run / 'report.html'}", markup=False)
+    if failed:
+        raise typer.Exit(3)
+    top = max(client["rank"] for client in summary["clients"])
     console.print(
-        f"a PEFT adapter of rank 8: fedhl export {run} --rank 8 --out {run.name}-rank8",
+        f"a PEFT adapter of rank {top}: fedhl export {run} --rank {top} --out {run.name}-rank{top}",
         markup=False,
     )

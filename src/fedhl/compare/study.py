@@ -22,10 +22,10 @@ from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
 from fedhl.files import write_text
 from fedhl.names import listed
-from fedhl.record import read_summary
+from fedhl.record import FAILED, FINISHED, read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
-from fedhl.run.folder import load_run_config
+from fedhl.run.folder import anchored, load_run_config
 from fedhl.watch import SILENT, Watcher
 
 # --- what is to be run --------------------------------------------------------------------------
@@ -201,7 +201,9 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if not (job.folder / "config.yaml").is_file():
             continue
-        found = difference(settings(load_run_config(job.folder)), settings(job.config))
+        found = difference(
+            settings(anchored(load_run_config(job.folder))), settings(anchored(job.config))
+        )
         if found is not None:
             key, before, now = found
             raise UserError(
@@ -333,7 +335,7 @@ def finished(run: Path) -> bool:
     if not (run / "config.yaml").is_file() or not (run / "summary.json").is_file():
         return False
     # a kill in the last moment leaves no report: resuming writes it
-    return read_summary(run)["status"] == "finished" and (run / "report.html").is_file()
+    return read_summary(run)["status"] in (FINISHED, FAILED) and (run / "report.html").is_file()
 
 
 def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhl.errors import UserError
+from fedhl.names import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,6 +66,11 @@ def by_column(values: Sequence[Any]) -> Partition:
             raise UserError(
                 f"row {row} (counted from 0) names no client: its value is empty; "
                 "fill it in or remove the row"
+            )
+        if not one_line(str(value)):
+            raise UserError(
+                f"row {row} (counted from 0): the client {str(value)!r:.60} has a control character or a "
+                "line break in its name; clean the data"
             )
     names, group = np.unique([str(value) for value in values], return_inverse=True)
     return {str(name): np.flatnonzero(group == index) for index, name in enumerate(names)}

@@ -1,14 +1,20 @@
-"""The model card of an export: its kind, how to load it, and how it was trained."""
+"""The model card of an export: its metadata, code that loads it, and how it was trained."""
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedhl.task import KINDS
 
 Kind = Literal["adapter", "merged"]
+FOLDER, BASE = "path/to/this/folder", "path/to/the/base/model"
 
 
 def model_card(
@@ -17,34 +23,48 @@ def model_card(
     rank: int | None,
     *,
     base: str,
+    max_length: int,
     labels: Sequence[str] = (),
+    licence: str | None = None,
 ) -> str:
     """The README.md of an export: metadata, how to load it, and how it was made.
 
     `summary`: the content of a run's summary.json; `rank`: the rank of an adapter; `base`: the base model's
-    name; `labels`: the labels of a classifier, in order.
+    hub id, or a folder, which is not named; `max_length`: the most tokens of a row; `labels`: the labels of a
+    classifier, in order; `licence`: that of the base model, if it is known.
     """
+    hub, task = hub_id(base), KINDS[summary["task"]]
     what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
-    front = {
-        "base_model": base,
-        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
-        "library_name": "peft" if kind == "adapter" else "transformers",
-        "pipeline_tag": KINDS[summary["task"]].pipeline,
-        "tags": ["fedhl", "federated-learning", "lora"],
-    }
+    of = f"for `{hub}`" if hub else "for a base model that was a local folder"
+    scores = own_scores(summary, rank)
+    front = ModelCardData(
+        base_model=hub,
+        license=licence,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag=task.pipeline,
+        tags=["fedhl", "federated-learning", "lora"],
+        model_name=plain(str(summary["name"])),
+        eval_results=eval_results(summary, scores),
+        base_model_relation=hub and ("adapter" if kind == "adapter" else "finetune"),
+    )
+    advice = "" if licence else " The base model names none here: state it before you publish this."
     lines = [
-        *front_matter(front),
-        f"# {summary['name']}",
+        "---",
+        front.to_yaml(),
+        "---",
         "",
-        f"{what} for `{base}`, fine-tuned by {len(summary['clients'])} clients that did not share "
+        f"# {plain(str(summary['name']))}",
+        "",
+        f"{what} {of}, fine-tuned by {len(summary['clients'])} clients that did not share "
         "their data, with fedhl.",
+        f"Licence: {licence or 'that of the base model and of the data.'}{advice}",
         "",
-        *how_to_load(summary["task"], kind, base, labels),
+        *how_to_load(summary["task"], kind, hub, labels, max_length),
         "## How it was made",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in run_facts(summary).items()),
+        *(f"| {key} | {value} |" for key, value in run_facts(summary, rank, scores).items()),
         "",
     ]
     return "\n".join(lines)
@@ -55,32 +75,88 @@ def front_matter(front: Mapping[str, Any]) -> list[str]:
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
 
 
-def how_to_load(task: str, kind: Kind, base: str, labels: Sequence[str]) -> list[str]:
+def plain(text: str) -> str:
+    """A text from elsewhere as Markdown that shows it and does nothing else, on one line."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", html.escape(printable, quote=False))
+
+
+def hub_id(base: str) -> str | None:
+    """The hub id of a base model; None of a folder, which only one machine has."""
+    return None if Path(base).is_absolute() else base
+
+
+def base_licence(base: str) -> str | None:
+    """The licence that the card of a base model names, a folder or hub id; None if it cannot be read."""
+    try:
+        source = str(Path(base) / "README.md") if hub_id(base) is None else base
+        named = ModelCard.load(source, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # no card, no connection, or a card that is none
+        return None
+    return named if isinstance(named, str) else None
+
+
+def how_to_load(
+    task: str, kind: Kind, hub: str | None, labels: Sequence[str], max_length: int
+) -> list[str]:
     auto, head = KINDS[task].auto, KINDS[task].head
-    folder = "path/to/this/folder"
+    base = hub or BASE
+    config = "AutoConfig, " if head and kind == "adapter" else ""
+    code = [f"from transformers import {config}{auto}, AutoTokenizer", "", f'folder = "{FOLDER}"']
     if kind == "merged":
-        code = [
-            f"from transformers import {auto}, AutoTokenizer",
-            f'model = {auto}.from_pretrained("{folder}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        ]
+        code += [f"model = {auto}.from_pretrained(folder)"]
     else:
-        # a head without labels says one number
-        count = f", num_labels={len(labels) or 1}" if head else ""
-        code = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}, AutoTokenizer",
-            f"base = {auto}.from_pretrained({json.dumps(base)}{count})",
-            f'model = PeftModel.from_pretrained(base, "{folder}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
+        code[:0] = ["from peft import PeftModel"]
+        named = ", config=config, ignore_mismatched_sizes=True" if head else ""
+        code += [
+            f"base = {json.dumps(base)}{'' if hub else '  # replace this'}",
+            *(["config = AutoConfig.from_pretrained(folder)  # with the labels"] if head else ()),
+            f"model = {auto}.from_pretrained(base{named})",
+            "model = PeftModel.from_pretrained(model, folder)",
         ]
-    lines = ["```python", *code, "```", ""]
+    code += [
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "",
+        'inputs = tokenizer(["A text."], truncation=True, '
+        f'max_length={max_length}, return_tensors="pt")',
+        "outputs = model.eval()(**inputs)",
+    ]
     if labels:
-        lines += ["Labels, in order: " + ", ".join(f"`{label}`" for label in labels) + ".", ""]
+        code += ["print(model.config.id2label[int(outputs.logits.argmax())])"]
+    lines = ["```python", *code, "```", ""]
+    lines += [f"It was trained on texts of at most {max_length} tokens (`max_length`).", ""]
+    if labels:
+        names = json.dumps(dict(enumerate(labels)), indent=1)
+        lines += ["The labels by their ids:", "", "```json", names, "```", ""]
     return lines
 
 
-def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
+def own_scores(summary: Mapping[str, Any], rank: int | None) -> Mapping[str, Any] | None:
+    """The held-out metrics of what is exported: the update at this rank, or the full update; None if nobody
+    has measured them."""
+    final = summary.get("final") or {}
+    if rank is None:
+        return final.get("full")
+    top = final.get("truncated") or {}
+    return (final.get("ranks") or {}).get(str(rank)) or (top if top.get("rank") == rank else None)
+
+
+def eval_results(
+    summary: Mapping[str, Any], scores: Mapping[str, Any] | None
+) -> list[EvalResult] | None:
+    """The metrics for the model index of the hub."""
+    task = KINDS[summary["task"]]
+    found = [(name, scores.get(name)) for name in task.metrics[::-1]] if scores else []
+    return [
+        EvalResult(task.pipeline, "private", "held-out rows of the federation", name, value)
+        for name, value in found
+        if value is not None
+    ] or None
+
+
+def run_facts(
+    summary: Mapping[str, Any], rank: int | None, scores: Mapping[str, Any] | None
+) -> dict[str, str]:
     """The facts needed to judge or to repeat a run, from its summary.json."""
     clients = summary["clients"]
     ranks = sorted(client["rank"] for client in clients)
@@ -92,13 +168,16 @@ def run_facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "training examples": f"{sum(client['examples'] for client in clients)}",
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
     }
-    final = summary.get("final") or {}
     names = KINDS[summary["task"]].metrics[::-1]
-    for key, name in (("full", "full-rank update"), ("truncated", "update at the top rank")):
-        scores = final.get(key)
-        if scores:
-            shown = (k for k in names if scores.get(k) is not None)
-            facts[f"held out, {name}"] = ", ".join(f"{k} {scores[k]:.4f}" for k in shown)
+    full = (summary.get("final") or {}).get("full")
+    here = {} if rank is None else {f"this adapter, rank {rank}": scores}
+    for what, measured in (here | {"full-rank update": full}).items():
+        shown = (
+            (f"{k} {measured[k]:.4f}" for k in names if measured.get(k) is not None)
+            if measured
+            else ()
+        )
+        facts[f"held out, {what}"] = ", ".join(shown) or "not measured"
     facts["fedhl"] = summary["fedhl"] + (
         f" (commit {summary['commit']})" if summary.get("commit") else ""
     )

@@ -18,7 +18,7 @@ def adapter_folder(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["adapter_*"]))
+        return Path(snapshot_download(source, allow_patterns=["adapter_*", "config.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"no adapter folder {source!r} here, and it cannot be fetched from the hub: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from fedhl.task import KINDS
 def export_adapter(
     out: Path, loaded: Loaded, adapter: Mapping[str, LoRA], head: Mapping[str, Tensor], card: str
 ) -> None:
-    """Write `adapter` and `head` as a PEFT adapter folder of the base model `loaded`.
+    """Write `adapter` and `head` as a PEFT adapter folder of the base model `loaded`, with the tokenizer, and
+    for a classifier the model's config, which names the labels.
 
     Raises UserError if `out` exists and is not an empty folder, or cannot be written.
     """
@@ -38,6 +40,9 @@ def export_adapter(
             fan_in_fan_out=is_conv1d(loaded.model, list(adapter)),
             revision=loaded.revision,
         )
+        if KINDS[loaded.task].head:
+            save_config(loaded, staging)
+        loaded.tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -71,6 +76,14 @@ def export_merged(
             model.save_pretrained(staging)
         loaded.tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_config(loaded: Loaded, folder: Path) -> None:
+    """Write the model's config as it is without training, with the names of the labels."""
+    config = copy.deepcopy(loaded.model.config)
+    if loaded.use_cache:
+        config.use_cache = True
+    config.save_pretrained(folder)
 
 
 @contextmanager

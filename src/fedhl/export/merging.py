@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,24 +14,33 @@ from torch import Tensor
 from fedhl import __version__
 from fedhl import lora as algebra
 from fedhl.errors import UserError
-from fedhl.export.cards import front_matter
+from fedhl.export.cards import front_matter, hub_id, plain
 from fedhl.export.fetch import adapter_folder
 from fedhl.export.folders import publish
 from fedhl.lora import LoRA
-from fedhl.model.adapters import AdapterFolder, load_adapter, save_adapter
+from fedhl.model.adapters import (
+    AUTOMATIC_HEADS,
+    AdapterFolder,
+    adapter_labels,
+    is_finite,
+    load_adapter,
+    save_adapter,
+)
 
 
 class Merge(NamedTuple):
     """The result of `merge_folders`.
 
     `weights`: those that were used; `ranks`: of the result, by layer; `errors[layer]` and `error` (of all
-    layers): the share of the energy that truncation lost, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1].
+    layers): the share of the energy that truncation lost, `||ΔW - T_r(ΔW)||² / ||ΔW||²` in [0, 1];
+    `unnamed`: the folders of classifiers that do not name the labels of the heads that were averaged.
     """
 
     weights: tuple[float, ...]
     ranks: dict[str, int]
     errors: dict[str, float]
     error: float
+    unnamed: tuple[str, ...] = ()
 
 
 def merge_adapters(
@@ -38,8 +48,8 @@ def merge_adapters(
 ) -> dict[str, LoRA]:
     """`Σ w_i s_i B_i A_i` in every layer, exactly, as one adapter of scale 1 and rank `Σ r_i`.
 
-    Raises UserError unless all adapters have the same layers of the same shapes, and there is one
-    finite weight for each.
+    Raises UserError unless all adapters have the same layers of the same shapes, there is one
+    finite weight for each, and the sum is finite.
     """
     if not adapters:
         raise UserError("no adapters to merge; give at least one")
@@ -62,12 +72,19 @@ def merge_adapters(
                     f"layer {name} is {first[name].shape} in adapter 1 and {adapter[name].shape} in "
                     f"adapter {i}; they belong to different base models"
                 )
-    return {
+    merged = {
         name: algebra.concat(
             (w, adapter[name]) for w, adapter in zip(weights, adapters, strict=True)
         )
         for name in sorted(first)
     }
+    for name, lora in merged.items():
+        if not (is_finite(lora.A) and is_finite(lora.B)):
+            raise UserError(
+                f"layer {name}: the sum of the updates times their weights is not finite in float32; "
+                f"choose smaller weights than {list(weights)}, and finite adapters"
+            )
+    return merged
 
 
 def merge_folders(
@@ -89,17 +106,25 @@ def merge_folders(
     out = Path(out)
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
-    parts = [load_adapter(adapter_folder(folder)) for folder in folders]
+    paths = [adapter_folder(folder) for folder in folders]
+    parts = [load_adapter(path) for path in paths]
     if not parts:
         raise UserError("no adapters to merge; name at least one adapter folder")
     used = list(weights) if weights is not None else [1.0] * len(parts)
+    if not all(math.isfinite(w) and w >= 0 for w in used):
+        raise UserError(f"the weights must be finite numbers and not negative, got {used}")
     if not sum(used) > 0:
         raise UserError(f"the weights must sum to more than 0, got {used}")
     shares = [w / sum(used) for w in used]
     used = shares if normalize else used
     exact = merge_adapters([part.adapter for part in parts], used)
     config = common_config(folders, parts, force)
+    labels = [adapter_labels(path) for path in paths]
+    refuse_other_labels(folders, labels)
     head = average_heads(folders, parts, shares)
+    frozen = same_frozen(folders, parts)
+    unnamed = [f for f, names in zip(folders, labels, strict=True) if names is None]
+    averaged = head and config.task_type in AUTOMATIC_HEADS and len(folders) > 1
 
     merged: dict[str, LoRA] = {}
     lost, total = {}, {}
@@ -110,6 +135,7 @@ def merge_folders(
         {name: lora.rank for name, lora in merged.items()},
         {name: share_of(lost[name], total[name]) for name in merged},
         share_of(sum(lost.values()), sum(total.values())),
+        tuple(unnamed) if averaged else (),
     )
     with publish(out) as staging:
         save_adapter(
@@ -120,7 +146,11 @@ def merge_folders(
             task_type=config.task_type,
             fan_in_fan_out=config.fan_in_fan_out,
             revision=config.revision,
+            frozen=frozen,
         )
+        named = next((p for p, names in zip(paths, labels, strict=True) if names is not None), None)
+        if head and named is not None:
+            shutil.copyfile(named / "config.json", staging / "config.json")
         card = merge_card(folders, config.base_model_name_or_path, result)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return result
@@ -160,6 +190,22 @@ def common_config(folders: Sequence[str], parts: Sequence[AdapterFolder], force:
     return first
 
 
+def refuse_other_labels(folders: Sequence[str], labels: Sequence[Sequence[str] | None]) -> None:
+    """Raises UserError unless all adapters that name their labels name the same, in the same order."""
+    named = [(f, names) for f, names in zip(folders, labels, strict=True) if names is not None]
+    for folder, names in named[1:]:
+        if names != named[0][1]:
+            raise UserError(
+                f"{folder} and {named[0][0]} are classifiers of other labels, {shown(names)} and "
+                f"{shown(named[0][1])}, so that the mean of their heads means nothing; merge adapters of the "
+                "same labels in the same order"
+            )
+
+
+def shown(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}"
+
+
 def average_heads(
     folders: Sequence[str], parts: Sequence[AdapterFolder], shares: Sequence[float]
 ) -> dict[str, Tensor]:
@@ -182,11 +228,27 @@ def average_heads(
     }
 
 
+def same_frozen(folders: Sequence[str], parts: Sequence[AdapterFolder]) -> dict[str, Tensor]:
+    """The base weights that the adapters bring. Raises UserError if two bring other weights of one layer."""
+    found: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    for folder, part in zip(folders, parts, strict=True):
+        for layer, weight in part.frozen.items():
+            if layer in found and not torch.equal(found[layer], weight):
+                raise UserError(
+                    f"{folder} and {owner[layer]} were trained on other weights of {layer}, as after a "
+                    "vocabulary was extended; merge adapters of one base model"
+                )
+            found.setdefault(layer, weight)
+            owner.setdefault(layer, folder)
+    return found
+
+
 def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
     ranks = sorted(set(merge.ranks.values()))
+    hub = base and hub_id(base)
     front = {
-        "base_model": base or "",
-        "base_model_relation": "adapter",
+        **({"base_model": hub, "base_model_relation": "adapter"} if hub else {}),
         "library_name": "peft",
         "tags": ["fedhl", "lora", "merge"],
     }
@@ -194,14 +256,17 @@ def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
         *front_matter(front),
         "# Merged LoRA adapter",
         "",
-        f"The weighted sum of {len(folders)} LoRA adapters of `{base}`, of rank "
-        f"{ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}, made by "
+        f"The weighted sum of {len(folders)} LoRA adapters of {plain(hub) if hub else 'one base model'}, "
+        f"of rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}, made by "
         f"fedhl {__version__}. The products B A are summed, not the factors; cutting the rank "
         f"lost {merge.error:.3%} of the squared norm.",
         "",
         "| adapter | weight |",
         "|---|---|",
-        *(f"| {Path(f).name} | {w:.6g} |" for f, w in zip(folders, merge.weights, strict=True)),
+        *(
+            f"| {plain(Path(f).name)} | {w:.6g} |"
+            for f, w in zip(folders, merge.weights, strict=True)
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -233,6 +233,8 @@ def assemble(
         tasks=data.tasks,
     )
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
+    if head and data.labels is not None:
+        check_start_labels(config, data.labels, watcher)
     head = peft.read_head(federation.slots) | head  # copied now: training will change the model's
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
@@ -283,7 +285,7 @@ def refuse_padding(config: Config, loaded: Loaded) -> None:
 def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA], dict[str, Tensor]]:
     """The adapter and head that `lora.start` names, if they fit this model and these ranks."""
     assert config.lora.start is not None
-    adapter, head, _ = adapters.load_adapter(Path(config.lora.start))
+    adapter, head, _, frozen = adapters.load_adapter(Path(config.lora.start))
     shapes, top = peft.layers(federation.slots), federation.top_rank
     for name, lora in adapter.items():
         if name not in shapes:
@@ -297,6 +299,14 @@ def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA],
                 f"{shapes[name]} and at most {top}, the largest of lora.ranks; `fedhl merge "
                 f"{config.lora.start} --rank {top} --out DIR` makes one that fits"
             )
+    for name, weight in frozen.items():
+        base = federation.slots.modules[name].get_base_layer().weight
+        assert isinstance(base, Tensor)
+        if not torch.equal(adapters.cpu_copy(base), weight):
+            raise UserError(
+                f"lora.start: the adapter was trained on another weight of {name} than this model has; start "
+                "from the base model of the adapter"
+            )
     own = federation.slots.head
     for name, value in head.items():
         if name not in own or own[name].shape != value.shape:
@@ -305,3 +315,22 @@ def read_start(config: Config, federation: Federation) -> tuple[dict[str, LoRA],
                 "model and these labels"
             )
     return adapter, head
+
+
+def check_start_labels(config: Config, labels: Sequence[str], watcher: Watcher) -> None:
+    """Raises UserError if the head that `lora.start` brings has other labels than the data, or the same in
+    another order; warns if nothing says which it has."""
+    assert config.lora.start is not None
+    theirs = adapters.adapter_labels(Path(config.lora.start))
+    if theirs is None:
+        watcher.say(
+            f"warning: nothing says which labels the head of {config.lora.start} has; starting from it "
+            f"is right only if they are {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}, in this "
+            "order"
+        )
+    elif theirs != list(labels):
+        raise UserError(
+            f"lora.start: the head of {config.lora.start} has the labels {', '.join(map(repr, theirs[:5]))}, "
+            f"the data has {', '.join(map(repr, labels[:5]))}; start from an adapter of the same labels in "
+            "the same order"
+        )

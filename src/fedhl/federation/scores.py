@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -76,9 +77,14 @@ def evaluate_clients(
         name: sum(metrics[name] for metrics in by_client.values()) / len(by_client)
         for name in federation.config.task.metrics
     }
-    # the worst client: by accuracy where there is one, by loss among equals
+    # the worst client: by accuracy where there is one, by loss among equals; no loss is worse than NaN
+    losses = {id: metrics["loss"] for id, metrics in by_client.items()}
     worst = min(
-        by_client, key=lambda id: (by_client[id].get("accuracy", 0.0), -by_client[id]["loss"])
+        by_client,
+        key=lambda id: (
+            by_client[id].get("accuracy", 0.0),
+            -math.inf if math.isnan(losses[id]) else -losses[id],
+        ),
     )
     return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
 

@@ -43,7 +43,7 @@ from fedhl.model.loading import tokenizer_hash
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary
-from fedhl.run.folder import alone, load_run_config, networked, refuse_taken
+from fedhl.run.folder import alone, load_run_config, networked, refuse_taken, same_settings
 from fedhl.run.loop import resume_prepared, start_prepared
 from fedhl.server import Client, Reply, ServerState
 from fedhl.task.labels import sorted_labels
@@ -82,7 +82,8 @@ def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watche
 
 def check_same_run(config: Config, folder: Path) -> None:
     """Raises UserError unless the run in `folder` has this config and can continue over the network."""
-    if load_run_config(folder) != config.model_copy(update={"weighting": config.weighting_used}):
+    given = config.model_copy(update={"weighting": config.weighting_used})
+    if not same_settings(load_run_config(folder), given):
         raise UserError(f"{folder} holds a run of another config; choose another folder")
     if rounds_done(folder) and not networked(folder) and clients_keep(config):
         raise UserError(

@@ -18,7 +18,7 @@ from fedhl.files import file_name
 from fedhl.flower.mailbox import Mailbox, pause
 from fedhl.flower.records import HELLO, pack
 from fedhl.model.loading import load_tokenizer, tokenizer_hash
-from fedhl.names import listed
+from fedhl.names import listed, one_line
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.server import Client
@@ -226,9 +226,8 @@ def introduction(header: Mapping[str, Any]) -> Member:
 
 
 def writable(text: str, length: int) -> bool:
-    """Whether a text is short enough and can be written in UTF-8: JSON allows unpaired surrogates, files do
-    not."""
-    return len(text) <= length and not any("\ud800" <= c <= "\udfff" for c in text)
+    """Whether a text is short enough, and one that can be printed and written."""
+    return len(text) <= length and one_line(text)
 
 
 def clients_needed(config: Config, nodes: int | None = None) -> int:

@@ -22,6 +22,7 @@ from fedhl.data.locate import locate
 from fedhl.errors import UserError, first_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.model import classes
+from fedhl.model.adapters import is_finite
 from fedhl.model.dropout import refuse_random, set_dropout
 from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
 from fedhl.names import some
@@ -116,6 +117,7 @@ def load_model(
             f"model {source!r}: its classification head cannot be kept out of 4-bit quantisation "
             f"({', '.join(head)}); load it without 4-bit"
         )
+    refuse_infinite(model, source)
     if not four_bit:
         model.to(target)  # pyright: ignore[reportArgumentType]
     if dropout is not None:
@@ -248,6 +250,14 @@ def incomplete(source: str, lost: Sequence[str], model: PreTrainedModel) -> str:
         f"model {source!r}: its weights do not fit a {type(model).__name__}: {shown} missing or of "
         "another shape; check that config.json belongs to these weights, and that the task is right"
     )
+
+
+def refuse_infinite(model: PreTrainedModel, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter):
+            raise UserError(
+                f"model {source!r}: its weight {name} holds NaN or infinite numbers; restore the weights"
+            )
 
 
 def enable_checkpointing(model: PreTrainedModel, source: str) -> None:

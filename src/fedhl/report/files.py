@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhl.errors import UserError
-from fedhl.record import Json, better, read_metrics, read_summary
+from fedhl.record import FAILED, FINISHED, Json, better, read_metrics, read_summary
 
 
 @dataclass
@@ -129,7 +129,7 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
 
 def total(run: Run, group: str, key: str) -> float | None:
     """A total over the run: the summary's when it is finished, else the sum over the rounds so far."""
-    if dig(run.summary, "status") == "finished":
+    if dig(run.summary, "status") in (FINISHED, FAILED):
         stated = num(run.summary, group, key)
         if stated is not None:
             return stated

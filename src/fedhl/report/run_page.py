@@ -75,6 +75,7 @@ def header(run: Run) -> View:
         "known": bool(run.summary),  # an empty summary says nothing
         "missing": run.summary is None,
         "status": str(dig(run.summary, "status") or "no summary"),
+        "reason": dig(run.summary, "reason"),
         "model": dig(run.summary, "model"),
         "task": str(dig(run.summary, "task") or "").replace("-", " "),
         "data": dig(run.summary, "data"),

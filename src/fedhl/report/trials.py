@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedhl.errors import UserError
+from fedhl.record import FAILED, FINISHED
 from fedhl.report.files import Json, Run, dig, final_evaluation, items, num, read_run, total
 from fedhl.report.statistics import mean_interval
 
@@ -59,7 +60,7 @@ class Trial:
 
     @property
     def finished(self) -> Run | None:
-        return self.run if self.status == "finished" else None
+        return self.run if self.status in (FINISHED, FAILED) else None
 
     @cached_property
     def scores(self) -> dict[str, dict[str, float | None]]:

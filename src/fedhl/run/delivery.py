@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from fedhl import server
+from fedhl.config import Config
 from fedhl.config.conduct import ComputeConfig
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
+from fedhl.export.cards import base_licence
 from fedhl.federation.federation import initial_state
 from fedhl.federation.prepare import (
     clients_keep,
@@ -25,9 +28,10 @@ from fedhl.federation.prepare import (
 )
 from fedhl.federation.scores import evaluate_round, truncation
 from fedhl.lora import LoRA, dense
+from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
-from fedhl.record import read_summary
-from fedhl.run.folder import load_checkpoint, load_run_config, networked
+from fedhl.record import FAILED, measured, read_summary
+from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
 from fedhl.run.summary import check_same, clients_own_data
 from fedhl.server import ServerState
 from fedhl.watch import SILENT, Watcher
@@ -36,16 +40,22 @@ Which = int | Literal["last", "best"]
 
 
 def export_run(
-    run: Path, out: Path, rank: int | None, which: Which, watcher: Watcher = SILENT
+    run: Path,
+    out: Path,
+    rank: int | None,
+    which: Which,
+    watcher: Watcher = SILENT,
+    places: Sequence[str] = (),
 ) -> list[str]:
     """Write a PEFT adapter of `rank`, or (None) the merged model, into `out`; the data is not needed.
+    `places`: where the model is now, as in `load_run_config`.
 
     Layers narrower than `rank` get their full rank. Returns lines that say what was written and how
     to load it. Raises UserError, e.g. if `out` is not empty or the round was not kept.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
-    config, summary = load_run_config(run), read_summary(run)
+    config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
     # names and shapes of the base are all that is needed of it: any machine will do
     model = config.model.model_copy(update={"four_bit": False})
     config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
@@ -54,21 +64,30 @@ def export_run(
     check_same(run, config, {"model": loaded.hash})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     known = server.deltas(federation.method, state)
+    refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
+    if summary["status"] == FAILED:
+        watcher.say(f"warning: {run} failed: {summary['reason']}")
     if not known:
         raise UserError(f"{run}: method {config.method.name!r} has no global model to export")
     summary["rounds_done"] = state.round
     summary["final"] = manifest["metrics"]["evaluation"]
-    base, labels = loaded.source_for_adapter, summary["labels"] or ()
+    base = loaded.source_for_adapter
+    about: dict[str, Any] = {
+        "base": base,
+        "max_length": config.task.max_length,
+        "labels": summary["labels"] or (),
+        "licence": base_licence(base),
+    }
     if rank is None:
-        fresh = load_fresh(run, loaded)
-        card = model_card(summary, "merged", None, base=base, labels=labels)
+        fresh = load_fresh(config, summary, loaded)
+        card = model_card(summary, "merged", None, **about)
         export_merged(
             out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
         )
         return [f"round {state.round}, full-rank update merged into {base}: {out}"]
     adapter = truncation(federation, state, rank)
     got = max(lora.rank for lora in adapter.values())
-    card = model_card(summary, "adapter", got, base=base, labels=labels)
+    card = model_card(summary, "adapter", got, **about)
     export_adapter(out, loaded, adapter, state.head, card)
     short = "" if got == rank else f" (the rank of the update; asked for was {rank})"
     return [
@@ -77,13 +96,29 @@ def export_run(
     ]
 
 
-def load_fresh(run: Path, loaded: Loaded) -> Loaded:
+def refuse_diverged(
+    run: Path,
+    state: ServerState,
+    deltas: Mapping[str, Tensor | LoRA],
+    evaluation: Mapping[str, Any] | None,
+) -> None:
+    """Raises UserError unless all numbers of the model are finite, and its losses, where measured."""
+    factors = [t for d in deltas.values() for t in ((d.A, d.B) if isinstance(d, LoRA) else (d,))]
+    if not all(
+        is_finite(tensor) for tensor in (*factors, *state.head.values())
+    ) or None in measured(evaluation or {}):
+        raise UserError(
+            f"{run}: training had diverged by round {state.round}, whose numbers or losses are not finite; "
+            "export an earlier round, e.g. with --round best"
+        )
+
+
+def load_fresh(config: Config, summary: Mapping[str, Any], loaded: Loaded) -> Loaded:
     """The base model again, in float32 and without adapters, to merge into."""
-    config = load_run_config(run)
     return load_model(
         config.model.source,
         config.task.kind,
-        labels=read_summary(run)["labels"],
+        labels=summary["labels"],
         revision=loaded.revision,
         fresh_head=config.model.fresh_head,
         seed=config.seed,
@@ -100,18 +135,32 @@ def left_out(deltas: Mapping[str, Any], adapter: Mapping[str, LoRA]) -> float:
     return lost / total if total else 0.0
 
 
-def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher = SILENT) -> Table:
-    """The metrics of a checkpoint on the run's held-out rows, or on the rows of `source`, as a table."""
-    config = load_run_config(run)
+def evaluate_run(
+    run: Path,
+    which: Which,
+    source: str | None,
+    watcher: Watcher = SILENT,
+    places: Sequence[str] = (),
+) -> Table:
+    """The metrics of a checkpoint on the run's held-out rows, or, without the data of the run, on the rows
+    of `source`, as a table. `places`: where model and data are now, as in `load_run_config`."""
+    config = load_run_config(run, places)
     if networked(run) and clients_keep(config):
         raise UserError(
             f"only the clients of {run} can evaluate, since {config.method.name} has them keep factors for "
             "themselves; their reported metrics are in metrics.jsonl"
         )
-    if clients_own_data(run):
-        prepared = prepare_server_again(config, read_summary(run), watcher)
-    else:
-        prepared = prepare(config, watcher)
+    if source is not None and config.tasks is None:
+        return evaluate_on(run, which, source, watcher, places)
+    own = clients_own_data(run)
+    config = load_run_config(
+        run, places, [key for key in PLACES if not (own and key == "data.source")]
+    )
+    prepared = (
+        prepare_server_again(config, read_summary(run), watcher)
+        if own
+        else prepare(config, watcher)
+    )
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation = prepared.federation
     if source is not None:
@@ -123,6 +172,21 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")
     state, _ = load_checkpoint(run, prepared.initial_state(), which, watcher)
+    return table(evaluate_round(federation, state, every_rank=True), state)
+
+
+def evaluate_on(
+    run: Path, which: Which, source: str, watcher: Watcher, places: Sequence[str]
+) -> Table:
+    """The metrics of a checkpoint on the rows of `source`, without the data of the run."""
+    config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
+    ranks = {client["id"]: client["rank"] for client in summary["clients"]}
+    loaded, federation = load_federation(config, summary["labels"], ranks)
+    check_same(run, config, {"model": loaded.hash})
+    rows = load_rows(source)
+    encoded = config.task.encode(rows, source, loaded.tokenizer, summary["labels"])
+    federation = replace(federation, held_out=encoded.examples)
+    state, _ = load_checkpoint(run, initial_state(federation), which, watcher)
     return table(evaluate_round(federation, state, every_rank=True), state)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from fedhl.config import Config, load_config
+from fedhl.data.locate import PACKAGE, locate
 from fedhl.errors import UserError
-from fedhl.files import write_text
+from fedhl.files import json_text, write_text
 from fedhl.names import listed
 from fedhl.record import read_metrics, read_summary, rounds_in
 from fedhl.watch import SILENT, Watcher
@@ -47,10 +47,82 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def load_run_config(folder: Path) -> Config:
-    """The config of a run folder. Raises UserError if `folder` is not a run folder."""
+# --- its config, and where model and data are ---------------------------------------------------
+
+PLACES = ("model.source", "data.source", "data.held_out.source", "lora.start")
+"""The settings that say where something is, and not what a run does with it."""
+
+
+def load_run_config(
+    folder: Path, places: Sequence[str] = (), needed: Collection[str] = ()
+) -> Config:
+    """The config of a run folder. `places`: where model and data are now, as `KEY=PATH`; `needed`: the keys
+    of what must be there. Raises UserError if `folder` is not a run folder, and for what is not there."""
     refuse_other(folder)
-    return load_config(folder / "config.yaml")
+    for change in places:
+        key = change.partition("=")[0].strip()
+        if key not in PLACES:
+            raise UserError(
+                f"--set {change!r}: a run keeps its settings; only where things are can change: "
+                f"{', '.join(PLACES)}"
+            )
+    config = load_config(folder / "config.yaml", places)
+    for key, source in places_of(config).items():
+        try:
+            if key in needed:
+                locate(source)
+        except UserError as error:
+            raise UserError(
+                f"{folder}: {key}: {error}; if it is elsewhere now, add --set {key}=PATH"
+            ) from None
+    return config
+
+
+def places_of(config: Config) -> dict[str, str]:
+    """The places that a config names, by key."""
+    held_out = config.data.held_out
+    values = (
+        config.model.source,
+        config.data.source,
+        held_out and held_out.source,
+        config.lora.start,
+    )
+    return {key: value for key, value in zip(PLACES, values, strict=True) if value is not None}
+
+
+def placed(config: Config, place: Callable[[str], str]) -> Config:
+    """The config with `place(source)` in place of each place that it names."""
+    changed = {key: place(source) for key, source in places_of(config).items()}
+    data = {"source": changed["data.source"]}
+    if "data.held_out.source" in changed and config.data.held_out:
+        held_out = {"source": changed["data.held_out.source"]}
+        data["held_out"] = config.data.held_out.model_copy(update=held_out)
+    lora = {"start": changed["lora.start"]} if "lora.start" in changed else {}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"source": changed["model.source"]}),
+            "data": config.data.model_copy(update=data),
+            "lora": config.lora.model_copy(update=lora),
+        }
+    )
+
+
+def anchored(config: Config) -> Config:
+    """The config with absolute paths, so that it means the same in any working folder."""
+
+    def absolute(source: str) -> str:
+        path = None if source.startswith(PACKAGE) else locate(source)
+        return source if path is None else str(path.absolute())
+
+    return placed(config, absolute)
+
+
+def same_settings(one: Config, other: Config) -> bool:
+    """Whether two configs differ at most in where model and data are."""
+    return placed(one, lambda _: "") == placed(other, lambda _: "")
+
+
+# --- its checkpoints ----------------------------------------------------------------------------
 
 
 def load_checkpoint(
@@ -102,7 +174,7 @@ def keep_metrics(folder: Path, last: dict[str, Any]) -> None:
     # the line in the file is the same, with the seconds of the checkpoint
     last = next((line for line in lines if line["round"] == last["round"]), last)
     kept = [*(line for line in lines if line["round"] < last["round"]), last]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    text = "".join(json_text(line) + "\n" for line in kept)
     write_text(folder / "metrics.jsonl", text)
 
 

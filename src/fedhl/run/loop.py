@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -15,13 +16,15 @@ from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
-from fedhl.files import append_line, write_text
+from fedhl.files import append_line, finite, write_text
 from fedhl.model.training import learning_rate
-from fedhl.record import better, rounds_in
+from fedhl.record import FINISHED, better, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
+    PLACES,
     alone,
+    anchored,
     keep_metrics,
     load_checkpoint,
     load_run_config,
@@ -49,10 +52,11 @@ def start_run(
     start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
-def resume_run(folder: str | Path, watcher: Watcher = SILENT) -> None:
-    """Continue after the newest good checkpoint, to the same end as an uninterrupted run."""
+def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> None:
+    """Continue after the newest good checkpoint, to the same end as an uninterrupted run. `places`: where
+    model and data are now, as in `load_run_config`."""
     folder = Path(folder)
-    config = load_run_config(folder)
+    config = load_run_config(folder, places, PLACES)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
         raise UserError(
             f"the clients of {folder} were other processes, with rows or factors of their own; continue the "
@@ -74,7 +78,7 @@ def start_prepared(
                 f"{folder}: another process has started a run here in the meantime; choose another folder"
             )
         with writing(folder):
-            write_text(folder / "config.yaml", dump_config(prepared.config))
+            write_text(folder / "config.yaml", dump_config(anchored(prepared.config)))
             (folder / "state").mkdir()
         watcher.say(f"run folder: {folder}")
         run_rounds(prepared, None, folder, watcher, engine=engine)
@@ -129,7 +133,7 @@ def run_rounds(
             mark(folder, "interrupted")
         raise
     with writing(folder):
-        write_summary(prepared, folder, "finished", best)
+        write_summary(prepared, folder, FINISHED, best)
         write_report(folder)
 
 
@@ -190,7 +194,7 @@ def finish_round(
     with uninterrupted(), writing(folder):
         phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
         seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
-        notes = {"metrics": line, "best": best}
+        notes = finite({"metrics": line, "best": best})
         state = checkpoint.on_disk(folder / "state", state)
         checkpoint.save(folder / "state", state, notes)
         checkpoint.prune(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import subprocess
@@ -22,8 +21,8 @@ from fedhl.data.label_groups import forgetting, mean_accuracy
 from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
-from fedhl.files import sha256, write_text
-from fedhl.record import read_metrics, read_summary
+from fedhl.files import json_text, sha256, write_text
+from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
 
 
 def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
@@ -34,20 +33,23 @@ def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
 def write_summary(
     prepared: Prepared, folder: Path, status: str, best: dict[str, Any] | None
 ) -> None:
-    """Write the summary of a run from its metrics and its settings."""
+    """Write the summary of a run from its metrics and its settings. A run that ends without a result is not
+    `finished` but `failed`, with the reason."""
     config, federation = prepared.config, prepared.federation
     weighting = config.weighting_used
     lines = read_metrics(folder)
-    earlier = read_summary(folder)["peak_memory_bytes"] if (folder / "summary.json").exists() else 0
+    before = read_summary(folder) if (folder / "summary.json").exists() else {}
+    reason = failure(lines) if status == FINISHED else None
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
     summary = {
         "name": config.name,
-        "status": status,
+        "status": status if reason is None else FAILED,
+        "reason": reason,
         "fedhl": __version__,
         "commit": commit(),
         "task": config.task.kind,
-        "model": config.model.source,
-        "data": config.data.source,
+        "model": before.get("model", config.model.source),
+        "data": before.get("data", config.data.source),
         "labels": prepared.data.labels,
         "method": {"name": config.method.name, **config.method.hyperparameters},
         "weighting": {"name": weighting.name, **weighting.hyperparameters},
@@ -75,7 +77,7 @@ def write_summary(
             phase: sum(line["seconds"].get(phase, 0.0) for line in lines)
             for phase in ("total", "train", "compute", "evaluate")
         },
-        "peak_memory_bytes": max(peak_memory(), earlier),
+        "peak_memory_bytes": max(peak_memory(), before.get("peak_memory_bytes", 0)),
         "device": str(federation.device),
         "precision": config.compute.precision,
         "versions": {
@@ -99,8 +101,7 @@ def mark(folder: Path, status: str) -> None:
 
 
 def save_summary(folder: Path, summary: dict[str, Any]) -> None:
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    write_text(folder / "summary.json", text)
+    write_text(folder / "summary.json", json_text(summary, indent=1) + "\n")
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedhl.names import listed, meant
+from fedhl.names import listed, meant, one_line
 from fedhl.task.rows import RowError, Rows, located, refuse, shown
 
 
@@ -53,7 +53,11 @@ def label_names(values: Sequence[Any]) -> list[str]:
     refuse(
         (row, problem) for row, value in enumerate(values) if (problem := problem_of_label(value))
     )
-    return [str(int(x)) if isinstance(x, float) else str(x) for x in values]
+    return [label_name(value) for value in values]
+
+
+def label_name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) else str(value)
 
 
 def sorted_labels(names: set[str]) -> list[str]:
@@ -69,4 +73,6 @@ def problem_of_label(value: Any) -> str:
         return f"{value!r} is no class label; expected a name or a whole number"
     if isinstance(value, list | tuple | dict):
         return f"one label expected, got {shown(value)}"
+    if not one_line(label_name(value)):
+        return f"the label {value!r:.60} has a control character or a line break; clean the data"
     return ""
