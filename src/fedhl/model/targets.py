@@ -106,10 +106,9 @@ def left_out(
 def sharing(model: nn.Module) -> dict[str, list[str]]:
     """The modules whose weight is also elsewhere in the model, and where: another module, or another name of
     the same module, which only one of its callers would see adapted."""
-    holders: dict[tuple[torch.device, int], list[str]] = {}
+    holders: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.numel():
-            holders.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
+        holders.setdefault(parameter, []).append(name)
     shared: dict[str, list[str]] = {}
     for names in holders.values():
         owners = [name.rpartition(".")[0] for name in names]
