@@ -512,12 +512,14 @@ TEXTS = ["the cat", "the cat sees a dog near the oak"]
 
 def base_of_a_stranger(name: str, folder: Path) -> Loaded:
     torch.manual_seed(0)
+    two: dict[str, Any] = LLAMA | {"num_labels": 2}
+    three: dict[str, Any] = BERT | {"num_labels": 3}
     if name == "language model":
         model = LlamaForCausalLM(LlamaConfig(**LLAMA))
     elif name == "no padding":
-        model = LlamaForSequenceClassification(LlamaConfig(**LLAMA | {"num_labels": 2}))
+        model = LlamaForSequenceClassification(LlamaConfig(**two))
     elif name == "head of 3":
-        model = BertForSequenceClassification(BertConfig(**BERT | {"num_labels": 3}))
+        model = BertForSequenceClassification(BertConfig(**three))
     else:
         model = build("bert")
     model.save_pretrained(folder)
