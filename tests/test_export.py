@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.tiny import BERT, LLAMA, WORDS, save_tokenizer
 from torch import Tensor
@@ -387,7 +387,8 @@ def test_heads_of_other_labels_are_not_averaged(tmp_path: Path) -> None:
     (tmp_path / "three" / "config.json").write_text('{"id2label": ["a"]}')
     with pytest.raises(UserError, match=r"cannot read the labels in .*three/config\.json"):
         merge_folders(folders, None, None, tmp_path / "second")
-    name("two", LABELS), name("three", LABELS)
+    name("two", LABELS)
+    name("three", LABELS)
     assert merge_folders(folders, None, None, tmp_path / "third").unnamed == ()
 
 
@@ -400,6 +401,8 @@ def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
         merge_folders(folders, [1, 2], None, out)
     with pytest.raises(UserError, match="must sum to more than 0"):
         merge_folders(folders, [0, 0, 0], None, out)
+    with pytest.raises(UserError, match="to a finite number"):
+        merge_folders(folders, [1e308, 1e308, 0], None, out)
     for wrong in (-1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="finite numbers and not negative"):
             merge_folders(folders, [1, wrong, 3], None, out)
@@ -445,6 +448,12 @@ SUMMARY: dict[str, Any] = {
 }
 
 
+def data_of(card: str) -> ModelCardData:
+    data = ModelCard(card).data
+    assert isinstance(data, ModelCardData)
+    return data
+
+
 ABOUT: dict[str, Any] = {"max_length": 33, "labels": LABELS}
 
 
@@ -452,7 +461,7 @@ ABOUT: dict[str, Any] = {"max_length": 33, "labels": LABELS}
 def test_the_card_says_how_it_was_made(kind: Any) -> None:
     rank = 16 if kind == "adapter" else None
     card = model_card(SUMMARY, kind, rank, base="some/base", licence="mit", **ABOUT)
-    data = ModelCard(card).data
+    data = data_of(card)
     assert data.base_model == "some/base" and data.license == "mit"
     assert data.library_name == ("peft" if kind == "adapter" else "transformers")
     assert data.pipeline_tag == "text-classification" and "fedhl" in (data.tags or [])
@@ -471,7 +480,7 @@ def test_the_card_says_how_it_was_made(kind: Any) -> None:
 def test_a_card_names_no_folder_of_this_machine() -> None:
     card = model_card(SUMMARY, "adapter", 16, base="/home/me/.cache/model", **ABOUT)
     assert "/home" not in card and 'base = "path/to/the/base/model"  # replace this' in card
-    assert ModelCard(card).data.base_model is None and "state it before you publish" in card
+    assert data_of(card).base_model is None and "state it before you publish" in card
 
 
 def test_names_from_data_do_nothing_in_a_card() -> None:
@@ -503,12 +512,14 @@ TEXTS = ["the cat", "the cat sees a dog near the oak"]
 
 def base_of_a_stranger(name: str, folder: Path) -> Loaded:
     torch.manual_seed(0)
+    two: dict[str, Any] = LLAMA | {"num_labels": 2}
+    three: dict[str, Any] = BERT | {"num_labels": 3}
     if name == "language model":
         model = LlamaForCausalLM(LlamaConfig(**LLAMA))
     elif name == "no padding":
-        model = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=2))
+        model = LlamaForSequenceClassification(LlamaConfig(**two))
     elif name == "head of 3":
-        model = BertForSequenceClassification(BertConfig(**BERT, num_labels=3))
+        model = BertForSequenceClassification(BertConfig(**three))
     else:
         model = build("bert")
     model.save_pretrained(folder)

@@ -34,7 +34,9 @@ def adapter(tmp_path: Path) -> Path:
     """A sound adapter as PEFT saves it, with the output layer trained whole."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    get_peft_model(LlamaForCausalLM(LlamaConfig(**LLAMA)), config).save_pretrained(tmp_path / "a")
+    get_peft_model(LlamaForCausalLM(LlamaConfig(**LLAMA)), config).save_pretrained(
+        str(tmp_path / "a")
+    )
     return tmp_path / "a"
 
 

@@ -113,8 +113,8 @@ def merge_folders(
     used = list(weights) if weights is not None else [1.0] * len(parts)
     if not all(math.isfinite(w) and w >= 0 for w in used):
         raise UserError(f"the weights must be finite numbers and not negative, got {used}")
-    if not sum(used) > 0:
-        raise UserError(f"the weights must sum to more than 0, got {used}")
+    if not 0 < sum(used) < math.inf:
+        raise UserError(f"the weights must sum to more than 0, and to a finite number, got {used}")
     shares = [w / sum(used) for w in used]
     used = shares if normalize else used
     exact = merge_adapters([part.adapter for part in parts], used)

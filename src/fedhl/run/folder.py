@@ -93,7 +93,7 @@ def places_of(config: Config) -> dict[str, str]:
 def placed(config: Config, place: Callable[[str], str]) -> Config:
     """The config with `place(source)` in place of each place that it names."""
     changed = {key: place(source) for key, source in places_of(config).items()}
-    data = {"source": changed["data.source"]}
+    data: dict[str, Any] = {"source": changed["data.source"]}
     if "data.held_out.source" in changed and config.data.held_out:
         held_out = {"source": changed["data.held_out.source"]}
         data["held_out"] = config.data.held_out.model_copy(update=held_out)
