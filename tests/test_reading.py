@@ -23,6 +23,7 @@ from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import InRange, check_rows, padding_id
 from fedhl.task import KINDS
 from fedhl.task.examples import Encoded, Example
+from fedhl.task.rows import located
 
 LABELS = ["animal", "plant"]
 SIZE: dict[str, Any] = {
@@ -186,7 +187,8 @@ def refusal(loaded: Loaded, rows: list[list[int]], max_length: int = 128) -> str
     """What is said of these rows; "" if they can be read."""
     encoded = Encoded([Example(ids, k % 2) for k, ids in enumerate(rows)], [*range(len(rows))], 0)
     try:
-        check_rows(loaded.model, loaded.tokenizer, encoded, "rows.jsonl", max_length)
+        with located([], "rows.jsonl"):
+            check_rows(loaded.model, loaded.tokenizer, encoded, max_length)
     except UserError as error:
         return str(error)
     return ""
@@ -226,7 +228,9 @@ def test_a_row_beyond_the_positions_of_the_model(
     if most is None:
         assert said == ""
     else:
-        assert said.startswith(f"rows.jsonl: row 1 (counted from 0) has {most + 1} tokens, but a ")
+        assert said.startswith(
+            f"rows.jsonl: row 1 (counted from 0): it has {most + 1} tokens, but a "
+        )
         assert f"at most {most}, " in said and said.endswith(f"now 128, to at most {most}")
 
 
@@ -242,7 +246,7 @@ def test_a_token_beyond_the_embedding(name: str, tmp_path: Path) -> None:
     said = refusal(loaded, rows)
     last = len(WORDS)
     assert said.startswith(
-        f"rows.jsonl: row 2 (counted from 0) has the token 'gnu', whose id is {last + 1}"
+        f"rows.jsonl: row 2 (counted from 0): it has the token 'gnu', whose id is {last + 1}"
     )
     assert f"embedding has {last} rows" in said
 
@@ -282,7 +286,10 @@ def test_an_end_token_inside_a_text(config: Any, tmp_path: Path) -> None:
     rows = [[5, 6, 2], [7, 2, 8, 2], [9, 2]]
     assert refusal(loaded, rows[::2]) == ""
     said = refusal(loaded, rows)
-    assert "row 1 (counted from 0) has the end token '[EOS]' 2 times, and row 0 1 times" in said
+    assert (
+        "row 1 (counted from 0): it has the end token '[EOS]' 2 times, and most rows have it 1 times"
+        in said
+    )
     llama = load_model(save(tmp_path / "llama", CONFIGS["Llama"]()), "sequence-classification")
     assert refusal(llama, rows) == ""
 
@@ -292,5 +299,5 @@ def test_a_model_that_cannot_read_any_row_says_why(tmp_path: Path) -> None:
     loaded = load_model(save(tmp_path, config), "sequence-classification", labels=LABELS)
     said = refusal(loaded, [[5, 6, 7]])  # without an end token there is no class
     assert said.startswith(
-        "rows.jsonl: row 0 (counted from 0) has 3 tokens, which a T5ForSequenceCl"
+        "rows.jsonl: row 0 (counted from 0): it has 3 tokens, which a T5ForSequenceCl"
     )

@@ -10,7 +10,8 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What a library's error says, in one line of at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())[:300] or type(error).__name__

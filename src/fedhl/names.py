@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import UserDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
@@ -76,12 +76,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     hint = "".join(f"; did you mean {near!r}?" for near in nearest(name, known))
     return f"unknown {kind} {name!r}{hint} (known: {listed(known)})"
-
-
-def some(names: Sequence[str], most: int = 2) -> str:
-    """The first `most` of these names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # --- what a name stands for ---------------------------------------------------------------------

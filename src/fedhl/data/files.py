@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fedhl.errors import UserError
+from fedhl.errors import UserError, in_one_line
 from fedhl.names import listed
 from fedhl.task.rows import Row, Rows
 
@@ -46,7 +46,7 @@ def read_file(path: Path, source: str, limit: int | None, encoding: str) -> Rows
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{source}: a damaged gzip file ({error}); fetch it again") from error
     except Exception as error:  # the libraries raise nearly everything here
-        raise UserError(f"{source}: cannot be read ({told(error)})") from error
+        raise UserError(f"{source}: cannot be read ({in_one_line(error)})") from error
 
 
 def reader_of(path: Path, source: str) -> Callable[[File], Rows]:
@@ -106,15 +106,7 @@ def not_text(file: File, error: UnicodeError) -> str:
     else:
         advice = "set data.encoding to the encoding of the file, often cp1252, or convert the file to UTF-8"
     name = "UTF-8" if is_utf8(file.encoding) else file.encoding
-    return f"{file.source}: {where} {name} text ({told(error)}); {advice}"
-
-
-def told(error: Exception) -> str:
-    """What an error of a library says, in one line that is not too long."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RecursionError):
-        text = "it is nested too deeply"
-    return text[:300] or type(error).__name__
+    return f"{file.source}: {where} {name} text ({in_one_line(error)}); {advice}"
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -142,7 +134,9 @@ def json_lines(lines: Iterable[str], source: str) -> Iterator[Row]:
             ValueError,
             RecursionError,
         ) as error:  # a number of too many digits, too many brackets
-            raise UserError(f"{source}: line {line} cannot be read ({told(error)})") from error
+            raise UserError(
+                f"{source}: line {line} cannot be read ({in_one_line(error)})"
+            ) from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{source}: line {line} is {json_type(row)}; expected one JSON object per line"
@@ -247,7 +241,7 @@ def read_parquet(file: File) -> Rows:
     try:
         table = pyarrow.parquet.ParquetFile(file.path).read()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{source}: not a Parquet file ({told(error)})") from error
+        raise UserError(f"{source}: not a Parquet file ({in_one_line(error)})") from error
     table, names = table.slice(0, file.limit), table.column_names
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{source}: the file has column {repeated[0]!r} more than once")
@@ -269,7 +263,7 @@ def cells_of(column: Any, name: str, source: str) -> list[Any]:
             except Exception as error:
                 raise UserError(
                     f"{source}: row {number} (counted from 0): the {column.type} in {name!r} cannot be read "
-                    f"({told(error)}); correct the value, or leave the column out of the file"
+                    f"({in_one_line(error)}); correct the value, or leave the column out of the file"
                 ) from error
         raise
 

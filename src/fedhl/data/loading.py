@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhl.data.files import read_file, reader_of, told
+from fedhl.data.files import read_file, reader_of
 from fedhl.data.locate import locate
-from fedhl.errors import UserError
+from fedhl.errors import UserError, in_one_line
 from fedhl.files import sha256
 from fedhl.task.rows import Row, Rows
 
@@ -123,7 +123,9 @@ def read_hub(source: str, split: str, limit: int | None) -> Rows:
     try:
         rows = dataset.to_list()
     except Exception as error:  # of a value that Python cannot hold
-        raise UserError(f"{source}: split {split!r} cannot be read ({told(error)})") from error
+        raise UserError(
+            f"{source}: split {split!r} cannot be read ({in_one_line(error)})"
+        ) from error
     return [Row(row, number) for number, row in enumerate(rows)]
 
 
@@ -140,5 +142,6 @@ def from_hub(source: str, load: Callable[[str, str | None], T]) -> T:
         return load(name, config or None)
     except Exception as error:  # the library raises nearly everything here
         raise UserError(
-            f"no file {source!r} here, and the hub dataset of that name cannot be loaded: {told(error)}"
+            f"no file {source!r} here, and the hub dataset of that name cannot be loaded: "
+            f"{in_one_line(error)}"
         ) from error

@@ -287,10 +287,10 @@ def tokenise(
     config: Config,
     shards: Shards,
     tokenizer: PreTrainedTokenizerBase,
-    check: Callable[[Encoded, str], None] = lambda encoded, source: None,
+    check: Callable[[Encoded], None] = lambda encoded: None,
 ) -> Tokenised:
     """Model inputs for all rows, each tokenised once. `check` is given the model inputs with the numbers of
-    their rows, and the name of the source, and raises UserError if the model cannot read a row."""
+    their rows, and raises RowError if the model cannot read a row."""
     wanted = [*shards.clients.values(), *shards.client_held_out.values(), shards.validation]
     used = np.sort(np.concatenate(wanted))
     source = config.data.source
@@ -300,13 +300,15 @@ def tokenise(
             [shards.rows[k] for k in used], source, tokenizer, shards.labels
         )
     encoded = replace(encoded, rows=[int(used[j]) for j in encoded.rows])
-    check(encoded, source)
+    with located(shards.rows, source):
+        check(encoded)
     by_row = dict(zip(encoded.rows, encoded.examples, strict=True))
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)
     if shards.held_out:
         held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
-        check(held, held_source)
+        with located(shards.held_out, held_source):
+            check(held)
         if not held.examples:
             raise UserError(
                 f"data.held_out: none of the rows of {held_source} fits task.max_length = "

@@ -239,11 +239,11 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
-def readable(config: Config, loaded: Loaded) -> Callable[[Encoded, str], None]:
-    """Raises UserError unless the model can read the rows of a source."""
+def readable(config: Config, loaded: Loaded) -> Callable[[Encoded], None]:
+    """Raises RowError unless the model can read the rows."""
 
-    def check(encoded: Encoded, source: str) -> None:
-        check_rows(loaded.model, loaded.tokenizer, encoded, source, config.task.max_length)
+    def check(encoded: Encoded) -> None:
+        check_rows(loaded.model, loaded.tokenizer, encoded, config.task.max_length)
 
     return check
 

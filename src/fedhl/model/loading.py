@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 
 from fedhl.data.locate import locate
-from fedhl.errors import UserError, first_line
+from fedhl.errors import UserError, in_one_line
 from fedhl.files import cache, sha256, sha256_of, whole_folder
 from fedhl.model import classes
 from fedhl.model.adapters import is_finite
 from fedhl.model.dropout import refuse_random, set_dropout
 from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
-from fedhl.names import some
+from fedhl.names import listed
 from fedhl.seeds import seeded
 from fedhl.task import KINDS
 from fedhl.task.kind import Kind
@@ -207,7 +207,7 @@ def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrained
     if not any(token.strip("▁ ") for token in tokenizer.get_vocab() if token not in special):
         raise UserError(
             f"model {source!r}: the tokenizer is missing, or empty: it knows no word, only special "
-            f"tokens ({some(tokenizer.all_special_tokens, 5)}); put its files (tokenizer.json, or what the "
+            f"tokens ({listed(tokenizer.all_special_tokens, 5)}); put its files (tokenizer.json, or what the "
             "model was published with) beside the weights"
         )
     return tokenizer
@@ -224,7 +224,7 @@ def cannot_load(what: str, source: str, error: Exception) -> str:
             "expected a folder in the Hugging Face format (config.json, weights, tokenizer) of an "
             "architecture that the installed transformers knows"
         )
-    return f"cannot load the {what} of {source!r}: {first_line(error)} ({advice})"
+    return f"cannot load the {what} of {source!r}: {in_one_line(error)} ({advice})"
 
 
 def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:

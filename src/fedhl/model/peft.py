@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fedhl.errors import UserError, first_line
+from fedhl.errors import UserError, in_one_line
 from fedhl.lora import LoRA
 from fedhl.model.adapters import cpu_copy
 from fedhl.model.targets import check_ranks, find_targets, is_conv1d, layer_shape, left_out
@@ -106,7 +106,7 @@ def attach(
         except Exception as error:  # whatever PEFT says of the user's model
             raise UserError(
                 f"PEFT cannot adapt the layers of lora.targets in a {type(model).__name__}: "
-                f"{first_line(error)}"
+                f"{in_one_line(error)}"
             ) from error
     model.train(model.training)  # also the dropout that PEFT has put in, which is born training
     return index_slots(model, names, sorted(slots), head, lacking)

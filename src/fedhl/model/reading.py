@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedhl.errors import UserError, first_line
+from fedhl.errors import UserError, in_one_line
 from fedhl.task.examples import Encoded, Example, collate
+from fedhl.task.rows import RowError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -115,12 +116,11 @@ def check_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    source: str,
     max_length: int,
 ) -> None:
-    """Raises UserError, naming the row of `source`, unless the model can read each of these rows: all tokens
-    are in its embedding, one at least is known, and the longest row is not too long. Where a model reads a
-    class at the end token (BART, T5), all rows must have the same number of them."""
+    """Raises RowError unless the model can read each of these rows: all tokens are in its embedding, one at
+    least is known, and the longest row is not too long. Where a model reads a class at the end token (BART,
+    T5), all rows must have the same number of them."""
     examples = dict(zip(encoded.rows, encoded.examples, strict=True))
     if not examples:
         return
@@ -128,22 +128,22 @@ def check_rows(
     for row, example in examples.items():
         if known is not None and max(example.input_ids) >= known:
             token = max(example.input_ids)
-            raise UserError(
-                f"{source}: row {row} (counted from 0) has the token "
-                f"{tokenizer.convert_ids_to_tokens(token)!r}, whose id is {token}, but the model's embedding "
-                f"has {known} rows, counted from 0; use the tokenizer that belongs to the model, or enlarge "
-                "the embedding"
+            raise RowError(
+                row,
+                f"it has the token {tokenizer.convert_ids_to_tokens(token)!r}, whose id is {token}, but the "
+                f"model's embedding has {known} rows, counted from 0; use the tokenizer that belongs to the "
+                "model, or enlarge the embedding",
             )
     special = set(tokenizer.all_special_ids)
     if all(special.issuperset(example.input_ids) for example in examples.values()):
-        raise UserError(
-            f"{source}: no token of any row is known to the model's tokenizer: all are special ones, such as "
-            f"{tokenizer.unk_token!r}; use the tokenizer that belongs to the model, and a model for this text"
+        raise RowError(
+            [],
+            "no token of any row is known to the model's tokenizer: all are special ones, such as "
+            f"{tokenizer.unk_token!r}; use the tokenizer that belongs to the model, and a model for "
+            "this text",
         )
     longest = max(examples, key=lambda row: len(examples[row].input_ids))
-    refuse_unreadable(
-        model, examples[longest], f"{source}: row {longest} (counted from 0)", max_length
-    )
+    refuse_unreadable(model, examples[longest], longest, max_length)
     end: Any = tokenizer.eos_token_id
     ends = {row: example.input_ids.count(end) for row, example in examples.items()}
     ((usual, _),) = Counter(ends.values()).most_common(1)
@@ -151,15 +151,16 @@ def check_rows(
     if odd is not None:
         like = next(row for row in ends if ends[row] == usual)
         if error := unreadable(model, [examples[like], examples[odd]], padding_id(tokenizer)):
-            raise UserError(
-                f"{source}: row {odd} (counted from 0) has the end token {tokenizer.eos_token!r} "
-                f"{ends[odd]} times, and row {like} {usual} times, which a {type(model).__name__} cannot "
-                f"read together ({first_line(error)}); remove it from the text of row {odd}"
+            raise RowError(
+                odd,
+                f"it has the end token {tokenizer.eos_token!r} {ends[odd]} times, and most rows have it "
+                f"{usual} times, which a {type(model).__name__} cannot read together "
+                f"({in_one_line(error)}); remove the token from the text",
             ) from error
 
 
-def refuse_unreadable(model: PreTrainedModel, example: Example, name: str, max_length: int) -> None:
-    """Raises UserError if the model cannot read a row, with the longest that it can read, if there is one."""
+def refuse_unreadable(model: PreTrainedModel, example: Example, row: int, max_length: int) -> None:
+    """Raises RowError if the model cannot read a row, with the longest that it can read, if there is one."""
     error = unreadable(model, [example])
     if error is None:
         return
@@ -169,14 +170,15 @@ def refuse_unreadable(model: PreTrainedModel, example: Example, name: str, max_l
         middle = (low + high) // 2
         fails = unreadable(model, [cut(example, middle)])
         low, high = (low, middle) if fails else (middle, high)
-    what = f"{name} has {length} tokens"
+    what = f"it has {length} tokens"
     if low == 0:
-        raise UserError(
-            f"{what}, which a {type(model).__name__} cannot read: {first_line(error)}"
+        raise RowError(
+            row, f"{what}, which a {type(model).__name__} cannot read: {in_one_line(error)}"
         ) from error
-    raise UserError(
+    raise RowError(
+        row,
         f"{what}, but a {type(model).__name__} reads at most {low}, the number of its positions; set "
-        f"task.max_length, now {max_length}, to at most {low}"
+        f"task.max_length, now {max_length}, to at most {low}",
     ) from error
 
 
@@ -264,7 +266,7 @@ def logits(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, sou
     except Exception as error:  # the library raises nearly everything here
         raise UserError(
             f"model {source!r}: a {type(model).__name__} cannot read rows of "
-            f"{' and '.join(str(len(row.input_ids)) for row in examples)} tokens: {first_line(error)}"
+            f"{' and '.join(str(len(row.input_ids)) for row in examples)} tokens: {in_one_line(error)}"
         ) from error
 
 

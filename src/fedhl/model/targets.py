@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedhl.errors import UserError, first_line
-from fedhl.names import meant, some
+from fedhl.errors import UserError, in_one_line
+from fedhl.names import listed, meant
 
 
 def find_targets(
@@ -86,7 +86,7 @@ def unsuitable(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
             continue
         if others := shared.get(name):
             reasons[name] = (
-                f"shares its weight with {some(others)}, so that an update of one would change the other"
+                f"shares its weight with {listed(others, 2)}, so that an update of one would change the other"
             )
         elif kind_of(name, module) in refused:
             reasons[name] = f"cannot be adapted by PEFT: {refused[kind_of(name, module)]}"
@@ -142,7 +142,7 @@ def refused_by_peft(model: nn.Module) -> dict[Kind, str]:
             try:
                 LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "trial")
             except Exception as error:  # whatever PEFT says of such a layer
-                refused[name, type_] = first_line(error)
+                refused[name, type_] = in_one_line(error)
             finally:
                 for parameter, trains in trained:
                     parameter.requires_grad_(trains)

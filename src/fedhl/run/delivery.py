@@ -34,6 +34,7 @@ from fedhl.record import FAILED, measured, read_summary
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
 from fedhl.run.summary import check_same, clients_own_data
 from fedhl.server import ServerState
+from fedhl.task.rows import located
 from fedhl.watch import SILENT, Watcher
 
 Which = int | Literal["last", "best"]
@@ -167,7 +168,8 @@ def evaluate_run(
         rows = load_rows(source, encoding=config.data.encoding)
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
-        readable(config, prepared.loaded)(encoded, source)
+        with located(rows, source):
+            readable(config, prepared.loaded)(encoded)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")

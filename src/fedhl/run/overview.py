@@ -18,7 +18,7 @@ from fedhl.federation.traffic import bytes_expected
 from fedhl.method import Remembering, flatten
 from fedhl.model import peft
 from fedhl.model.targets import is_linear
-from fedhl.names import size, some
+from fedhl.names import listed, size
 from fedhl.run.summary import parameters
 from fedhl.seeds import generator
 from fedhl.server import accounting
@@ -106,7 +106,7 @@ def without_adapter(slots: peft.Slots) -> Iterator[str]:
         kinds = sorted(frozen, key=lambda kind: -frozen[kind])
         yield (
             f"{sum(frozen.values()):,} parameters get no adapter and stay frozen, since they are in no "
-            f"linear layer: {some(kinds, 4)}"
+            f"linear layer: {listed(kinds, 4)}"
         )
 
 
