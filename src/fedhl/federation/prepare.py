@@ -213,7 +213,7 @@ def assemble(
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
-    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(config, loaded))
+    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(federation, loaded))
     if tokenised.dropped:
         watcher.say(
             f"warning: {tokenised.dropped} rows dropped: their prompts leave no room for a completion "
@@ -235,11 +235,13 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
-def readable(config: Config, loaded: Loaded) -> Callable[[Encoded, str], None]:
+def readable(federation: Federation, loaded: Loaded) -> Callable[[Encoded, str], None]:
     """Raises UserError unless the model can read the rows of a source."""
 
     def check(encoded: Encoded, source: str) -> None:
-        check_rows(loaded.model, loaded.tokenizer, encoded, source, config.task.max_length)
+        longest = federation.config.task.max_length
+        with federation.autocast():
+            check_rows(loaded.model, loaded.tokenizer, encoded, source, longest)
 
     return check
 

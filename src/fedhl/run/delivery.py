@@ -117,7 +117,7 @@ def evaluate_run(run: Path, which: Which, source: str | None, watcher: Watcher =
         rows = load_rows(source)
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
-        readable(config, prepared.loaded)(encoded, source)
+        readable(federation, prepared.loaded)(encoded, source)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")
