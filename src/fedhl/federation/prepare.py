@@ -216,7 +216,7 @@ def assemble(
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
-    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(config, loaded))
+    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(federation, loaded))
     if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
         watcher.say(remark)
     for line in shards.losses(config, tokenised):
@@ -239,11 +239,13 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
-def readable(config: Config, loaded: Loaded) -> Callable[[Encoded], None]:
+def readable(federation: Federation, loaded: Loaded) -> Callable[[Encoded], None]:
     """Raises RowError unless the model can read the rows."""
 
     def check(encoded: Encoded) -> None:
-        check_rows(loaded.model, loaded.tokenizer, encoded, config.task.max_length)
+        longest = federation.config.task.max_length
+        with federation.autocast():
+            check_rows(loaded.model, loaded.tokenizer, encoded, longest)
 
     return check
 

@@ -126,7 +126,9 @@ def load_model(
     use_cache = bool(getattr(model.config, "use_cache", False))
     if use_cache:
         model.config.use_cache = False
-    with quiet(), seeded(seed, target):
+    # Some models of narrow numbers can only be run with autocast; whether this run has it shows later.
+    narrow = torch.autocast(target.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+    with quiet(), seeded(seed, target), narrow:
         batches = settle_padding(model, tokenizer, source, kind.head)
         if dropout == 0:
             rows, pad_id = sample_rows(model, tokenizer, source), padding_id(tokenizer)
