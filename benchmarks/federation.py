@@ -297,7 +297,8 @@ def measure(model: str, rounds: int, overrides: Sequence[str]) -> dict[str, Any]
     config = load_config(
         Path(__file__).parents[1] / "configs" / CONFIGS[model],
         # one round more than are run, or the last would be evaluated
-        [f"rounds={rounds + 2}", f"evaluation.every={rounds + 2}", *overrides],
+        # clients that remember are not the usual way
+        ["method=fedhl", f"rounds={rounds + 2}", f"evaluation.every={rounds + 2}", *overrides],
     )
     prepared = prepare(config)
     state = prepared.initial_state()

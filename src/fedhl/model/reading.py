@@ -87,7 +87,9 @@ def pad_left(model: nn.Module) -> RemovableHandle:
     positions = "position_ids" in signature(model.forward).parameters
 
     def move(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask: Tensor = kwargs["attention_mask"]
+        mask: Tensor | None = kwargs.get("attention_mask")
+        if mask is None:  # nothing is padded
+            return args, kwargs
         order = mask.argsort(dim=1, stable=True)
         moved = {name: kwargs[name].gather(1, order) for name in ("input_ids", "attention_mask")}
         if positions:
