@@ -48,7 +48,7 @@ from fedhl.server import Client
 from fedhl.watch import Watcher
 
 HELLO = {
-    **{"protocol": 2, "client": "a", "rank": 4, "examples": 100, "own": True},
+    **{"protocol": 3, "client": "a", "rank": 4, "examples": 100, "own": True},
     **{"tokenizer": "0" * 64, "labels": ["cat", "dog"]},
 }
 
@@ -896,9 +896,9 @@ def test_without_flower_the_commands_say_what_to_install(project: Path, tmp_path
     ("header", "reason"),
     [
         ({"protocol": 1}, "protocol version 1"),
-        ({"protocol": 2}, "no readable config"),
-        ({"protocol": 2, "config": 7}, "no readable config"),
-        ({"protocol": 2, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
+        ({"protocol": 3}, "no readable config"),
+        ({"protocol": 3, "config": 7}, "no readable config"),
+        ({"protocol": 3, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
     ],
 )
 def test_a_client_says_why_it_does_not_understand(header: dict[str, Any], reason: str):
