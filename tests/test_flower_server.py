@@ -541,6 +541,18 @@ def test_a_rank_of_its_own_has_a_limit(settings: Config):
         roster.welcome(mine | {"rank": 257})
 
 
+def test_the_rows_that_a_client_may_claim_have_a_limit(settings: Config):
+    """Its rows are its own word, and decide how much it counts."""
+    roster = roster_of(settings, InProcessGrid({}))
+    mine = HELLO | {"tokenizer": roster.tokenizer}
+    assert roster.welcome(mine | {"examples": 10**6}).examples == 10**6
+    with pytest.raises(
+        Malformed,
+        match=r"reports 1,000,001 rows, expected at most 1,000,000 \(federation.max_rows\)",
+    ):
+        roster.welcome(mine | {"examples": 10**6 + 1})
+
+
 # --- nodes that come and go ---------------------------------------------------------------------
 
 

@@ -407,6 +407,24 @@ WRONG = {
         with_head("classifier.bias", lambda t: poisoned(t, math.nan)),
         r"^head parameter 'classifier\.bias': got a non-finite value",
     ),
+    **{
+        f"{rows!r} rows": (
+            lambda r, rows=rows: replace(r, client=replace(r.client, examples=rows)),
+            r"^the reply is of a client with .* training rows, expected a whole number$",
+        )
+        for rows in (-5, 0, math.nan, math.inf, 2.5, True, "60", None)
+    },
+    "a head that is no tensor": (
+        with_head("classifier.bias", lambda t: t.tolist()),
+        r"^head parameter 'classifier\.bias': got a list, expected a tensor$",
+    ),
+    **{
+        f"a loss of {loss!r}": (
+            lambda r, loss=loss: replace(r, loss=loss),
+            r"^the reply reports a (NoneType|str), expected a number$",
+        )
+        for loss in (None, "0.5")
+    },
     "stale": (
         lambda r: replace(r, round=r.round - 1),
         r"^the reply is for round 2, expected round 3$",

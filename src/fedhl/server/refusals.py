@@ -55,6 +55,9 @@ def asked_of(state: ServerState, reply: Reply, stragglers: bool) -> set[str]:
 
 def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None:
     """The mistake in a reply's round, or in the names of its layers or head parameters, or None."""
+    rows = reply.client.examples
+    if type(rows) is not int or rows < 1:  # also when it is NaN, or True
+        return f"the reply is of a client with {rows!r} training rows, expected a whole number"
     if reply.round != state.round + 1:
         return f"the reply is for round {reply.round}, expected round {state.round + 1}"
     for what, got, expected in (
@@ -83,6 +86,8 @@ def wrong_version(reply: Reply, versions: Mapping[str, str]) -> str | None:
 def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
     """The mistake in a reply's head, or in the numbers that it reports, or None."""
     for name, value in state.head.items():
+        if not isinstance(reply.head[name], Tensor):
+            return f"head parameter {name!r}: got a {type(reply.head[name]).__name__}, expected a tensor"
         if reply.head[name].shape != value.shape:
             return (
                 f"head parameter {name!r}: got shape {tuple(reply.head[name].shape)}, "
@@ -92,6 +97,9 @@ def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
             return f"head parameter {name!r}: got a non-finite value (did training diverge?)"
         if not (size := float(torch.linalg.vector_norm(reply.head[name]))) <= HUGE:
             return f"head parameter {name!r}: got norm {size:.0e}, expected at most {HUGE:.0e}"
+    for number in (reply.loss, reply.bound, reply.steps):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return f"the reply reports a {type(number).__name__}, expected a number"
     if not abs(reply.loss) <= HUGE or not 0 <= reply.bound <= HUGE:  # also when they are NaN
         return (
             f"the reply reports loss {reply.loss} and bound {reply.bound} (did training diverge?)"
@@ -128,6 +136,8 @@ def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
 
 def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
     """The mistake in a reply's magnitudes of the frozen directions, or None."""
+    if not isinstance(magnitudes, Tensor | None):
+        return f"got magnitudes of type {type(magnitudes).__name__}, expected a tensor"
     got, expected = (None if x is None else tuple(x.shape) for x in (magnitudes, sent.magnitudes))
     if got != expected:
         return f"got magnitudes of shape {got}, expected {expected}"

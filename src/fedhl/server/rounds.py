@@ -35,11 +35,12 @@ class Rules:
     """The rules of a round for its replies, apart from their weighted sum; none by default.
 
     `guard`: an update that is too large is refused, as if it had not arrived, or clipped, before the
-    weighting. `silence`: clients may return fewer layers than they were asked for; by layer, the
-    probability that no client returns it (see `fedhl.server.participation`). `channel`: the updates are
-    summed over the air. `head_rows`: the only rows of these head parameters that this round trains; the
-    others stay as they are, to the bit, whatever was returned. `audience`: the clients that may be sent the
-    next state, besides those that replied; a state that cannot be sent to all of them is not kept.
+    weighting, and no client counts with many more rows than the others. `silence`: clients may return fewer
+    layers than they were asked for; by layer, the probability that no client returns it (see
+    `fedhl.server.participation`). `channel`: the updates are summed over the air. `head_rows`: the only rows
+    of these head parameters that this round trains; the others stay as they are, to the bit, whatever was
+    returned. `audience`: the clients that may be sent the next state, besides those that replied; a state
+    that cannot be sent to all of them is not kept.
     """
 
     guard: Guard | None = None
@@ -124,6 +125,9 @@ def combined(
     method, state = layers.method, layers.state
     factors, silence = [check.factor for check in checks], rules.silence or {}
     cohort = measure_cohort(layers, accepted, weighting.norms, factors)
+    if rules.guard is not None:
+        rows = torch.as_tensor(cohort.examples)
+        cohort = replace(cohort, examples=robust.counted_rows(rows, rules.guard.rows))
     p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
     def arrived(layer: Layer) -> LayerUpdates:
