@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from support.small_server import CLIENTS, OF_RANK_4, SEED, obedient, same, start
 
 from fedhl import METHODS, get_method, get_weighting, server
 from fedhl.network.wire import encode_broadcast
-from fedhl.server import Client, Reply, Rules, ServerState
+from fedhl.server import Client, Reply, Rules, ServerState, refusals
 from fedhl.server.carried import carried_reply
 
 
@@ -38,6 +39,11 @@ def sent_to_all(name: str, state: ServerState, clients: list[Client]) -> None:
     for client in clients:
         sent = server.travelling(get_method(name), state, client, SEED)
         encode_broadcast({}, sent, state.head, "float16", state.ledger.version(client.id))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "FAR", math.inf)
 
 
 @pytest.mark.parametrize("name", METHODS)
