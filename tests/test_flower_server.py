@@ -541,6 +541,17 @@ def test_a_rank_of_its_own_has_a_limit(settings: Config):
         roster.welcome(mine | {"rank": 257})
 
 
+def test_only_the_owner_may_read_what_arrives(tmp_path: Path):
+    incoming = Incoming(tmp_path / "run", 1)
+    incoming.begin([("a", 4, 9)])
+    incoming.keep(Client("a", 4, 1.0, 9), {}, b"reply", limit=9, least_rank=4)
+    incoming.close({})
+    paths = [path for path in (tmp_path / "run" / "incoming").rglob("*")]
+    assert len(paths) == 5
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
 def test_the_rows_that_a_client_may_claim_have_a_limit(settings: Config):
     """Its rows are its own word, and decide how much it counts."""
     roster = roster_of(settings, InProcessGrid({}))

@@ -17,7 +17,7 @@ from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
-from fedhl.files import append_line, finite, write_text
+from fedhl.files import append_line, finite, private_folder, write_text
 from fedhl.model.training import learning_rate
 from fedhl.record import FINISHED, better, rounds_in, sound
 from fedhl.report import write_report
@@ -72,7 +72,7 @@ def start_prepared(
 ) -> None:
     """`start_run` for a prepared federation and any engine."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     with alone(folder):
         if (folder / "config.yaml").exists():
             raise UserError(
@@ -80,7 +80,7 @@ def start_prepared(
             )
         with writing(folder):
             write_text(folder / "config.yaml", dump_config(anchored(prepared.config)))
-            (folder / "state").mkdir()
+            private_folder(folder / "state")
         watcher.say(f"run folder: {folder}")
         run_rounds(prepared, None, folder, watcher, engine=engine)
 
