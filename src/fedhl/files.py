@@ -119,6 +119,24 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+SUMS = "SHA256SUMS"
+"""The file of a folder that says what the others must be, as `sha256sum` writes it."""
+
+
+def sums(folder: Path) -> str:
+    """The sha256 and the name of every other file in a folder, a line each, in the order of the names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    return "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+
+
+def intact(folder: Path) -> bool:
+    """Whether a folder has exactly the files that its `SHA256SUMS` names, with their content."""
+    try:
+        return (folder / SUMS).read_text(encoding="utf-8") == sums(folder)
+    except (OSError, ValueError):
+        return False
+
+
 def sha256_of(text: str) -> str:
     """The sha256 of a text in UTF-8, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
