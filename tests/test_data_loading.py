@@ -87,6 +87,9 @@ def test_locate_inside_a_package_without_importing_it(
         ("package:numpyy/x", r"did you mean 'numpy'.*pip install"),
         ("package:numpy.linalg/x", "not the import name"),
         ("package:this/x", "single module"),
+        ("package:numpy/../../x", r"leaves the package; leave out the '\.\.'"),
+        ("package:numpy/..", "leaves the package"),
+        ("package:numpy/linalg/../__init__.py", "leaves the package"),
     ],
 )
 def test_locate_says_what_is_missing(write: Write, source: str, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import config_page
 import pytest
+import yaml
 from pydantic import Field, PositiveInt
 
 from fedhl.config import Config, load_config
@@ -16,6 +17,7 @@ from fedhl.config.inputs import LoRAConfig
 from fedhl.strict import help_of
 
 ROOT = Path(__file__).resolve().parent.parent
+DEPLOYMENT = ROOT / "examples" / "deployment"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/CARD.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 
@@ -124,6 +126,22 @@ def test_the_tree_of_the_readme_is_the_file_system() -> None:
     assert files == {path for path in there if not path.endswith("__init__.py")}
     packages = {str(Path(path).parent) for path in there} - {"."}
     assert folders == packages | {"report/templates"}
+
+
+def test_no_container_sees_the_keys_of_another() -> None:
+    """Each has at most its own private key; and git ignores them all."""
+    services = yaml.safe_load((DEPLOYMENT / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        keys = {
+            Path(volume.split(":")[0]).relative_to("keys")
+            for volume in service["volumes"]
+            if volume.startswith("./keys")
+        }
+        public = {key for key in keys if key.suffix in (".pub", ".crt", ".pem")}
+        assert keys - public == {Path("server.key" if name == "superlink" else name)}
+        asked = {Path(word).name for word in service["command"].split() if "/keys/" in word}
+        assert asked <= {key.name for key in keys}
+    assert "examples/deployment/keys/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "examples/deployment/own-data.yaml"]

@@ -48,7 +48,7 @@ from fedhl.server import Client
 from fedhl.watch import Watcher
 
 HELLO = {
-    **{"protocol": 2, "client": "a", "rank": 4, "examples": 100, "own": True},
+    **{"protocol": 3, "client": "a", "rank": 4, "examples": 100, "own": True},
     **{"tokenizer": "0" * 64, "labels": ["cat", "dog"]},
 }
 
@@ -541,6 +541,29 @@ def test_a_rank_of_its_own_has_a_limit(settings: Config):
         roster.welcome(mine | {"rank": 257})
 
 
+def test_only_the_owner_may_read_what_arrives(tmp_path: Path):
+    incoming = Incoming(tmp_path / "run", 1)
+    incoming.begin([("a", 4, 9)])
+    incoming.keep(Client("a", 4, 1.0, 9), {}, b"reply", limit=9, least_rank=4)
+    incoming.close({})
+    paths = [path for path in (tmp_path / "run" / "incoming").rglob("*")]
+    assert len(paths) == 5
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_the_rows_that_a_client_may_claim_have_a_limit(settings: Config):
+    """Its rows are its own word, and decide how much it counts."""
+    roster = roster_of(settings, InProcessGrid({}))
+    mine = HELLO | {"tokenizer": roster.tokenizer}
+    assert roster.welcome(mine | {"examples": 10**6}).examples == 10**6
+    with pytest.raises(
+        Malformed,
+        match=r"reports 1,000,001 rows, expected at most 1,000,000 \(federation.max_rows\)",
+    ):
+        roster.welcome(mine | {"examples": 10**6 + 1})
+
+
 # --- nodes that come and go ---------------------------------------------------------------------
 
 
@@ -896,9 +919,9 @@ def test_without_flower_the_commands_say_what_to_install(project: Path, tmp_path
     ("header", "reason"),
     [
         ({"protocol": 1}, "protocol version 1"),
-        ({"protocol": 2}, "no readable config"),
-        ({"protocol": 2, "config": 7}, "no readable config"),
-        ({"protocol": 2, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
+        ({"protocol": 3}, "no readable config"),
+        ({"protocol": 3, "config": 7}, "no readable config"),
+        ({"protocol": 3, "config": '{"name": "x", "hyper": 1}'}, "cannot read the config"),
     ],
 )
 def test_a_client_says_why_it_does_not_understand(header: dict[str, Any], reason: str):

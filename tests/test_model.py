@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
+from fedhl.model import loading
 from fedhl.model.loading import load_model, load_tokenizer
 
 
@@ -264,6 +266,52 @@ def test_a_broken_gguf_leaves_nothing_in_the_cache(
     with pytest.raises(UserError, match="cannot load the GGUF model"):
         load_model(str(tmp_path / "m.gguf"), "causal-lm")
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / "model.safetensors"),
+        lambda folder: flip(folder / "tokenizer.json"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "extra.safetensors").write_bytes(b""),
+        lambda folder: (folder / "SHA256SUMS").unlink(),
+        lambda folder: flip(folder / "SHA256SUMS"),
+    ],
+)
+def test_a_converted_gguf_that_is_damaged_is_made_anew(
+    damage: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The cache is checked on every use; nobody trains on a base with a flipped bit."""
+    made = []
+
+    def dequantise(file: Path, folder: Path) -> None:
+        made.append(file)
+        for name in ("model.safetensors", "tokenizer.json", "config.json"):
+            (folder / name).write_bytes(file.read_bytes() + name.encode())
+
+    monkeypatch.setattr(loading, "dequantise", dequantise)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name)
+    monkeypatch.setenv("FEDHL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    folder, digest = loading.gguf_folder(tmp_path / "m.gguf")
+    whole = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert loading.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 1
+    assert not caplog.text
+    damage(Path(folder))
+    assert loading.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 2
+    assert "is damaged" in caplog.text
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == whole
+    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [digest[:16]]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.slow

@@ -441,6 +441,8 @@ def test_a_round_asked_again_begins_from_what_was_kept_before_it(tmp_path: Path)
     assert same_tensors(memory.before(6), kept(5))
     assert same_tensors(memory.before(5), kept(2))
     memory.keep(5, kept(7))
+    assert memory.folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in memory.folder.iterdir()} == {0o600}
     assert same_tensors(memory.before(5), kept(2))
     assert same_tensors(memory.before(6), kept(7))
 

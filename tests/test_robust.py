@@ -91,6 +91,41 @@ def test_norms_are_over_all_layers_and_the_head(state: ServerState) -> None:
         assert record["clip"] == 1
 
 
+# --- rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["examples", "balanced", "truncation", "loss"])
+def test_a_client_that_lies_about_its_rows_owns_nothing(state: ServerState, weighting: str) -> None:
+    """It counts with three times the median of the rows, in the head and in the weights: here 3 * 25."""
+    liar = "bob"
+
+    def round(rows: int, guard: Guard | None) -> tuple[ServerState, float]:
+        clients = [replace(c, examples=rows) if c.id == liar else c for c in CLIENTS]
+        answers = [reply(state, client) for client in clients]
+        rules = Rules(guard=guard)
+        rule = get_weighting(weighting)
+        following, outcome = server.aggregate(FEDHL, rule, state, answers, SEED, rules)
+        assert not outcome.refused
+        return following, {c["id"]: c["weight"] for c in outcome.clients}[liar]
+
+    guard = Guard(reject=Median(1e9))
+    lied, weight = round(10**9, guard)
+    most, as_many = round(3 * 30, guard)  # of the rows 30, 90, 60 and 25 the lower middle is 30
+    assert weight == as_many and same(lied, most) and weight < 0.6
+    owned, _ = round(10**9, None)  # without a rule its word counts, and its head is everybody's
+    theirs = reply(state, replace(next(c for c in CLIENTS if c.id == liar), examples=10**9)).head
+    name = "classifier.bias"
+    assert torch.allclose(owned.head[name], theirs[name], atol=1e-5)
+    assert not torch.allclose(lied.head[name], theirs[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [[5, 5, 5], [1, 2, 3, 3], [7], [30, 10, 60, 25]])
+def test_rows_that_are_alike_count_as_they_are(rows: list[int]) -> None:
+    given = torch.tensor(rows, dtype=torch.float64)
+    assert torch.equal(robust.counted_rows(given, 3.0), given)
+    assert robust.counted_rows(torch.tensor([10.0, 10.0**9]), 3.0).tolist() == [10, 30]
+
+
 # --- clipping -----------------------------------------------------------------------------------
 
 

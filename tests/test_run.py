@@ -87,16 +87,23 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     assert better(first, evaluation("loss", 2.0, None, None), 1) == {"round": 1, "value": 2.0}
 
 
+STEEP = ["training.optimizer=sgd", "training.learning_rate=1e14", "training.max_grad_norm=null"]
+"""One step of SGD whose update is finite, and after which the loss is infinite or NaN."""
+
+
+def diverging(project: Path, name: str, *settings: str) -> tuple[Done, Path]:
+    steps = [*STEEP, "training.steps=1", "rounds=2", *settings]
+    given = [text for step in steps for text in ("--set", step)]
+    return fedhl(
+        project, "run", "tiny.yaml", *given, "--out", f"runs/{name}"
+    ), project / "runs" / name
+
+
 def test_a_run_that_diverges_fails(project: Path) -> None:
-    """One step of SGD that is accepted, and whose loss is infinite or NaN ever after."""
-    steps = ["training.optimizer=sgd", "training.learning_rate=1e14", "training.max_grad_norm=null"]
-    settings = [
-        text for step in (*steps, "training.steps=1", "rounds=2") for text in ("--set", step)
-    ]
-    done = fedhl(project, "run", "tiny.yaml", *settings, "--out", "runs/infinite")
+    """Where no round was good: the first is not evaluated."""
+    done, run = diverging(project, "infinite", "evaluation.every=2")
     assert done.code == 3 and "export" not in done.out
     assert "failed: training diverged: the loss is not finite after round 2" in done.err
-    run = project / "runs" / "infinite"
     summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["status"] == "failed" and "diverged" in summary["reason"]
     rounds = (run / "metrics.jsonl").read_text().splitlines()
@@ -105,6 +112,22 @@ def test_a_run_that_diverges_fails(project: Path) -> None:
     assert 'class="status failed"' in page and "This run failed: training diverged" in page
     done = fedhl(project, "export", run, "--rank", "2", "--out", "infinite-adapter")
     assert done.code == 2 and "had diverged by round 2" in done.err and "--round best" in done.err
+
+
+def test_a_round_whose_loss_is_not_finite_is_undone(project: Path) -> None:
+    """The model is that of the round before, and the metrics name the clients of the round."""
+    done, run = diverging(project, "undone")
+    assert done.code == 3 and "failed: no update was accepted in any of the 2 rounds" in done.err
+    reason = "the round was undone, since the loss of its model was not finite"
+    first, *rounds = read_metrics(run)
+    for line in rounds:
+        assert line["clients"] == [] and [r["reason"] for r in line["refused"]] == 4 * [reason]
+        assert line["evaluation"]["full"] == first["evaluation"]["full"]
+        assert line["diagnostics"]["energy"] == 0 and line["bytes"]["up"] > 0
+    assert f"warning: client 'client-0' does not count: {reason}" in done.out
+    # and whatever a run writes, nobody else may read
+    for path in (run, *run.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_a_round_in_one_line_of_text() -> None:

@@ -407,6 +407,24 @@ WRONG = {
         with_head("classifier.bias", lambda t: poisoned(t, math.nan)),
         r"^head parameter 'classifier\.bias': got a non-finite value",
     ),
+    **{
+        f"{rows!r} rows": (
+            lambda r, rows=rows: replace(r, client=replace(r.client, examples=rows)),
+            r"^the reply is of a client with .* training rows, expected a whole number$",
+        )
+        for rows in (-5, 0, math.nan, math.inf, 2.5, True, "60", None)
+    },
+    "a head that is no tensor": (
+        with_head("classifier.bias", lambda t: t.tolist()),
+        r"^head parameter 'classifier\.bias': got a list, expected a tensor$",
+    ),
+    **{
+        f"a loss of {loss!r}": (
+            lambda r, loss=loss: replace(r, loss=loss),
+            r"^the reply reports a (NoneType|str), expected a number$",
+        )
+        for loss in (None, "0.5")
+    },
     "stale": (
         lambda r: replace(r, round=r.round - 1),
         r"^the reply is for round 2, expected round 3$",
@@ -418,9 +436,50 @@ WRONG = {
 }
 
 
-def test_the_largest_update_that_is_accepted(state: ServerState) -> None:
+@pytest.mark.parametrize("times", [1e8, 3e15])
+@pytest.mark.parametrize("part", ["A", "B", "head"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_one_client_cannot_end_a_run_without_any_setting(
+    state: ServerState, part: str, times: float, count: int
+) -> None:
+    """An update that is finite, and after which the loss would not be: alone, and among honest clients,
+    which count as if it had been absent."""
+    good = [reply(state, client) for client in CLIENTS][:count]
+    wild = {
+        "A": with_layer(NAME, lambda x: LoRA(times * x.A, x.B, x.scale)),
+        "B": with_layer(NAME, lambda x: LoRA(x.A, times * x.B, x.scale)),
+        "head": with_head("classifier.bias", lambda t: times * t),
+    }[part](good[-1])
+    got, outcome = play(state, [*good[:-1], wild])
+    want = play(state, good[:-1])
+    assert same(got, want[0]) and outcome.clients == want[1].clients
+    (refused,) = outcome.refused
+    assert refused["id"] == wild.client.id
+    assert re.search(
+        r"as large as [1-9]e\+\d+, expected at most [1-9]e\+0[45], 10,000 times", refused["reason"]
+    )
+
+
+def test_updates_that_are_large_everywhere_are_usual(state: ServerState) -> None:
+    """A model whose honest updates are large: what one client returns is judged by what the others do, and
+    by what it was sent; and half of the clients are not enough to make such updates usual."""
+    good = [reply(state, client) for client in CLIENTS]
+    large = [with_layer(NAME, lambda x: LoRA(x.A, 1e8 * x.B, x.scale))(r) for r in good]
+    assert not play(state, large)[1].refused
+    assert {r["id"] for r in play(state, [*large[:1], *good[1:]])[1].refused} == {"ada"}
+    assert {r["id"] for r in play(state, [*large[:1], *good[1:3]])[1].refused} == {"ada"}
+    assert len(play(state, [*large[:2], good[2]])[1].refused) == 2
+    assert not play(state, [*large[:3], good[3]])[1].refused
+    grown = play(state, large)[0]
+    assert not play(grown, [reply(grown, client) for client in CLIENTS[:1]])[1].refused
+
+
+def test_the_largest_update_that_is_accepted(
+    state: ServerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`s ||A|| ||B||` up to the root of the largest float32, and each factor, head, loss and bound alike:
     what is larger has no square."""
+    monkeypatch.setattr(refusals, "FAR", math.inf)
     good, huge = reply(state, CLIENTS[2]), torch.finfo(torch.float32).max ** 0.5
 
     def single(shape: torch.Size, value: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""Files that exist whole or not at all, also after a power cut; hashes of files; the place of the cache."""
+"""Files that exist whole or not at all, also after a power cut, and that only their owner may read; hashes
+of files; the place of the cache."""
 
 from __future__ import annotations
 
@@ -13,6 +14,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+PRIVATE, PRIVATE_FOLDER = 0o600, 0o700
+"""The permissions of what a run and a client write: metrics, replies and states tell of people's rows."""
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only its owner may enter, and its parents as usual; one that is there stays as it
+    is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(PRIVATE_FOLDER, exist_ok=True)
+
 
 def flush(path: Path) -> None:
     """Flush this file or folder to the disk, so that it survives a power cut."""
@@ -24,14 +35,14 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """The path of another file to write, which replaces `path` when the block ends well.
 
-    The file is flushed before, and its folder after. `mode`: the file's permissions, from its first byte on.
+    The file is flushed before, and its folder after. Only its owner may read it, from its first byte on.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.touch(mode)
+        partial.touch(PRIVATE)
         yield partial
         flush(partial)
         partial.replace(path)
@@ -40,15 +51,15 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    with whole_file(path, mode) as partial:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
-def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file of text, in UTF-8 and with the line ends of `text`, whole or not at all."""
-    write_bytes(path, text.encode(), mode)
+    write_bytes(path, text.encode())
 
 
 def finite(value: Any) -> Any:
@@ -68,6 +79,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one line of JSON, on disk when this returns."""
+    path.touch(PRIVATE)
     with path.open("a", encoding="utf-8") as file:
         file.write(json_text(line) + "\n")
         file.flush()
@@ -75,17 +87,23 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, staging: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(
+    path: Path, staging: Path, replace: bool = False, private: bool = False
+) -> Iterator[Path]:
     """The empty folder `staging` to fill, in the same parent, which becomes `path` when the block ends well.
 
     Everything in it is flushed before, and the parent after. `staging` is removed in any case, also if a
-    killed process has left it. Raises OSError if `path` is a folder that is not empty, unless `replace`.
+    killed process has left it. `private`: only its owner may read it. Raises OSError if `path` is a folder
+    that is not empty, unless `replace`.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    staging.mkdir(PRIVATE_FOLDER if private else 0o777)
     try:
         yield staging
         for entry in (*staging.rglob("*"), staging):
+            if private:
+                entry.chmod(PRIVATE_FOLDER if entry.is_dir() else PRIVATE)
             flush(entry)
         if replace and path.exists():
             shutil.rmtree(path)
@@ -99,6 +117,24 @@ def sha256(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+SUMS = "SHA256SUMS"
+"""The file of a folder that says what the others must be, as `sha256sum` writes it."""
+
+
+def sums(folder: Path) -> str:
+    """The sha256 and the name of every other file in a folder, a line each, in the order of the names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    return "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+
+
+def intact(folder: Path) -> bool:
+    """Whether a folder has exactly the files that its `SHA256SUMS` names, with their content."""
+    try:
+        return (folder / SUMS).read_text(encoding="utf-8") == sums(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def sha256_of(text: str) -> str:

@@ -111,10 +111,14 @@ def failure(rounds: Sequence[Json]) -> str | None:
             f"no update was accepted in any of the {len(trained)} rounds, so that nothing was learnt: "
             + (", ".join(most) if most else "no client answered")
         )
-    scores = [] if last is None else measured(last["evaluation"])
-    if last and any(loss is None or not math.isfinite(loss) for loss in scores):
+    if last and not sound(last["evaluation"]):
         return f"training diverged: the loss is not finite after round {last['round']}"
     return None
+
+
+def sound(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the losses of an evaluation are finite."""
+    return all(loss is not None and math.isfinite(loss) for loss in measured(evaluation))
 
 
 def measured(evaluation: Mapping[str, Any]) -> list[float | None]:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedhl.files import sha256, whole_file
+from fedhl.files import private_folder, sha256, whole_file
 from fedhl.lora import LoRA
 from fedhl.method import flatten, unflatten
 
@@ -31,7 +31,7 @@ class Shelf(MutableMapping[str, Any]):
     """
 
     def __init__(self, folder: Path, like: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         self.folder, self.like = folder, like
 
     def file(self, layer: str) -> Path:

@@ -91,7 +91,7 @@ KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
     (another_sender, "its client id is 'client-0', expected 'client-5'"),
     (another_model, "its base model is '000"),
     (another_tokenizer, "its tokenizer is '000"),
-    (another_protocol, "it has protocol version 999, expected version 2"),
+    (another_protocol, "it has protocol version 999, expected version 3"),
     (another_start, "its client holds version 000000000000, expected version"),
     ("damaged", "it does not match its own checksum"),
     ("garbage", "it is not a safetensors file"),

@@ -20,7 +20,7 @@ from fedhl.config import Config
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
-from fedhl.files import write_text
+from fedhl.files import private_folder, write_text
 from fedhl.names import listed
 from fedhl.record import FAILED, FINISHED, read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
@@ -286,7 +286,7 @@ def compare(
 def write_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, and the report of the existing runs."""
     with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         write_text(folder / "comparison.json", json.dumps(plan))
         write_comparison(folder)
 

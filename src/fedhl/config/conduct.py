@@ -119,6 +119,10 @@ class RobustConfig(Strict):
     """Scale the change of a client down to this norm if it is larger; null: do not clip."""
     reject: Annotated[MedianRule | TrimmedRule, Field(discriminator="kind")] | None = None
     """Refuse some clients, before the other clients are clipped; null: refuse none."""
+    rows: Annotated[float, Field(ge=1)] = 3.0
+    """A client that reports more rows than this many times the median of the round counts with that many, in
+    the mean of the head and in every weighting by rows: no client buys weight by a number that nobody can
+    check."""
 
     @model_validator(mode="after")
     def one_rule(self) -> RobustConfig:
@@ -129,7 +133,7 @@ class RobustConfig(Strict):
     def build(self) -> Guard:
         from fedhl.server.robust import Guard
 
-        return Guard(self.clip, self.reject and self.reject.build())
+        return Guard(self.clip, self.reject and self.reject.build(), self.rows)
 
 
 class PrivacyConfig(Strict):
@@ -271,6 +275,9 @@ class FederationConfig(Strict):
     top_rank: PositiveInt = 256
     """The largest rank that a client with its own data and its own rank may have. Clients of a larger rank
     are refused, since all other clients would bear the cost."""
+    max_rows: PositiveInt = 1_000_000
+    """The largest number of rows that a client with its own data may report. Clients that report more are
+    refused: the number is the client's own word, and decides how much the client counts."""
     deadline: PositiveFloat = 3600.0
     """The number of seconds that a round waits for its clients. After that it goes on without the missing
     clients."""

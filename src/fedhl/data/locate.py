@@ -6,7 +6,7 @@ import re
 from importlib.machinery import ModuleSpec
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fedhl.errors import UserError
 from fedhl.names import meant
@@ -63,6 +63,10 @@ def inside_package(source: str) -> Path:
         raise UserError(
             f"{source!r}: {name!r} is not the import name of a package; "
             "write package:import_name/inner/path"
+        )
+    if ".." in PurePath(inner).parts:
+        raise UserError(
+            f"{source!r} leaves the package; leave out the '..', or give a path without {PACKAGE!r}"
         )
     spec = spec_of(name)
     if spec is None:

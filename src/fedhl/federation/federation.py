@@ -100,6 +100,7 @@ class Federation:
             silence=silence([self.layers_of(c) for c in cohort], chance) if chance else None,
             channel=self.channel,
             head_rows={} if labels is None else peft.label_rows(self.slots, labels),
+            audience=self.clients,
         )
 
     def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedhl.files import file_name, write_bytes, write_text
+from fedhl.files import file_name, private_folder, write_bytes, write_text
 from fedhl.network.message import Malformed, shown
 from fedhl.record import round_name, rounds_in
 from fedhl.server import Client
@@ -44,12 +44,14 @@ class Incoming:
 
     def begin(self, clients: Iterable[tuple[str, int, int]]) -> None:
         """The round begins with these clients."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder.parent)
+        private_folder(self.folder)
         write_text(self.folder / "clients.json", json.dumps(list(clients)) + "\n")
 
     def remove_others(self) -> None:
         """Remove all other rounds: earlier ones are in the state by now, later ones have lost their state."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder.parent)
+        private_folder(self.folder)
         for other in self.folder.parent.iterdir():
             if other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)

@@ -143,6 +143,11 @@ class Roster:
                 f"{who} has rank {member.rank}, expected at most {self.config.federation.top_rank} "
                 "(federation.top_rank)"
             )
+        if member.own and member.examples > self.config.federation.max_rows:
+            raise Malformed(
+                f"{who} reports {member.examples:,} rows, expected at most "
+                f"{self.config.federation.max_rows:,} (federation.max_rows)"
+            )
         if self.prepared is not None:
             check_run(member, self.prepared, self.ranks)
 

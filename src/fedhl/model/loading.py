@@ -1,7 +1,7 @@
 """Load the frozen base model from a hub id, a folder, a package or a GGUF file.
 
 A GGUF file is dequantised once into a cache folder (`$FEDHL_CACHE`, or `~/.cache/fedhl`); from then
-on it loads like any other folder.
+on it loads like any other folder, whose files are checked against their sha256 each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from fedhl.data.locate import locate
 from fedhl.errors import UserError, in_one_line
-from fedhl.files import cache, sha256, sha256_of, whole_folder
+from fedhl.files import SUMS, cache, intact, sha256, sha256_of, sums, whole_folder
 from fedhl.model import classes
 from fedhl.model.adapters import is_finite
 from fedhl.model.dropout import refuse_random, set_dropout
@@ -384,7 +384,8 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def gguf_folder(file: Path) -> tuple[str, str]:
-    """The cached folder that holds `file` dequantised to float32 (made now if need be), and its hash."""
+    """The cached folder that holds `file` dequantised to float32 (made now if need be, or if it is not as it
+    was made), and its hash."""
     if file.suffix != ".gguf":
         raise UserError(
             f"model {file} is a file but not a .gguf file; give a folder or a .gguf file"
@@ -393,7 +394,9 @@ def gguf_folder(file: Path) -> tuple[str, str]:
         raise UserError(f"reading {file.name} needs the gguf package: pip install gguf")
     digest = sha256(file)
     folder = cache().resolve() / "gguf" / digest[:16]
-    if not folder.is_dir():
+    if not intact(folder):
+        if folder.is_dir():
+            logger.warning("%s is damaged, or of an older fedhl: it is made anew", folder)
         logger.info(
             "converting %s to %s, once; this takes about half a minute",
             file.name,
@@ -407,10 +410,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise `file` into `folder`, which appears only when it is complete."""
     staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
-        with whole_folder(folder, staging), quiet():
+        with whole_folder(folder, staging, replace=True), quiet():
             dequantise(file, staging)
+            (staging / SUMS).write_text(sums(staging), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # a full disk raises either
-        if not folder.is_dir():  # unless another process has just made the same folder
+        if not intact(folder):  # unless another process has just made the same folder
             raise UserError(no_cache(folder, error)) from error
 
 

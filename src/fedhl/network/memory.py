@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedhl.files import sha256, write_bytes, write_text
+from fedhl.files import private_folder, sha256, write_bytes, write_text
 from fedhl.record import round_name, rounds_in
 from fedhl.shelf import Matrices, save_matrices
 
@@ -36,7 +36,7 @@ class Kept:
 
     def keep(self, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors; the file is written whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         content = save({name: x.contiguous() for name, x in tensors.items()})
         write_bytes(self.folder / (round_name(round) + ".safetensors"), content)
         files = self.files()
@@ -70,7 +70,7 @@ class Holdings:
     def keep(self, before: str | None, version: str, memory: Mapping[str, Tensor]) -> None:
         """Keep this memory beside that of the version `before`, and remove all others. Each file is written
         whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         file = self.file(version)
         if self.memory(version) is None:
             written = save_matrices(file, memory)

@@ -1,9 +1,10 @@
 """A message: a safetensors file whose metadata has a JSON header and a checksum; nothing is unpickled.
 
-The metadata has one entry, `fedhl`: the sha256 of the JSON text and of all tensors, a space, and the JSON
-text of an object. The reader is our own, since safetensors' readers of bytes do not give the metadata, and
-since it reads messages from machines that we do not control: it names the mistake, and its memory is
-bounded by a small multiple of the size of the header.
+The metadata has one entry, `fedhl`: the sha256 of everything else that has a meaning (the JSON text, the
+table of the tensors, and their bytes), a space, and the JSON text of an object. The reader is our own,
+since safetensors' readers of bytes do not give the metadata, and since it reads messages from machines that
+we do not control: it names the mistake, and its memory is bounded by a small multiple of the size of the
+header.
 """
 
 from __future__ import annotations
@@ -93,9 +94,10 @@ def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The message of these tensors with this header, which must be JSON."""
     text = json.dumps(header, allow_nan=False)
     held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    bare = save(held)
-    digest = hashlib.sha256(text.encode())
-    digest.update(memoryview(bare)[8 + int.from_bytes(bare[:8], "little") :])
+    bare = memoryview(save(held))
+    begin = 8 + int.from_bytes(bare[:8], "little")
+    digest = checksum(text, json.loads(bytes(bare[8:begin])))
+    digest.update(bare[begin:])
     return save(held, {"fedhl": f"{digest.hexdigest()} {text}"})
 
 
@@ -118,14 +120,20 @@ def opened(source: Path | bytes, limit: Limit | None = None) -> Message:
                 said, _, text = sealing.partition(" ")
             case _:
                 raise Malformed("its safetensors metadata must be one text, 'fedhl'")
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+        tensors, offsets = entries(table, size - 8 - length)
+        digest = checksum(text, table)
         while block := file.read(2**20):
             digest.update(block)
     if said != digest.hexdigest():
         raise Malformed("it does not match its own checksum; it was damaged on the way")
-    tensors, offsets = entries(table, size - 8 - length)
     header = parsed(text.encode("utf-8", "surrogatepass"), "its header")
     return Message(source, header, tensors, 8 + length, offsets)
+
+
+def checksum(text: str, table: Mapping[str, Any]) -> Any:
+    """The sha256 of the text of a header and of the table of the tensors, to go on with the tensors. The
+    table counts by what it says, as JSON of our own: other writers may order or space it otherwise."""
+    return hashlib.sha256(json.dumps([text, table], sort_keys=True).encode())
 
 
 def entries(table: Mapping[str, Any], size: int) -> tuple[dict[str, Entry], dict[str, int]]:

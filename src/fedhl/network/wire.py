@@ -39,7 +39,7 @@ from fedhl.server.payload import (
     to_payload,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The version of the format; both ends must have the same."""
 FIELDS: dict[str, type] = {
     **{"protocol": int, "payload": str, "run": str, "model": str, "tokenizer": str},
@@ -47,6 +47,18 @@ FIELDS: dict[str, type] = {
     **{"loss": float, "steps": int, "bound": float, "version": str},
 }
 """The fields of a reply's header."""
+LAYER: dict[str, Callable[[Any], bool]] = {
+    "shape": lambda x: natural(x, 2),
+    "scale": lambda x: positive(x),
+    "drawn": lambda x: x is None or natural(x, 2),
+    **dict.fromkeys(("past", "merged"), lambda x: x is None or positive(x)),
+    "also": lambda x: isinstance(x, list) and x == [kind for kind in ALSO if kind in x],
+    "absorbed": lambda x: type(x) is bool,
+    **dict.fromkeys(("factors", "train", "keep"), lambda x: x in ("", "A", "B", "AB")),
+}
+"""The fields of a layer in a broadcast's header, and what each must be."""
+ALSO = ("base", "magnitudes", "index")
+"""The kinds of tensors that a layer's `also` announces; the other kinds have fields of their own."""
 UNKNOWN = ("loss", "bound")
 """The fields that are null if training diverged, since JSON has no NaN."""
 NULLABLE = (*UNKNOWN, "version")
@@ -97,10 +109,11 @@ def encode_broadcast(
             tensors[f"index::{name}"] = b.index.long()
         layers[name] = {
             "shape": b.lora.shape,
-            "scale": b.lora.scale,
+            "scale": float(b.lora.scale),
             "drawn": None if b.drawn is None else [b.lora.rank, b.drawn],
-            "past": None if b.past is None else b.past.scale,
-            "merged": None if b.merged is None else b.merged.scale,
+            "past": None if b.past is None else float(b.past.scale),
+            "merged": None if b.merged is None else float(b.merged.scale),
+            "also": [kind for kind in ALSO if getattr(b, kind) is not None],
             "absorbed": b.absorbed,
             "factors": "".join(factors),
             "train": "".join(sorted(b.train)),
@@ -123,10 +136,68 @@ def decode_broadcast(
             raise ValueError(f"its version is {shown(header['held'])}")
         if payload not in PAYLOADS:
             raise ValueError(f"unknown payload {payload!r}")
+        if not isinstance(layers, dict):
+            raise ValueError(f"its layers are {shown(layers)}")
+        check_broadcast(message, layers, payload)
         sent = {name: broadcast_of(message, name, said, payload) for name, said in layers.items()}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Malformed(f"it is not a broadcast: {error!r}") from error
     return header, sent, head_of(message)
+
+
+def natural(x: Any, count: int) -> bool:
+    """Whether x is a list of `count` whole numbers that JSON readers agree on."""
+    return (
+        isinstance(x, list)
+        and len(x) == count
+        and all(type(k) is int and 0 <= k < WHOLE for k in x)
+    )
+
+
+def positive(x: Any) -> bool:
+    return type(x) is float and 0 < x < math.inf
+
+
+def check_broadcast(message: Message, layers: Mapping[str, Any], payload: str) -> None:
+    """Raises ValueError for a field of a layer that is missing, unknown or makes no sense, and for a tensor
+    that the header does not announce, or that is of another type or shape than it says."""
+    narrow, expected = NAMES[PAYLOADS[payload]], set[str]()
+    for name, said in layers.items():
+        for field in sorted(LAYER.keys() ^ said.keys()):
+            what = "missing" if field in LAYER else "unknown"
+            raise ValueError(f"field {shown(field)} of layer {shown(name)} is {what}")
+        for field, right in LAYER.items():
+            if not right(said[field]):
+                raise ValueError(f"{field} of layer {shown(name)} is {shown(said[field])}")
+        m, n = said["shape"]
+        widths = {"past": n + m, "merged": n + m, "base": n}
+        kinds = [kind for kind in ("past", "merged") if said[kind] is not None] + said["also"]
+        if said["drawn"] is None and said["factors"]:
+            kinds.append("lora")
+            widths["lora"] = sum({"A": n, "B": m}[f] for f in said["factors"])
+        for kind in kinds:
+            key, dtype = f"{kind}::{name}", narrow
+            if kind in ("magnitudes", "index"):
+                dtype = {"magnitudes": "F32", "index": "I64"}[kind]
+            elif payload == "int8":
+                expected.add(f"{kind}.steps::{name}")
+            expected.add(key)
+            got = message.tensors.get(key)
+            tail = (widths[kind],) if kind in widths else ()
+            if got and (
+                got.dtype != dtype or len(got.shape) != 1 + len(tail) or got.shape[1:] != tail
+            ):
+                raise ValueError(f"tensor {shown(key)} is {got}, expected {dtype} {['k', *tail]}")
+            if got and kind == "base" and got.shape[0] != m:
+                raise ValueError(f"tensor {shown(key)} is {got}, expected {m} rows")
+    for key, got in message.tensors.items():
+        if key.startswith("head::") and got.dtype != "F32":
+            raise ValueError(f"tensor {shown(key)} is {got}, expected F32")
+    tensors = {key for key in message.tensors if not key.startswith("head::")}
+    for key in sorted(expected ^ tensors):
+        raise ValueError(
+            f"tensor {shown(key)} is {'missing' if key in expected else 'not expected'}"
+        )
 
 
 def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: str) -> Broadcast:
@@ -141,22 +212,19 @@ def broadcast_of(message: Message, name: str, said: Mapping[str, Any], payload: 
         zero = {"A": torch.zeros(rank, n), "B": torch.zeros(m, rank)}
         return LoRA(**{**zero, **given}, scale=scale)
 
-    def given(kind: str) -> bool:
-        return f"{kind}::{name}" in message.tensors
-
     rank, drawn = said["drawn"] or (0, None)
     return Broadcast(
         adapter("lora", said["scale"], said["factors"])
         if drawn is None
         else initial(m, n, rank, said["scale"], drawn),
         drawn=drawn,
-        base=unpacked(message, "base", name, [n], payload)[0] if given("base") else None,
+        base=unpacked(message, "base", name, [n], payload)[0] if "base" in said["also"] else None,
         train=frozenset(said["train"]),
         keep=frozenset(said["keep"]),
-        index=message[f"index::{name}"] if given("index") else None,
-        past=adapter("past", said["past"]) if given("past") else None,
-        magnitudes=message[f"magnitudes::{name}"] if given("magnitudes") else None,
-        merged=adapter("merged", said["merged"]) if given("merged") else None,
+        index=message[f"index::{name}"] if "index" in said["also"] else None,
+        past=None if said["past"] is None else adapter("past", said["past"]),
+        magnitudes=message[f"magnitudes::{name}"] if "magnitudes" in said["also"] else None,
+        merged=None if said["merged"] is None else adapter("merged", said["merged"]),
         absorbed=said["absorbed"],
     )
 

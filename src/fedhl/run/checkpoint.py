@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedhl.files import sha256, sha256_of, whole_folder
+from fedhl.files import private_folder, sha256, sha256_of, whole_folder
 from fedhl.method import flatten, unflatten
 from fedhl.record import round_name, rounds_in
 from fedhl.server import ServerState
@@ -51,7 +51,9 @@ def save(folder: Path, state: ServerState, notes: dict[str, Any]) -> Path:
     }
     name = round_name(state.round)
     # one of the same name is of a round done again, after a fall-back to an older checkpoint
-    with whole_folder(folder / name, folder / f".partial-{name}", replace=True) as staging:
+    with whole_folder(
+        folder / name, folder / f".partial-{name}", replace=True, private=True
+    ) as staging:
         save_file(tensors, staging / "state.safetensors")
         manifest = {"round": state.round, **notes}
         manifest["ledger"] = {
@@ -75,7 +77,7 @@ def files_of(folder: Path, ledger: Ledger) -> dict[str, Matrices]:
     """The memories of a ledger as files, each written unless it is there already."""
     place = folder / MEMORIES
     if ledger.memories:
-        place.mkdir(parents=True, exist_ok=True)
+        private_folder(place)
     return {
         version: memory
         if isinstance(memory, Matrices) and memory.file.parent == place

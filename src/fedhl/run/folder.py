@@ -193,7 +193,7 @@ def secret_of(folder: Path, fresh: bytes) -> bytes:
                 f"{file} is missing, and without the secret the noise of this run cannot be continued; "
                 "restore the file, or start a new run"
             )
-        write_text(file, fresh.hex() + "\n", mode=0o600)
+        write_text(file, fresh.hex() + "\n")
     try:
         secret = bytes.fromhex(file.read_text(encoding="utf-8"))
     except ValueError:

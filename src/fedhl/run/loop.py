@@ -11,14 +11,15 @@ from typing import Any
 
 from fedhl import server
 from fedhl.config import Config, dump_config
+from fedhl.data.label_groups import begins
 from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
-from fedhl.files import append_line, finite, write_text
+from fedhl.files import append_line, finite, private_folder, write_text
 from fedhl.model.training import learning_rate
-from fedhl.record import FINISHED, better, rounds_in
+from fedhl.record import FINISHED, better, rounds_in, sound
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
@@ -71,7 +72,7 @@ def start_prepared(
 ) -> None:
     """`start_run` for a prepared federation and any engine."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     with alone(folder):
         if (folder / "config.yaml").exists():
             raise UserError(
@@ -79,7 +80,7 @@ def start_prepared(
             )
         with writing(folder):
             write_text(folder / "config.yaml", dump_config(anchored(prepared.config)))
-            (folder / "state").mkdir()
+            private_folder(folder / "state")
         watcher.say(f"run folder: {folder}")
         run_rounds(prepared, None, folder, watcher, engine=engine)
 
@@ -127,7 +128,9 @@ def run_rounds(
             prepared = prepared.joined_by(here.clients)
             on_step = steps(here, state, watcher)
             following, outcome = run_round(here, state, on_step, engine)
-            state, best = finish_round(prepared, following, folder, outcome, best, watcher, engine)
+            state, best = finish_round(
+                prepared, following, folder, outcome, best, watcher, engine, before=state
+            )
     except KeyboardInterrupt:
         with writing(folder):
             mark(folder, "interrupted")
@@ -135,6 +138,22 @@ def run_rounds(
     with writing(folder):
         write_summary(prepared, folder, FINISHED, best)
         write_report(folder)
+
+
+def undone(
+    prepared: Prepared, before: ServerState, outcome: Outcome
+) -> tuple[ServerState, Outcome]:
+    """The state after a round that changes nothing, and the outcome in which no client counts."""
+    federation, round = prepared.federation, before.round + 1
+    if federation.tasks and begins(round, prepared.config.period):
+        before = server.next_task(federation.method, before)
+    reason = "the round was undone, since the loss of its model was not finite"
+    refused = [
+        {"id": c["id"], "reason": reason, **{w: c[w] for w in ("bytes_down", "bytes_up")}}
+        for c in outcome.clients
+    ]
+    outcome = replace(outcome, clients=[], refused=[*outcome.refused, *refused], diagnostics={})
+    return replace(before, round=round), outcome
 
 
 def with_secret(prepared: Prepared, folder: Path) -> Prepared:
@@ -155,9 +174,11 @@ def finish_round(
     best: dict[str, Any] | None,
     watcher: Watcher,
     engine: Engine = IN_PROCESS,
+    before: ServerState | None = None,
 ) -> tuple[ServerState, dict[str, Any] | None]:
     """Evaluate, then write checkpoint, metrics and summary; returns the state, whose memories are on disk
-    from now on, and the best round so far."""
+    from now on, and the best round so far. A round after which the loss is not finite is undone, if it is
+    finite for the state `before`."""
     config, round = prepared.config, state.round
     seconds = {**outcome.seconds}
     began = perf_counter()
@@ -166,6 +187,11 @@ def finish_round(
         watcher.step(f"round {round}: evaluating", 0, 1)
         last = round == config.rounds
         evaluation = evaluate_round(prepared.federation, state, every_rank=last, engine=engine)
+        if before is not None and not sound(evaluation):
+            kept, nothing = undone(prepared, before, outcome)
+            again = evaluate_round(prepared.federation, kept, every_rank=last, engine=engine)
+            if sound(again):
+                state, outcome, evaluation = kept, nothing, again
         best = better(best, evaluation, round)
     seconds["evaluate"] = perf_counter() - began
     began = perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from fedhl.server.state import Reply, ServerState
 HUGE = torch.finfo(torch.float32).max ** 0.5
 """The largest norm of a factor, update or head, and the largest loss, that is accepted: the square of a
 larger number would overflow."""
+FAR = 1e4
+"""A factor, product, head or magnitude may come back this many times as large as it was sent, as those of the
+other clients are in the median, or as 1. One larger update may end the run, and no real one comes near."""
 
 
 def refusals(
@@ -34,12 +38,57 @@ def refusals(
             if reasons[k] is None and name in reply.adapter:
                 reason = wrong_layer(reply, name, send(reply.client))
                 reasons[k] = reason and f"layer {name!r}: {reason}"
+        fine = [k for k, r in enumerate(reasons) if r is None and name in replies[k].adapter]
+        sent = {k: send(replies[k].client) for k in fine}
+        back = {k: (replies[k].adapter[name], replies[k].magnitudes.get(name)) for k in fine}
+        sizes = {k: layer_size(*parts) for k, parts in back.items()}
+        starts = {k: layer_size(b.lora, b.magnitudes) for k, b in sent.items()}
+        for k, reason in too_far(sizes, starts).items():
+            reasons[k] = f"layer {name!r}: {reason}"
     clients = [reply.client for reply in replies]
     versions = layers.versions(clients) if remembers(layers.method) else {}
-    return [
+    reasons = [
         reason or wrong_version(reply, versions) or wrong_numbers(state, reply)
         for reply, reason in zip(replies, reasons, strict=True)
     ]
+    for name, value in state.head.items():
+        heads = {k: norm(replies[k].head[name]) for k, r in enumerate(reasons) if r is None}
+        for k, reason in too_far(heads, dict.fromkeys(heads, norm(value))).items():
+            reasons[k] = f"head parameter {name!r}: {reason}"
+    return reasons
+
+
+def norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.float()))
+
+
+def factors_size(lora: LoRA) -> float:
+    """The largest of the norms of both factors, and of a bound of the norm of their product; a large factor
+    is one even where the other is zero."""
+    a, b = norm(lora.A), norm(lora.B)
+    return max(a, b, lora.scale * a * b)
+
+
+def layer_size(lora: LoRA, magnitudes: Tensor | None) -> float:
+    return max(factors_size(lora), 0.0 if magnitudes is None else norm(magnitudes))
+
+
+def too_far(sizes: Mapping[int, float], starts: Mapping[int, float]) -> dict[int, str]:
+    """The clients whose sizes are more than `FAR` times as large as anything they are compared with, and the
+    reasons. `starts`: the sizes of what each was sent. Of two middle sizes of the other clients the lower
+    counts, so that not even half of the clients make such sizes usual."""
+    found = {}
+    for k, size in sizes.items():
+        if size > FAR:  # else it is not even compared
+            others = [other for j, other in sizes.items() if j != k]
+            limit = FAR * max(1.0, starts[k], median_low(others) if others else 0.0)
+            if size > limit:
+                found[k] = (
+                    f"got an update that may be as large as {size:.0e}, expected at most {limit:.0e}, "
+                    f"{FAR:,.0f} times what was sent or what the other clients return (did training "
+                    "diverge?)"
+                )
+    return found
 
 
 def refusal(layers: Layers, reply: Reply, stragglers: bool = False) -> str | None:
@@ -55,6 +104,9 @@ def asked_of(state: ServerState, reply: Reply, stragglers: bool) -> set[str]:
 
 def wrong_names(state: ServerState, reply: Reply, asked: set[str]) -> str | None:
     """The mistake in a reply's round, or in the names of its layers or head parameters, or None."""
+    rows = reply.client.examples
+    if type(rows) is not int or rows < 1:  # also when it is NaN, or True
+        return f"the reply is of a client with {rows!r} training rows, expected a whole number"
     if reply.round != state.round + 1:
         return f"the reply is for round {reply.round}, expected round {state.round + 1}"
     for what, got, expected in (
@@ -83,6 +135,8 @@ def wrong_version(reply: Reply, versions: Mapping[str, str]) -> str | None:
 def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
     """The mistake in a reply's head, or in the numbers that it reports, or None."""
     for name, value in state.head.items():
+        if not isinstance(reply.head[name], Tensor):
+            return f"head parameter {name!r}: got a {type(reply.head[name]).__name__}, expected a tensor"
         if reply.head[name].shape != value.shape:
             return (
                 f"head parameter {name!r}: got shape {tuple(reply.head[name].shape)}, "
@@ -92,6 +146,9 @@ def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
             return f"head parameter {name!r}: got a non-finite value (did training diverge?)"
         if not (size := float(torch.linalg.vector_norm(reply.head[name]))) <= HUGE:
             return f"head parameter {name!r}: got norm {size:.0e}, expected at most {HUGE:.0e}"
+    for number in (reply.loss, reply.bound, reply.steps):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return f"the reply reports a {type(number).__name__}, expected a number"
     if not abs(reply.loss) <= HUGE or not 0 <= reply.bound <= HUGE:  # also when they are NaN
         return (
             f"the reply reports loss {reply.loss} and bound {reply.bound} (did training diverge?)"
@@ -116,8 +173,7 @@ def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
     for factor in sorted({"A", "B"} - (broadcast.train - broadcast.keep)):
         if not torch.equal(getattr(lora, factor).to(sent.A), getattr(sent, factor)):
             return f"factor {factor} is frozen, but came back changed"
-    a, b = (float(torch.linalg.vector_norm(x)) for x in (lora.A, lora.B))
-    size = max(a, b, scale * a * b)  # a large factor is one even where the other is zero
+    size = factors_size(lora)
     if not size <= HUGE:
         return (
             f"got an update that may be as large as {size:.0e}, expected at most "
@@ -128,6 +184,8 @@ def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
 
 def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
     """The mistake in a reply's magnitudes of the frozen directions, or None."""
+    if not isinstance(magnitudes, Tensor | None):
+        return f"got magnitudes of type {type(magnitudes).__name__}, expected a tensor"
     got, expected = (None if x is None else tuple(x.shape) for x in (magnitudes, sent.magnitudes))
     if got != expected:
         return f"got magnitudes of shape {got}, expected {expected}"

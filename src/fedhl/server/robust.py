@@ -67,6 +67,12 @@ def clipped_head(
     return {name: value.to(head[name]) for name, value in moved.items()}
 
 
+def counted_rows(examples: Tensor, times: float) -> Tensor:
+    """The rows with which clients count, (K,): at most `times` the median of what they report, of two middle
+    ones the lower."""
+    return examples.clamp(max=times * float(examples.median()))
+
+
 class Rejection(Protocol):
     """For each client the reason to refuse it in this round, or None, from the norms of all that arrived."""
 
@@ -129,11 +135,15 @@ class Trimmed:
 @dataclass(frozen=True)
 class Guard:
     """`reject`: the rule that refuses updates; `clip`: the largest norm of the other updates, over all layers
-    and the head together. Raises ValueError unless `clip` is positive."""
+    and the head together; `rows`: the most rows with which a client counts, as a multiple of the median.
+    Raises ValueError unless `clip` is positive, and `rows` at least 1."""
 
     clip: float | None = None
     reject: Rejection | None = None
+    rows: float = 3.0
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:  # also when it is NaN
             raise ValueError(f"clip must be positive, got {self.clip}")
+        if not self.rows >= 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")

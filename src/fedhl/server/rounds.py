@@ -24,8 +24,9 @@ from fedhl.server.measures import change_norms, measure_cohort
 from fedhl.server.privacy import Mechanism
 from fedhl.server.refusals import accept
 from fedhl.server.robust import Guard
+from fedhl.server.sendable import unsendable
 from fedhl.server.side_by_side import side_by_side
-from fedhl.server.state import Outcome, Reply, ServerState
+from fedhl.server.state import Client, Outcome, Reply, ServerState
 from fedhl.weighting import Weighting, data_share, relative_error
 
 
@@ -34,16 +35,19 @@ class Rules:
     """The rules of a round for its replies, apart from their weighted sum; none by default.
 
     `guard`: an update that is too large is refused, as if it had not arrived, or clipped, before the
-    weighting. `silence`: clients may return fewer layers than they were asked for; by layer, the
-    probability that no client returns it (see `fedhl.server.participation`). `channel`: the updates are
-    summed over the air. `head_rows`: the only rows of these head parameters that this round trains; the
-    others stay as they are, to the bit, whatever was returned.
+    weighting, and no client counts with many more rows than the others. `silence`: clients may return fewer
+    layers than they were asked for; by layer, the probability that no client returns it (see
+    `fedhl.server.participation`). `channel`: the updates are summed over the air. `head_rows`: the only rows
+    of these head parameters that this round trains; the others stay as they are, to the bit, whatever was
+    returned. `audience`: the clients that may be sent the next state, besides those that replied; a state
+    that cannot be sent to all of them is not kept.
     """
 
     guard: Guard | None = None
     silence: Mapping[str, float] | None = None
     channel: AirComp | None = None
     head_rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    audience: Sequence[Client] = ()
 
 
 PLAIN = Rules()
@@ -73,7 +77,8 @@ def aggregate(
     Every reply is checked whole before the first layer is touched; a refused reply changes nothing
     but the list of refused clients. Without an accepted reply the layers and the head stay as they are.
     A layer is aggregated over the clients that returned it, with weights renormalised over them;
-    a layer that no client returned stays as it is.
+    a layer that no client returned stays as it is. If the next state cannot be sent in the type of the
+    payload, the update that moves furthest is refused, until the rest can be sent (`fedhl.server.sendable`).
 
     `into`: the mapping that receives each next layer state as soon as it is known (see `fedhl.shelf`); a
     new dict by default. `watch`: whether to compute the diagnostics of each layer, which cost about as much
@@ -87,12 +92,42 @@ def aggregate(
         accepted, left_out, checks = guarded(rules.guard, layers, accepted)
         refused += left_out
         accepted = with_clipped_heads(state.head, accepted, checks)
-    if not accepted:
-        seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
-        return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
+    audience = [*rules.audience, *(reply.client for reply in replies)]
+    while accepted:
+        result, outcome = combined(
+            weighting, layers, accepted, checks, rules, into=into, memories=memories, watch=watch
+        )
+        reason = unsendable(method, result, audience, seed)
+        if reason is None:
+            spent = perf_counter() - start - outcome.seconds["diagnostics"]
+            seconds = outcome.seconds | {"aggregate": spent}
+            return result, replace(outcome, refused=refused, seconds=seconds)
+        norms = change_norms(layers, accepted)
+        worst = norms.index(max(norms))
+        refused.append({"id": accepted[worst].client.id, "reason": reason})
+        del accepted[worst], checks[worst : worst + 1]
+    seconds = {"aggregate": perf_counter() - start, "diagnostics": 0.0}
+    return replace(state, round=state.round + 1), Outcome([], refused, {}, seconds)
 
+
+def combined(
+    weighting: Weighting,
+    layers: Layers,
+    accepted: Sequence[Reply],
+    checks: Sequence[Check],
+    rules: Rules,
+    *,
+    into: MutableMapping[str, Any] | None,
+    memories: Memories,
+    watch: bool,
+) -> tuple[ServerState, Outcome]:
+    """The next state from these replies, all of which count; of the seconds, those of the diagnostics."""
+    method, state = layers.method, layers.state
     factors, silence = [check.factor for check in checks], rules.silence or {}
     cohort = measure_cohort(layers, accepted, weighting.norms, factors)
+    if rules.guard is not None:
+        rows = torch.as_tensor(cohort.examples)
+        cohort = replace(cohort, examples=robust.counted_rows(rows, rules.guard.rows))
     p, q, error = weighting(cohort), data_share(cohort), relative_error(cohort)
 
     def arrived(layer: Layer) -> LayerUpdates:
@@ -126,7 +161,6 @@ def aggregate(
     # layers may have been done side by side: the wall time, divided as their own seconds are
     spent, watched = sum(done.seconds for done in steps), sum(done.watched for done in steps)
     watching = wall * watched / (spent + watched) if watched else 0.0
-    seconds = {"aggregate": perf_counter() - start - watching, "diagnostics": watching}
     moved = drifts(steps, len(accepted)) if watch else [None] * len(accepted)
     numbers = over_layers(steps) if watch else {}
     numbers |= diagnostics.summarise_weights(p, q, error)
@@ -135,7 +169,7 @@ def aggregate(
     if noise is not None:
         numbers["channel_noise"] = noise
     clients = records(accepted, p.tolist(), error.tolist(), moved, checks)
-    return result, Outcome(clients, refused, numbers, seconds)
+    return result, Outcome(clients, [], numbers, {"diagnostics": watching})
 
 
 def release(
