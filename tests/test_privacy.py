@@ -218,6 +218,14 @@ def test_who_is_refused_might_as_well_have_been_absent(state: ServerState) -> No
 # --- noise --------------------------------------------------------------------------------------
 
 
+def test_whether_a_client_counts_does_not_depend_on_the_others(state: ServerState) -> None:
+    """A comparison would let one client move the sum by more than its own clipped update."""
+    answers = [louder(reply(state, client), 1e8) for client in CLIENTS]
+    for cohort in (answers[:1], answers, [answers[0], reply(state, CLIENTS[1])]):
+        _, outcome = server.release(mechanism(), FEDHL, state, cohort, SEED)
+        assert not outcome.refused and len(outcome.clients) == len(cohort)
+
+
 def test_the_noise_has_the_variance_that_was_promised(state: ServerState) -> None:
     """On the delta and the head, entry by entry, when nobody arrived, too; new in every round."""
     private = Mechanism(clip=0.5, noise=1.2, rate=0.25, clients=20, secret=SECRET)

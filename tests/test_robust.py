@@ -197,7 +197,7 @@ def test_who_is_not_clipped_changes_no_bit(state: ServerState) -> None:
 def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) -> None:
     """A client cannot buy weight, nor drown the others' signals, by an update that is cut anyway."""
     answers = [reply(state, client) for client in CLIENTS]
-    attack = [louder(answers[0], 1e6), *answers[1:]]
+    attack = [louder(answers[0], 3e3), *answers[1:]]
     bound = max(measures.change_norms(Layers(FEDHL, state, SEED), answers))
     norm = get_weighting("norm")
     for clip, most in ((None, (0.99, 1.0)), (bound, (0.0, 0.6))):
@@ -210,7 +210,7 @@ def test_the_weighting_and_the_channel_see_what_was_clipped(state: ServerState) 
             Rules(guard=Guard(clip=clip), channel=AirComp(snr_db=20)),
         )
         assert most[0] <= outcome.clients[0]["weight"] <= most[1]
-        assert (outcome.diagnostics["channel_noise"] > 100) == (clip is None)
+        assert (outcome.diagnostics["channel_noise"] > 10) == (clip is None)
 
 
 def test_the_norms_of_the_weighting_are_those_of_what_is_left(state: ServerState) -> None:

@@ -325,7 +325,7 @@ def with_layer(name: str, change: Callable[[LoRA], LoRA]) -> Callable[[Reply], R
     return lambda r: replace(r, adapter=dict(r.adapter) | {name: change(r.adapter[name])})
 
 
-def with_head(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Reply], Reply]:
+def with_head(name: str, change: Callable[[Tensor], Any]) -> Callable[[Reply], Reply]:
     return lambda r: replace(r, head=dict(r.head) | {name: change(r.head[name])})
 
 

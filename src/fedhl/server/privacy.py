@@ -119,8 +119,8 @@ def why_not(method: Method[Any]) -> str | None:
     """The reason why this method cannot work on a noisy sum in place of the clients' updates, or None."""
     if not {"exact mean", "gauge"} <= method.laws or not method.mixed_ranks:
         return "does not move by the sum of the clients' products alone"
-    side = 1024  # so large that the adapters of two clients are fewer numbers than the matrix
-    if method.traffic(side, side, 1, [1]) != method.traffic(side, side, 1, [1, 1]):
+    # a layer so large that a matrix is not the shorter message
+    if method.traffic(64, 64, 1, [1]) != method.traffic(64, 64, 1, [1, 1]):
         return "sends the clients each other's adapters, which no noise covers"
     return None
 

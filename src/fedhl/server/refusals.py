@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median_low
 from typing import Any
@@ -23,26 +24,29 @@ other clients are in the median, or as 1. One larger update may end the run, and
 
 
 def refusals(
-    layers: Layers, replies: Sequence[Reply], stragglers: bool = False
+    layers: Layers, replies: Sequence[Reply], stragglers: bool = False, compared: bool = True
 ) -> list[str | None]:
     """For each reply the reason why it cannot be accepted, or None. Every reply is read and checked whole,
     one layer of all replies at a time.
 
-    `stragglers`: whether a client may return fewer layers than it was asked for.
+    `stragglers`: whether a client may return fewer layers than it was asked for. `compared`: whether a reply
+    that is far larger than the others is refused.
     """
+    far = FAR if compared else math.inf
     state = layers.state
     reasons = [wrong_names(state, reply, asked_of(state, reply, stragglers)) for reply in replies]
     for name in sorted(state.layers):
-        send = layers.layer(name).sender()
+        send, sizes = layers.layer(name).sender(), dict[int, float]()
         for k, reply in enumerate(replies):
             if reasons[k] is None and name in reply.adapter:
-                reason = wrong_layer(reply, name, send(reply.client))
+                lora = reply.adapter[name]
+                reason = wrong_layer(lora, reply, name, send(reply.client))
                 reasons[k] = reason and f"layer {name!r}: {reason}"
-        fine = [k for k, r in enumerate(reasons) if r is None and name in replies[k].adapter]
-        sent = {k: send(replies[k].client) for k in fine}
-        back = {k: (replies[k].adapter[name], replies[k].magnitudes.get(name)) for k in fine}
-        sizes = {k: layer_size(*parts) for k, parts in back.items()}
-        starts = {k: layer_size(b.lora, b.magnitudes) for k, b in sent.items()}
+                if reason is None:
+                    sizes[k] = layer_size(lora, reply.magnitudes.get(name))
+                del lora  # before the next one is read: all together may not fit into memory
+        large = [k for k, size in sizes.items() if size > far]  # only these are compared
+        starts = {k: start_size(send(replies[k].client)) for k in large}
         for k, reason in too_far(sizes, starts).items():
             reasons[k] = f"layer {name!r}: {reason}"
     clients = [reply.client for reply in replies]
@@ -53,7 +57,8 @@ def refusals(
     ]
     for name, value in state.head.items():
         heads = {k: norm(replies[k].head[name]) for k, r in enumerate(reasons) if r is None}
-        for k, reason in too_far(heads, dict.fromkeys(heads, norm(value))).items():
+        starts = dict.fromkeys((k for k, size in heads.items() if size > far), norm(value))
+        for k, reason in too_far(heads, starts).items():
             reasons[k] = f"head parameter {name!r}: {reason}"
     return reasons
 
@@ -73,21 +78,25 @@ def layer_size(lora: LoRA, magnitudes: Tensor | None) -> float:
     return max(factors_size(lora), 0.0 if magnitudes is None else norm(magnitudes))
 
 
+def start_size(sent: Broadcast) -> float:
+    return layer_size(sent.lora, sent.magnitudes)
+
+
 def too_far(sizes: Mapping[int, float], starts: Mapping[int, float]) -> dict[int, str]:
-    """The clients whose sizes are more than `FAR` times as large as anything they are compared with, and the
-    reasons. `starts`: the sizes of what each was sent. Of two middle sizes of the other clients the lower
-    counts, so that not even half of the clients make such sizes usual."""
+    """The clients of `starts` whose sizes are more than `FAR` times as large as anything they are compared
+    with, and the reasons. `sizes`: of all clients; `starts`: of what was sent to those that are above `FAR`.
+    Of two middle sizes of the other clients the lower counts, so that not even half of the clients make such
+    sizes usual."""
     found = {}
-    for k, size in sizes.items():
-        if size > FAR:  # else it is not even compared
-            others = [other for j, other in sizes.items() if j != k]
-            limit = FAR * max(1.0, starts[k], median_low(others) if others else 0.0)
-            if size > limit:
-                found[k] = (
-                    f"got an update that may be as large as {size:.0e}, expected at most {limit:.0e}, "
-                    f"{FAR:,.0f} times what was sent or what the other clients return (did training "
-                    "diverge?)"
-                )
+    for k, start in starts.items():
+        others = [other for j, other in sizes.items() if j != k]
+        limit = FAR * max(1.0, start, median_low(others) if others else 0.0)
+        if sizes[k] > limit:
+            found[k] = (
+                f"got an update that may be as large as {sizes[k]:.0e}, expected at most {limit:.0e}, "
+                f"{FAR:,.0f} times what was sent or what the other clients return (did training "
+                "diverge?)"
+            )
     return found
 
 
@@ -156,9 +165,9 @@ def wrong_numbers(state: ServerState, reply: Reply) -> str | None:
     return None
 
 
-def wrong_layer(reply: Reply, name: str, broadcast: Broadcast) -> str | None:
-    """The mistake in a reply's adapter of this layer, or None."""
-    lora, sent, scale = reply.adapter[name], broadcast.lora, reply.client.scale
+def wrong_layer(lora: LoRA, reply: Reply, name: str, broadcast: Broadcast) -> str | None:
+    """The mistake in `lora`, a reply's adapter of this layer, or None."""
+    sent, scale = broadcast.lora, reply.client.scale
     if not isinstance(lora, LoRA):
         return f"got a {type(lora).__name__}, expected a LoRA"
     if (lora.A.shape, lora.B.shape) != (sent.A.shape, sent.B.shape):
@@ -195,12 +204,12 @@ def wrong_magnitudes(sent: Broadcast, magnitudes: Tensor | None) -> str | None:
 
 
 def accept(
-    layers: Layers, replies: Sequence[Reply], stragglers: bool = False
+    layers: Layers, replies: Sequence[Reply], stragglers: bool = False, compared: bool = True
 ) -> tuple[list[Reply], list[dict[str, Any]]]:
     """The accepted replies, sorted by client id, one of each client; and the refused ones with the reason."""
     accepted, refused = [], []
     replies = sorted(replies, key=lambda reply: reply.client.id)
-    for reply, reason in zip(replies, refusals(layers, replies, stragglers), strict=True):
+    for reply, reason in zip(replies, refusals(layers, replies, stragglers, compared), strict=True):
         if accepted and accepted[-1].client.id == reply.client.id:
             reason = "another reply of this client has been accepted already"
         if reason is None:
