@@ -97,8 +97,7 @@ def whole_folder(
     that is not empty, unless `replace`.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    staging.mkdir(PRIVATE_FOLDER if private else 0o777)
+    staging.mkdir(PRIVATE_FOLDER if private else 0o777, parents=True)
     try:
         yield staging
         for entry in (*staging.rglob("*"), staging):
