@@ -19,7 +19,7 @@ from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.federation.scores import evaluate_round
 from fedhl.files import append_line, finite, private_folder, write_text
 from fedhl.model.training import learning_rate
-from fedhl.record import FINISHED, better, rounds_in, sound
+from fedhl.record import FINISHED, better, read_metrics, rounds_in, sound
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
@@ -91,16 +91,36 @@ def resume_prepared(
     """`resume_run` for a prepared federation and any engine."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
+        if prepared.federation.privacy is not None:
+            refuse_second_noise(folder, 0)
         watcher.say("there is no checkpoint yet; starting from the first round")
         run_rounds(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
+    if prepared.federation.privacy is not None:
+        refuse_second_noise(folder, state.round)
     best, keep = manifest["best"], prepared.config.checkpoints.keep
     with writing(folder):
         keep_metrics(folder, manifest["metrics"])
         checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
     run_rounds(prepared, state, folder, watcher, best, engine)
+
+
+def refuse_second_noise(folder: Path, round: int) -> None:
+    """Raises UserError if rounds after this one, of clients in other processes, were done before: done again,
+    they would add the same noise to other sums. A round that has its metrics and no checkpoint yet still has
+    its replies on disk."""
+    if not networked(folder):
+        return
+    before = (line["round"] - 1 for line in read_metrics(folder))
+    done = max([*rounds_in(folder / "state"), *before], default=0)
+    if done > round:
+        raise UserError(
+            f"{folder}: with privacy, the rounds after {round} cannot be done again over a network: their "
+            "noise would be added to the sums of other replies, and two such sums differ without noise; "
+            f"restore the checkpoint of round {done}, or start the run anew with another --out"
+        )
 
 
 def run_rounds(
