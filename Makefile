@@ -52,10 +52,8 @@ build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	@mkdir -p build
 	$(BIN)/python examples/stdlib_functions.py $@
 
-# One worker more than cores: those of the network tests mostly wait.
 test: .venv/minilm .venv/smollm2 ## all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $$(($$($(BIN)/python -c 'import os; print(os.cpu_count())') + 1)) \
-	  --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -148,7 +148,7 @@ def test_the_summary_says_what_made_the_numbers(runs: Path) -> None:
     assert found["final"] == lines(runs / "tiny")[-1]["evaluation"]
     assert found["method"] == {"name": "fedhl_ef", "download": 1, "begin": "delta"}
     assert found["weighting"] == {"name": "truncation", "power": 2, "epsilon": 0.1, "share": None}
-    assert set(found["hashes"]) == {"config", "model", "data"}
+    assert set(found["hashes"]) == {"config", "model", "tokenizer", "data"}
     assert {"python", "torch", "transformers", "peft"} < set(found["versions"])
     assert found["seeds"] == {"root": 0} and found["device"] == "cpu"
     assert found["peak_memory_bytes"] > 2**27

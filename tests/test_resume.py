@@ -280,3 +280,32 @@ def test_no_disk_space(project: Path, expected: dict[str, Any], tmp_path: Path) 
     done = finish(project, run)
     assert f"resuming after round {saved} of 5" in done.out
     assert result(run) == expected
+
+
+# --- of another run -----------------------------------------------------------------------------
+
+
+def test_the_state_of_another_run_is_refused(
+    project: Path, runs: Path, tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    """Of the same model and rows, but another seed."""
+    run = copy(runs, tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed: ", "seed: 1", 1))
+    (run / "summary.json").unlink()
+    done = fedhl(project, "resume", run)
+    assert done.code == 2 and "is of another run: its config has the hash" in done.err
+
+
+@pytest.mark.parametrize("how", ["emptied", "another digit"])
+def test_metrics_that_the_run_did_not_write_are_refused(
+    project: Path, runs: Path, tmp_path: Path, how: str
+) -> None:
+    run = copy(runs, tmp_path / "run")
+    file = run / "metrics.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    changed = first.replace('"loss": 0.6', '"loss": 0.5', 1)
+    assert changed != first
+    file.write_text("" if how == "emptied" else f"{changed}\n{rest}")
+    done = fedhl(project, "resume", run)
+    assert done.code == 2 and "are not those that the run wrote" in done.err

@@ -32,7 +32,7 @@ from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
 from fedhl.record import FAILED, measured, read_summary
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
-from fedhl.run.summary import check_same, clients_own_data
+from fedhl.run.summary import check_same, clients_own_data, hash_once
 from fedhl.server import ServerState
 from fedhl.task.rows import located
 from fedhl.watch import SILENT, Watcher
@@ -62,7 +62,7 @@ def export_run(
     config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
-    check_same(run, config, {"model": loaded.hash})
+    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.tokenizer)})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     known = server.deltas(federation.method, state)
     refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
@@ -184,7 +184,7 @@ def evaluate_on(
     config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
-    check_same(run, config, {"model": loaded.hash})
+    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.tokenizer)})
     rows = load_rows(source)
     encoded = config.task.encode(rows, source, loaded.tokenizer, summary["labels"])
     federation = replace(federation, held_out=encoded.examples)

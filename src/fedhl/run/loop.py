@@ -36,7 +36,15 @@ from fedhl.run.folder import (
     writing,
 )
 from fedhl.run.progress import COLLAPSE, describe, steps
-from fedhl.run.summary import check_same, clients_own_data, hashes, mark, write_summary
+from fedhl.run.summary import (
+    check_checkpoint,
+    check_same,
+    clients_own_data,
+    hash_before,
+    hashes,
+    mark,
+    write_summary,
+)
 from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
 
@@ -97,6 +105,7 @@ def resume_prepared(
         run_rounds(prepared, None, folder, watcher, engine=engine)
         return
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
+    check_checkpoint(folder, manifest, hashes(prepared, folder))
     if prepared.federation.privacy is not None:
         refuse_second_noise(folder, state.round)
     best, keep = manifest["best"], prepared.config.checkpoints.keep
@@ -109,11 +118,10 @@ def resume_prepared(
 
 def refuse_second_noise(folder: Path, round: int) -> None:
     """Raises UserError if rounds after this one, of clients in other processes, were done before: done again,
-    they would add the same noise to other sums. A round that has its metrics and no checkpoint yet still has
-    its replies on disk."""
+    they would add the same noise to other sums."""
     if not networked(folder):
         return
-    before = (line["round"] - 1 for line in read_metrics(folder))
+    before = (line["round"] for line in read_metrics(folder))
     done = max([*rounds_in(folder / "state"), *before], default=0)
     if done > round:
         raise UserError(
@@ -241,6 +249,7 @@ def finish_round(
         phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
         seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
         notes = finite({"metrics": line, "best": best})
+        notes |= {"hashes": hashes(prepared, folder), "before": hash_before(folder, round)}
         state = checkpoint.on_disk(folder / "state", state)
         checkpoint.save(folder / "state", state, notes)
         checkpoint.prune(

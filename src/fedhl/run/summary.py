@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,30 @@ from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
 from fedhl.files import json_text, sha256, write_text
+from fedhl.model.loading import tokenizer_hash
 from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
 
 
 def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
-    config = sha256(folder / "config.yaml")
-    return {"config": config, "model": prepared.loaded.hash, "data": prepared.data.hash}
+    """The hashes of all that a run is made from."""
+    loaded = prepared.loaded
+    return {
+        "config": sha256(folder / "config.yaml"),
+        "model": loaded.hash,
+        "tokenizer": hash_once(loaded.tokenizer),
+        "data": prepared.data.hash,
+    }
+
+
+hash_once = lru_cache(maxsize=4)(tokenizer_hash)
+"""`tokenizer_hash`, which reads the whole vocabulary, once for each tokenizer."""
+
+
+def hash_before(folder: Path, round: int) -> str:
+    """The sha256 of the lines of metrics.jsonl of the rounds before this one."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return hashlib.sha256(b"".join(lines[:round])).hexdigest()
 
 
 def write_summary(
@@ -209,11 +228,30 @@ def check_same(folder: Path, config: Config, now: Mapping[str, str]) -> None:
     sources = {
         "config": folder / "config.yaml",
         "model": config.model.source,
+        "tokenizer": config.model.source,
         "data": config.data.source,
     }
     for what, hash in now.items():
-        if was[what] != hash:
+        if was.get(what, hash) != hash:  # an older run has no hash of its tokenizer
             raise UserError(
                 f"the {what} has changed since {folder} began: {sources[what]} had the hash {was[what]}, now "
                 f"{hash}; restore the {what}, or start a new run"
             )
+
+
+def check_checkpoint(folder: Path, manifest: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Raises UserError unless a checkpoint is of the run in this folder: of the same config, model, tokenizer
+    and data, and after the rounds in metrics.jsonl. A checkpoint of an older fedhl does not say."""
+    round = manifest["round"]
+    for what, hash in manifest.get("hashes", now).items():
+        if now[what] != hash:
+            raise UserError(
+                f"{folder}: the checkpoint of round {round} is of another run: its {what} has the hash "
+                f"{hash}, that of this folder {now[what]}; restore the {what}, or the folder's own state"
+            )
+    before = hash_before(folder, round)
+    if manifest.get("before", before) != before:
+        raise UserError(
+            f"{folder}/metrics.jsonl: the lines of the rounds before {round} are not those that the run "
+            "wrote; restore the file"
+        )
