@@ -126,8 +126,9 @@ def refuse_second_noise(folder: Path, round: int) -> None:
     if done > round:
         raise UserError(
             f"{folder}: with privacy, the rounds after {round} cannot be done again over a network: their "
-            "noise would be added to the sums of other replies, and two such sums differ without noise; "
-            f"restore the checkpoint of round {done}, or start the run anew with another --out"
+            "noise would be added to the sums of other replies, and the difference of the two sums of a "
+            f"round would have no noise; restore the checkpoint of round {done}, or start the run "
+            "anew with another --out"
         )
 
 

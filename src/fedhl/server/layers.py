@@ -163,8 +163,8 @@ class Layers:
 def grown(
     there: Broadcast, base: Tensor | None, held: Tensor, change: LoRA | None, client: Client
 ) -> Broadcast:
-    """The broadcast `there` with `change` in place of its base, unless so a client that holds `held` would
-    end more than twice as far from `base` as with the rounded base itself."""
+    """The broadcast `there` with `change` in place of its base. It stays as it is if a client that holds
+    `held` would end more than twice as far from `base` with `change` as with the rounded base."""
     if base is None or change is None or there.base is None:
         return there
     change = carried_lora(change, client.downloaded)
