@@ -60,6 +60,16 @@ def refused(path: Path, field: str | None = None, **settings: Any) -> str:
         ("c.jsonl", jsonl('{"a": ' + "[" * 99_999), "line 1"),
         ("d.json", b'[{"a": ' + b"9" * 5000 + b"}]", "cannot be read (Exceeds"),
         ("e.json", b"[" * 99_999 + b"]" * 99_999, "cannot be read (it is nested too deeply)"),
+        (
+            "twice.jsonl",
+            jsonl('{"a": 1, "b": 2}', '{"a": 1, "b": {"x": 1, "x": 2}}'),
+            "line 2 cannot be read (the key 'x' stands twice in one object)",
+        ),
+        (
+            "twice.json",
+            b'[{"a": 1, "b": 2, "a": 3}]',
+            "cannot be read (the key 'a' stands twice in one object)",
+        ),
         ("f.csv", b'a,b\n1,2\n3,"4"5\n', "bad quoting near line 3"),
         ("g.parquet", b"PAR1 no more PAR1", "g.parquet: "),
     ],

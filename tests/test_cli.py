@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from support import tiny
 from support.tiny import Done, fedhl, rows, write_rows
 
 from fedhl import __version__
-from fedhl.cli.app import app
+from fedhl.cli.app import app, watching
 from fedhl.run.overview import size
 
 
@@ -409,3 +410,17 @@ def test_the_shell_completes_file_names_by_itself(tmp_path: Path) -> None:
     assert completed(tmp_path, "fedhl run ") == []
     script = " ".join(completed(tmp_path, "", "source_bash"))
     assert "complete -o default -F _fedhl_completion fedhl" in script
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_a_command_leaves_the_log_of_a_program_as_it_was(level: int) -> None:
+    """Within the command the library's notices are shown."""
+    logger = logging.getLogger("fedhl")
+    before = logger.level, list(logger.handlers)
+    logger.setLevel(level)
+    try:
+        with watching(quiet=False):
+            assert logger.isEnabledFor(logging.INFO)
+        assert (logger.level, logger.handlers) == (level, before[1])
+    finally:
+        logger.setLevel(before[0])

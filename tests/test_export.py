@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -392,6 +393,27 @@ def test_heads_of_other_labels_are_not_averaged(tmp_path: Path) -> None:
     assert merge_folders(folders, None, None, tmp_path / "third").unnamed == ()
 
 
+def test_adapters_of_other_tokenizers_are_refused(tmp_path: Path) -> None:
+    """They read other tokens in the same text; how a tokenizer cut and padded last is no difference."""
+    base = save("llama", tmp_path / "llama")
+    trained("llama", base, tmp_path)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    save_tokenizer(tmp_path / "one")
+    merge_folders([two, one], None, None, tmp_path / "first")
+    assert (tmp_path / "first" / "tokenizer.json").is_file()
+    file = tmp_path / "two" / "tokenizer.json"
+    known = json.loads((tmp_path / "one" / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(known | {"truncation": cut}))
+    merge_folders([one, two], None, None, tmp_path / "second")
+    file.write_text(json.dumps(known | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(UserError, match=r"two and .*one were trained with different tokenizers"):
+        merge_folders([one, two], None, None, tmp_path / "third")
+    file.write_text("{")
+    with pytest.raises(UserError, match="cannot read the tokenizer in"):
+        merge_folders([one, two], None, None, tmp_path / "third")
+
+
 def test_adapters_that_do_not_fit_together(tmp_path: Path) -> None:
     base = save("llama", tmp_path / "llama")
     trained("llama", base, tmp_path)
@@ -531,8 +553,8 @@ def base_of_a_stranger(name: str, folder: Path) -> Loaded:
 
 @pytest.mark.slow
 def test_the_code_of_a_card_runs_in_a_new_process(tmp_path: Path) -> None:
-    """For several bases and both kinds of export, as it stands, with the folders filled in: the labels are
-    named, and a batch of texts of two lengths has the logits of the merged model."""
+    """For several bases, both kinds of export and a merge of adapters, as it stands, with the folders filled
+    in: the labels are named, and a batch of texts of two lengths has the logits of the merged model."""
     scripts, expected = [], {}
     for name in BASES:
         loaded = base_of_a_stranger(name, tmp_path / name)
@@ -542,14 +564,24 @@ def test_the_code_of_a_card_runs_in_a_new_process(tmp_path: Path) -> None:
         adapter = {layer: LoRA(torch.randn(1, 32), torch.randn(32, 1) / 4, 1.0) for layer in layers}
         deltas = {layer: lora.delta() for layer, lora in adapter.items()}
         head, summary = random_head(loaded), SUMMARY | {"task": loaded.task}
-        about = ABOUT | {"labels": ["no", "yes"] if loaded.head else ()}
+        about: dict[str, Any] = ABOUT | {"labels": ["no", "yes"] if loaded.head else ()}
         base = loaded.source_for_adapter
-        for kind, rank in (("adapter", 1), ("merged", None)):
+        for kind, rank in (("adapter", 1), ("merged", None), ("sum", None)):
             out = tmp_path / f"{name} {kind}"
-            card = model_card(summary, kind, rank, base=base, **about)  # pyright: ignore
-            if kind == "adapter":
+            if kind == "sum":
+                part = tmp_path / f"{name} adapter"
+                if name == "head of 3":  # as PEFT alone leaves it
+                    part = shutil.copytree(part, tmp_path / "part")
+                    (part / "config.json").unlink()
+                merge_folders([str(part)] * 2, None, None, out)
+                assert (out / "tokenizer.json").read_bytes() == (
+                    part / "tokenizer.json"
+                ).read_bytes()
+            elif kind == "adapter":
+                card = model_card(summary, kind, rank, base=base, **about)
                 export_adapter(out, loaded, adapter, head, card)
             else:
+                card = model_card(summary, "merged", rank, base=base, **about)
                 fresh = base_of_a_stranger(name, tmp_path / name)
                 export_merged(out, fresh, deltas, head, card)
                 rows = fresh.tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -559,7 +591,9 @@ def test_the_code_of_a_card_runs_in_a_new_process(tmp_path: Path) -> None:
             code = code.replace("path/to/this/folder", str(out)).replace(
                 "path/to/the/base/model", base
             )
-            if loaded.head:
+            if loaded.head and (name, kind) == ("head of 3", "sum"):
+                code += "assert model.config.num_labels == 2\n"
+            elif loaded.head:
                 code += "assert model.config.id2label == {0: 'no', 1: 'yes'}\n"
             else:
                 code += "assert tokenizer.chat_template\n"
@@ -576,7 +610,7 @@ with torch.no_grad():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if line in ("no", "yes")]
-    assert len(said) == 2 * (len(BASES) - 1)
+    assert len(said) == 3 * (len(BASES) - 1) - 1  # one merge of unnamed labels
     for script in scripts:
         got = torch.load(script.with_name("logits.pt"))
         name = script.parent.name.rpartition(" ")[0]

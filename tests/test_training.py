@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedhl.config.conduct import TrainingConfig
 from fedhl.model import peft
-from fedhl.model.training import Trained, batches, learning_rate, targets, train
+from fedhl.model.training import SHORT, Trained, batches, learning_rate, targets, train
 from fedhl.seeds import generator
 from fedhl.task.examples import IGNORED, Example
 
@@ -330,14 +330,36 @@ def test_a_second_client_starts_with_a_fresh_optimizer() -> None:
     assert equal(first, again)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @both
-def test_gradient_checkpointing_gives_the_same_bits(kind: str) -> None:
-    """Dropout included: the masks are drawn again from the same random state."""
+def test_gradient_checkpointing_gives_the_same_bits(kind: str, bfloat16: bool) -> None:
+    """Dropout included: the masks are drawn again from the same random state, by the same kernels."""
     examples = rows(kind, 8)
-    plain, _ = learn(attach(kind, dropout=0.2), examples)
+    plain, _ = learn(attach(kind, dropout=0.2), examples, bfloat16=bfloat16)
     slots = attach(kind, dropout=0.2, checkpointing=True)
     assert any(getattr(module, "gradient_checkpointing", False) for module in slots.model.modules())
-    assert equal(plain, learn(slots, examples)[0])
+    assert equal(plain, learn(slots, examples, bfloat16=bfloat16)[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bfloat16", "fused"),
+    [(8, True, False), (SHORT, True, False), (SHORT + 1, True, True), (8, False, True)],
+)
+def test_short_rows_in_bfloat16_leave_the_fused_kernel_of_attention(
+    tokens: int, bfloat16: bool, fused: bool
+) -> None:
+    """In the forward and in the backward pass, and afterwards all kernels are as they were."""
+    slots, seen = attach("llama"), []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+
+    slots.model.register_forward_pre_hook(look)
+    peft.activate(slots, 4)[0].register_hook(look)
+    examples = [Example([5] * tokens, [5] * tokens) for _ in range(4)]
+    learn(slots, examples, steps=1, bfloat16=bfloat16)
+    assert seen == [fused, fused]
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 @both

@@ -204,8 +204,9 @@ def watching(quiet: bool) -> Iterator[Watcher]:
     handler = logging.StreamHandler()
     handler.emit = lambda record: say(record.getMessage())  # the library's own notices
     logger = logging.getLogger("fedhl")
-    logger.setLevel(logging.INFO)
     with ExitStack() as stack:
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         stack.callback(logger.removeHandler, handler)
         if not console.is_terminal:

@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -124,7 +125,7 @@ def json_lines(lines: Iterable[str], source: str) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text.rstrip())
+            row = json.loads(text.rstrip(), object_pairs_hook=unique)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{source}: line {line} is not JSON ({error.msg} at column {error.colno}); "
@@ -152,7 +153,7 @@ def read_json(file: File) -> Rows:
     if not text.strip():
         return []
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         hint = "; name it .jsonl if each line is an object" if error.msg == "Extra data" else ""
         raise UserError(
@@ -167,6 +168,18 @@ def read_json(file: File) -> Rows:
                 f"{source}: row {index} (counted from 0) is {json_type(row)}; expected an object"
             )
     return [Row(row, number) for number, row in enumerate(rows[: file.limit])]
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values. Raises ValueError if a key stands twice: Python would keep the
+    last value and drop the others without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = Counter(key for key, _ in pairs)
+        raise ValueError(
+            f"the key {max(seen, key=seen.__getitem__)!r:.40} stands twice in one object"
+        )
+    return found
 
 
 def json_type(value: object) -> str:

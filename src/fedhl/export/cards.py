@@ -70,11 +70,6 @@ def model_card(
     return "\n".join(lines)
 
 
-def front_matter(front: Mapping[str, Any]) -> list[str]:
-    # A JSON scalar or list is valid YAML, with any quoting that a path or a name needs.
-    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-
-
 def plain(text: str) -> str:
     """A text from elsewhere as Markdown that shows it and does nothing else, on one line."""
     printable = "".join(c if c.isprintable() else " " for c in text)
@@ -97,34 +92,56 @@ def base_licence(base: str) -> str | None:
 
 
 def how_to_load(
-    task: str, kind: Kind, hub: str | None, labels: Sequence[str], max_length: int
+    task: str,
+    kind: Kind,
+    hub: str | None,
+    labels: Sequence[str],
+    max_length: int | None,
+    *,
+    classes: int | None = None,
+    tokenizer: str = "folder",
 ) -> list[str]:
+    """The section of a card that loads the export and runs it on a text.
+
+    `max_length`: the most tokens of a row in training, None if nobody knows it; `classes`: how many a
+    classifier has whose labels nobody has named; `tokenizer`: the variable that names where the tokenizer
+    is, `folder` or `base`.
+    """
     auto, head = KINDS[task].auto, KINDS[task].head
     base = hub or BASE
-    config = "AutoConfig, " if head and kind == "adapter" else ""
+    config = "AutoConfig, " if labels and kind == "adapter" else ""
     code = [f"from transformers import {config}{auto}, AutoTokenizer", "", f'folder = "{FOLDER}"']
     if kind == "merged":
         code += [f"model = {auto}.from_pretrained(folder)"]
     else:
         code[:0] = ["from peft import PeftModel"]
-        named = ", config=config, ignore_mismatched_sizes=True" if head else ""
+        named = ", config=config" if labels else f", num_labels={classes}" if classes else ""
+        named += ", ignore_mismatched_sizes=True" if named else ""
         code += [
             f"base = {json.dumps(base)}{'' if hub else '  # replace this'}",
-            *(["config = AutoConfig.from_pretrained(folder)  # with the labels"] if head else ()),
+            *(["config = AutoConfig.from_pretrained(folder)  # with the labels"] if labels else ()),
             f"model = {auto}.from_pretrained(base{named})",
             "model = PeftModel.from_pretrained(model, folder)",
         ]
+    at_most = f", max_length={max_length}" if max_length else ""
     code += [
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         "",
-        'inputs = tokenizer(["A text."], truncation=True, '
-        f'max_length={max_length}, return_tensors="pt")',
-        "outputs = model.eval()(**inputs)",
+        f'inputs = tokenizer(["A text."], truncation=True{at_most}, return_tensors="pt")',
     ]
-    if labels:
-        code += ["print(model.config.id2label[int(outputs.logits.argmax())])"]
+    if head:
+        code += ["outputs = model.eval()(**inputs)"]
+        name = "model.config.id2label[{}]" if labels else "{}"
+        code += [f"print({name.format('int(outputs.logits.argmax())')})"]
+    else:
+        code += [
+            "tokens = model.eval().generate(**inputs, max_new_tokens=20, "
+            "pad_token_id=tokenizer.pad_token_id)",
+            "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        ]
     lines = ["```python", *code, "```", ""]
-    lines += [f"It was trained on texts of at most {max_length} tokens (`max_length`).", ""]
+    if max_length:
+        lines += [f"It was trained on texts of at most {max_length} tokens (`max_length`).", ""]
     if labels:
         names = json.dumps(dict(enumerate(labels)), indent=1)
         lines += ["The labels by their ids:", "", "```json", names, "```", ""]

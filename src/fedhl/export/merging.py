@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCardData
+from pydantic_core import from_json
 from torch import Tensor
 
 from fedhl import __version__
 from fedhl import lora as algebra
 from fedhl.errors import UserError
-from fedhl.export.cards import front_matter, hub_id, plain
+from fedhl.export.cards import FOLDER, base_licence, how_to_load, hub_id, plain
 from fedhl.export.fetch import adapter_folder
 from fedhl.export.folders import publish
 from fedhl.lora import LoRA
+from fedhl.model.adapter_config import AdapterConfig
 from fedhl.model.adapters import (
     AUTOMATIC_HEADS,
     AdapterFolder,
@@ -26,6 +29,16 @@ from fedhl.model.adapters import (
     load_adapter,
     save_adapter,
 )
+from fedhl.task import KINDS
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+"""What the tokenizers of transformers save beside a model."""
+# The parameter of a head with a row for each class: a linear layer, alone or after others.
+HEAD_ROWS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 
 class Merge(NamedTuple):
@@ -123,6 +136,7 @@ def merge_folders(
     refuse_other_labels(folders, labels)
     head = average_heads(folders, parts, shares)
     frozen = same_frozen(folders, parts)
+    tokenizer = common_tokenizer(folders, paths)
     unnamed = [f for f, names in zip(folders, labels, strict=True) if names is None]
     averaged = head and config.task_type in AUTOMATIC_HEADS and len(folders) > 1
 
@@ -151,7 +165,12 @@ def merge_folders(
         named = next((p for p, names in zip(paths, labels, strict=True) if names is not None), None)
         if head and named is not None:
             shutil.copyfile(named / "config.json", staging / "config.json")
-        card = merge_card(folders, config.base_model_name_or_path, result)
+        if tokenizer is not None:
+            for file in TOKENIZER_FILES:
+                if (tokenizer / file).is_file():
+                    shutil.copyfile(tokenizer / file, staging / file)
+        names = next((names for names in labels if names is not None), None) if head else None
+        card = merge_card(folders, config, result, names, head, tokenizer is not None)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return result
 
@@ -244,16 +263,68 @@ def same_frozen(folders: Sequence[str], parts: Sequence[AdapterFolder]) -> dict[
     return found
 
 
-def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
+def common_tokenizer(folders: Sequence[str], paths: Sequence[Path]) -> Path | None:
+    """The first of the folders that brings a tokenizer, if any does. Raises UserError if two of them split
+    texts in other ways."""
+    read = {}
+    for folder, path in zip(folders, paths, strict=True):
+        file = path / "tokenizer.json"
+        if file.is_file():
+            try:
+                known = from_json(file.read_bytes())
+                # how texts are cut and padded is what the last call asked for, not what the tokenizer is
+                read[folder] = path, known | {"truncation": None, "padding": None}
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"cannot read the tokenizer in {file}: {error}") from error
+    first = next(iter(read), None)
+    for folder, (_, known) in read.items():
+        if first is not None and known != read[first][1]:
+            raise UserError(
+                f"{folder} and {first} were trained with different tokenizers, so that they read other "
+                "tokens in the same text; merge adapters of one tokenizer"
+            )
+    return read[first][0] if first is not None else None
+
+
+def merge_card(
+    folders: Sequence[str],
+    config: AdapterConfig,
+    merge: Merge,
+    labels: Sequence[str] | None,
+    head: Mapping[str, Tensor],
+    tokenizer: bool,
+) -> str:
+    """The README.md of a merged adapter; `tokenizer`: whether the folder holds one."""
     ranks = sorted(set(merge.ranks.values()))
+    base = config.base_model_name_or_path or None
     hub = base and hub_id(base)
-    front = {
-        **({"base_model": hub, "base_model_relation": "adapter"} if hub else {}),
-        "library_name": "peft",
-        "tags": ["fedhl", "lora", "merge"],
-    }
+    kind = next((name for name, kind in KINDS.items() if kind.peft_type == config.task_type), None)
+    front = ModelCardData(
+        base_model=hub,
+        license=base_licence(base) if base else None,
+        library_name="peft",
+        pipeline_tag=KINDS[kind].pipeline if kind else None,
+        tags=["fedhl", "lora", "merge"],
+        base_model_relation=hub and "adapter",
+    )
+    if kind:
+        heads = [len(tensor) for name, tensor in head.items() if name.endswith(HEAD_ROWS)]
+        use = how_to_load(
+            *(kind, "adapter", hub, labels or (), None),
+            classes=heads[-1] if heads else None,
+            tokenizer="folder" if tokenizer else "base",
+        )
+    else:
+        use = [
+            "Load the base model as for any of the adapters, then `peft.PeftModel.from_pretrained(model, "
+            f'"{FOLDER}")`.',
+            "",
+        ]
     lines = [
-        *front_matter(front),
+        "---",
+        front.to_yaml(),
+        "---",
+        "",
         "# Merged LoRA adapter",
         "",
         f"The weighted sum of {len(folders)} LoRA adapters of {plain(hub) if hub else 'one base model'}, "
@@ -261,6 +332,7 @@ def merge_card(folders: Sequence[str], base: str | None, merge: Merge) -> str:
         f"fedhl {__version__}. The products B A are summed, not the factors; cutting the rank "
         f"lost {merge.error:.3%} of the squared norm.",
         "",
+        *use,
         "| adapter | weight |",
         "|---|---|",
         *(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedhl.seeds import derive, generator, seeded
 from fedhl.task.examples import Example, collate
 
 if TYPE_CHECKING:
     from fedhl.config.conduct import TrainingConfig
+
+
+SHORT = 64
+"""The most tokens of a row whose attention is computed by plain products, in bfloat16 on a CPU."""
 
 
 class Trained(NamedTuple):
@@ -120,9 +125,12 @@ def train(
             counts = [targets(batch["labels"]) for batch in micro]
             total = 0.0
             for batch, count in zip(micro, counts, strict=True):
-                with autocast():
-                    loss = model(**batch).loss * (count / sum(counts))
-                loss.backward()
+                with attention(
+                    batch["input_ids"], autocast
+                ):  # also where a backward pass recomputes
+                    with autocast():
+                        loss = model(**batch).loss * (count / sum(counts))
+                    loss.backward()
                 total += float(loss.detach())
             if penalty is not None:
                 penalty().backward()
@@ -134,6 +142,18 @@ def train(
             losses.append(total)
             on_step()
     return Trained(losses, seconds)
+
+
+def attention(
+    input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+) -> AbstractContextManager[Any]:
+    """The kernels of attention for a batch: all that torch has, but plain products for short rows in bfloat16
+    on a CPU, where the backward pass of the fused kernel takes up to ten times as long."""
+    if input_ids.device.type != "cpu" or input_ids.shape[-1] > SHORT:
+        return nullcontext()
+    with autocast():
+        narrow = torch.is_autocast_enabled("cpu")
+    return sdpa_kernel(SDPBackend.MATH) if narrow else nullcontext()
 
 
 def targets(labels: Tensor) -> int:
