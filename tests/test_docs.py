@@ -128,6 +128,38 @@ def test_the_tree_of_the_readme_is_the_file_system() -> None:
     assert folders == packages | {"report/templates"}
 
 
+def test_nodes_reach_the_gate_alone() -> None:
+    """Whoever reaches the SuperLink can run any program on all nodes."""
+    compose = yaml.safe_load((DEPLOYMENT / "compose.yaml").read_text())
+    on = {name: set(service["networks"]) for name, service in compose["services"].items()}
+    assert on.pop("gate") == {"server", "federation"} and on.pop("superlink") == {"server"}
+    assert on and all(networks == {"federation"} for networks in on.values())
+    assert [n for n, service in compose["services"].items() if "ports" in service] == ["gate"]
+    unit = (DEPLOYMENT / "fedhl-superlink.service").read_text()
+    (listens,) = re.findall(r"--host (\S+) --port (\d+)", unit)
+    assert listens == ("127.0.0.1", "9000")
+    assert "fedhl gate 127.0.0.1:9000 " in (DEPLOYMENT / "fedhl-gate.service").read_text()
+
+
+def test_the_image_installs_what_is_tested() -> None:
+    """Each package with a hash, in the version of constraints.txt."""
+
+    def versions(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==([\w.!+-]+)", text, re.MULTILINE)
+        return {name.lower().replace("_", "-"): version for name, version in found}
+
+    lock = (DEPLOYMENT / "requirements.lock").read_text()
+    locked, tested = versions(lock), versions((ROOT / "constraints.txt").read_text())
+    assert {"torch", "flwr", "hatchling", "dp-accounting"} <= locked.keys()
+    assert {name: locked[name] for name in locked.keys() & tested.keys()} == {
+        name: tested[name] for name in locked.keys() & tested.keys()
+    }
+    for block in re.split(r"^(?=\w)", lock, flags=re.MULTILINE)[1:]:
+        assert "--hash=sha256:" in block, block[:80]
+    image = (DEPLOYMENT / "Dockerfile").read_text()
+    assert "--require-hashes" in image and image.count("pip install") == 2
+
+
 def test_no_container_sees_the_keys_of_another() -> None:
     """Each has at most its own private key; and git ignores them all."""
     services = yaml.safe_load((DEPLOYMENT / "compose.yaml").read_text())["services"]
@@ -138,7 +170,8 @@ def test_no_container_sees_the_keys_of_another() -> None:
             if volume.startswith("./keys")
         }
         public = {key for key in keys if key.suffix in (".pub", ".crt", ".pem")}
-        assert keys - public == {Path("server.key" if name == "superlink" else name)}
+        server = name in ("superlink", "gate")
+        assert keys - public == {Path("server.key" if server else name)}
         asked = {Path(word).name for word in service["command"].split() if "/keys/" in word}
         assert asked <= {key.name for key in keys}
     assert "examples/deployment/keys/" in (ROOT / ".gitignore").read_text().splitlines()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from certificates import make as make_certificates
 from federation import difference
-from loopback import loopback, wait_until
+from loopback import Loopback, loopback, wait_until
 from support import hostile, tiny
 
 from fedhl.config import load_config
@@ -140,9 +140,10 @@ def test_a_federation_outlives_its_nodes_and_its_server(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """One federation over TLS with node authentication that meets, in turn: an intruder without a key, one
-    who trusts a wrong certificate; a client that never answers, and returns; one that joins late; a server
-    that is killed in mid-round and started again; a node that is killed while it trains, and returns; and a
-    client whose folder was deleted. At the end the server and each client hold the same bits."""
+    who trusts a wrong certificate, an outsider with `ca.crt` who tries to start a run; a client that never
+    answers, and returns; one that joins late; a server that is killed in mid-round and started again; a node
+    that is killed while it trains, and returns; and a client whose folder was deleted. At the end the server
+    and each client hold the same bits."""
     config = tiny.classification(
         name="faults",
         rounds=6,
@@ -195,6 +196,10 @@ def test_a_federation_outlives_its_nodes_and_its_server(
             ),
         ]
         command = federation.submit(settings, run, "support.hostile:slow")
+        until(lambda: len(lines()) == 1)
+        before = started(federation)
+        assert "403" in federation.trespass(settings)
+        assert started(federation) == before != []
 
         # round 1: client-1 never answers
         until(lambda: len(lines()) == 2)
@@ -257,6 +262,12 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         (place,) = (tmp_path / "cache" / "clients").glob(f"*/{client}")
         held = Holdings(place).memory(version)
         assert isinstance(held, Matrices) and held.sha256 == ledgers[0]["memories"][version]
+
+
+def started(federation: Loopback) -> list[str]:
+    """The ids of all runs that the SuperLink knows."""
+    told = json.loads(federation.flwr("list", "loopback", "--format", "json"))
+    return sorted(run["run-id"] for run in told["runs"])
 
 
 def accepted(line: dict[str, Any]) -> set[str]:

@@ -2,9 +2,9 @@
 
     python federation.py CONFIG --out DIR
 
-starts a SuperLink and a SuperNode for each client, with TLS and node authentication, lets an intruder
-without a key try, and writes DIR/federation.json: what was on, what was refused, the largest difference of
-the two server states, seconds and bytes.
+starts a SuperLink behind its gate and a SuperNode for each client, with TLS and node authentication, lets a
+node without a key try to join and an outsider try to start a run, and writes DIR/federation.json: what was
+on, what was refused, the largest difference of the two server states, seconds and bytes.
 """
 
 from __future__ import annotations
@@ -63,12 +63,22 @@ def intruder(federation: Loopback) -> bool:
     return process.returncode != 0
 
 
+def outsider(federation: Loopback, config: Config) -> bool:
+    """Whether somebody with `ca.crt` who tries to start a run where the nodes connect was refused."""
+    before = federation.flwr("list", "loopback", "--format", "json")
+    federation.trespass(config)
+    after = federation.flwr("list", "loopback", "--format", "json")
+    return [run["run-id"] for run in json.loads(before)["runs"]] == [
+        run["run-id"] for run in json.loads(after)["runs"]
+    ]
+
+
 def over_network(config: Config, folder: Path, secure: bool) -> dict[str, Any]:
     """The run over the network; what is to be told of it."""
     clients = sorted(partition(config)[1])
     began = perf_counter()
     with loopback(folder / "network", Path.cwd(), secure) as federation:
-        meter = Meter(("127.0.0.1", federation.port))
+        meter = Meter(("127.0.0.1", federation.nodes_port))
         federation.nodes_port = meter.port
         for client in clients:
             if secure:
@@ -81,6 +91,7 @@ def over_network(config: Config, folder: Path, secure: bool) -> dict[str, Any]:
         finished = json.loads((folder / "over-network" / "summary.json").read_text())["status"]
         assert finished == "finished", federation.log("run")
         refused = intruder(federation) if secure else None
+        kept_out = outsider(federation, config) if secure else None
         meter.close()
     return {
         "clients": len(clients),
@@ -88,6 +99,7 @@ def over_network(config: Config, folder: Path, secure: bool) -> dict[str, Any]:
         "tls": secure,
         "node_authentication": secure,
         "intruder_refused": refused,
+        "outsider_refused": kept_out,
         "seconds": {"start": up - began, "run": done - up},
         "bytes": {
             "metrics": moved(folder / "over-network"),

@@ -1,5 +1,6 @@
-"""A whole federation on one machine, as it is on many: a SuperLink and SuperNodes in processes of their own,
-over TLS, with node authentication. For trying things out; `make federation` and the tests use it."""
+"""A whole federation on one machine, as it is on many: a SuperLink behind its gate, and SuperNodes, in
+processes of their own, over TLS, with node authentication. For trying things out; `make federation` and the
+tests use it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,20 +35,14 @@ def free_port() -> int:
 
 class Loopback:
     """A SuperLink with its nodes. `folder` holds certificates, keys, logs and Flower's own state; `cwd` is
-    where relative paths of a config begin; `secure`: with TLS and node authentication."""
+    where relative paths of a config begin; `secure`: with TLS, node authentication and a gate."""
 
     def __init__(self, folder: Path, cwd: Path, secure: bool = True) -> None:
         self.folder, self.cwd, self.secure = folder, cwd, secure
-        self.port = self.nodes_port = free_port()  # nodes may come through a proxy
+        self.port = self.nodes_port = free_port()  # nodes come through the gate, or another proxy
         self.processes: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        home = folder / "flwr"
-        home.mkdir(exist_ok=True)
-        trust = f'root-certificates = "{folder.absolute()}/ca.crt"' if secure else "insecure = true"
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "{ADDRESS}:{self.port}"\n'
-            f"{trust}\n"
-        )
+        home = self.home("flwr", self.port)
         if secure:
             certificates.make(folder, [ADDRESS], [])
         programs = str(Path(sys.executable).parent)  # Flower starts others of its own
@@ -58,6 +54,17 @@ class Loopback:
             "FEDHL_CACHE": os.environ.get("FEDHL_CACHE") or str(folder.absolute() / "cache"),
             "PYTHONUNBUFFERED": "1",
         }
+
+    def home(self, name: str, port: int) -> Path:
+        """A folder of settings for Flower's commands, which name the server at this port `loopback`."""
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        trust = f'root-certificates = "{self.folder.absolute()}/ca.crt"'
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "{ADDRESS}:{port}"\n'
+            f"{trust if self.secure else 'insecure = true'}\n"
+        )
+        return home
 
     # --- processes ------------------------------------------------------------------------------
 
@@ -115,23 +122,38 @@ class Loopback:
             *("--database", str(self.folder.absolute() / "superlink.db")),
             "--disable-runtime-dependency-installation",
         )
+        self.wait_for(process, "superlink", self.port, 200)
+        return process
+
+    def gate(self) -> subprocess.Popen[bytes]:
+        """The gate, once it answers; nodes that are started from now on come through it."""
+        self.nodes_port = free_port()
+        process = self.start(
+            *("gate", "fedhl", "gate", f"{ADDRESS}:{self.port}"),
+            *("--listen", f"{ADDRESS}:{self.nodes_port}"),
+            *("--certificates", str(self.folder.absolute())),
+        )
+        self.wait_for(process, "gate", self.nodes_port, 403)
+        return process
+
+    def wait_for(self, process: subprocess.Popen[bytes], name: str, port: int, status: int) -> None:
+        """Until /health at this port is answered with this status."""
         scheme, context = "http", None
         if self.secure:
-            scheme, context = (
-                "https",
-                ssl.create_default_context(cafile=str(self.folder / "ca.crt")),
-            )
+            scheme = "https"
+            context = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
 
         def up() -> bool:
-            assert process.poll() is None, self.log("superlink")
+            assert process.poll() is None, self.log(name)
             try:
-                place = f"{scheme}://{ADDRESS}:{self.port}/health"
-                return urllib.request.urlopen(place, timeout=5, context=context).status == 200
+                place = f"{scheme}://{ADDRESS}:{port}/health"
+                return urllib.request.urlopen(place, timeout=5, context=context).status == status
+            except urllib.error.HTTPError as error:
+                return error.code == status
             except OSError:
                 return False
 
-        wait_until(up, 300, lambda: self.log("superlink"))
-        return process
+        wait_until(up, 300, lambda: self.log(name))
 
     def register(self, node: str) -> None:
         """Make the node's keys, and its public one known to the SuperLink."""
@@ -163,17 +185,22 @@ class Loopback:
 
     def flwr(self, *arguments: str) -> str:
         """A command of Flower's, to its end; what it printed."""
-        done = subprocess.run(
+        done = self.ask(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ask(self, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A command of Flower's, with its own settings or those in `home`."""
+        settings = {"FLWR_HOME": str(home.absolute())} if home else {}
+        return subprocess.run(
             [str(Path(sys.executable).with_name("flwr")), *arguments],
-            env=self.environment,
+            env={**self.environment, **settings},
             cwd=self.cwd,
             capture_output=True,
             text=True,
             timeout=600,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     def submit(
         self, config: Config, run: Path, client: str = "fedhl.flower.client:app"
@@ -186,6 +213,16 @@ class Loopback:
             "follow(start(sys.argv[1], 'loopback'), 'loopback')"
         )
         return self.start("run", Path(sys.executable).name, "-c", submit, str(app))
+
+    def trespass(self, config: Config) -> str:
+        """What somebody is told who has `ca.crt` and tries to start a run where the nodes connect."""
+        app = self.folder / "trespass"
+        write_app(app, config, self.folder.absolute() / "stolen")
+        told = self.ask(
+            *("run", str(app), "loopback", "--format", "json"),
+            home=self.home("outside", self.nodes_port),
+        )
+        return told.stdout + told.stderr
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -212,6 +249,8 @@ def loopback(folder: Path, cwd: Path, secure: bool = True) -> Iterator[Loopback]
     federation = Loopback(folder, cwd, secure)
     try:
         federation.superlink()
+        if secure:
+            federation.gate()
         yield federation
     finally:
         federation.stop()

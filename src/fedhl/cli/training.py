@@ -1,4 +1,4 @@
-"""Commands that train: check, run, resume, serve, compare."""
+"""Commands that train: check, run, resume, serve, gate, compare."""
 
 from __future__ import annotations
 
@@ -156,6 +156,44 @@ def serve(
         settings = load_config(config, set or ())
         folder = out or Path("runs") / settings.name
         flower("submit").submit(settings, folder, superlink)
+
+
+@commands.command(rich_help_panel=PANEL)
+def gate(
+    superlink: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="Where the SuperLink listens.")
+    ],
+    certificates: Annotated[
+        Path,
+        typer.Option(
+            "--certificates",
+            metavar="DIR",
+            help="The folder of server.pem, server.key and ca.crt, the SuperLink's own.",
+        ),
+    ],
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where nodes connect.")
+    ] = "0.0.0.0:8000",
+) -> None:
+    """Let nodes reach a SuperLink, and nobody else.
+
+    Whoever reaches a SuperLink's own port can start a run on it, and with it any program on all nodes. So let
+    the SuperLink listen on 127.0.0.1, and the gate on the port that the nodes reach: it passes on what nodes
+    ask, and refuses the rest. docs/deployment.md says how to set up both.
+    """
+    with friendly():
+        host, port = address(listen)
+        address(superlink)
+        flower("gate").open_gate(host, port, superlink, certificates)
+
+
+def address(text: str) -> tuple[str, int]:
+    """Host and port. Raises UserError for another text."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (host and port.isascii() and port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"expected HOST:PORT, e.g. 0.0.0.0:8000, got {text!r}")
+    return host, int(port)
 
 
 def flower(module: str) -> Any:
