@@ -604,3 +604,19 @@ def test_check_says_what_will_be_spent(project: Path) -> None:
     robust = "robust={clip: 2.0, reject: {kind: trimmed, share: 0.25}}"
     done = tiny.fedhl(project, "check", "tiny.yaml", "--set", robust)
     assert "the furthest 25% refused, clipped to 2" in " ".join(done.out.split())
+
+
+def test_a_round_that_could_not_be_sent_ends_the_run_with_the_reason() -> None:
+    """In float16 alone, whose largest number is 65,504: no client is left out for what it returned."""
+    private = mechanism(noise=1e6, clip=1.0)
+    for payload, fits in (("float32", True), ("bfloat16", True), ("float16", False)):
+        state = start(FEDHL)
+        answers = [reply(state, replace(client, payload=payload)) for client in CLIENTS]
+        if fits:
+            release(state, answers, private)
+            continue
+        with pytest.raises(
+            UserError, match=r"round 1, with privacy: .*too large for float16.*bfloat16"
+        ):
+            release(state, answers, private)
+        release(state, answers, mechanism())

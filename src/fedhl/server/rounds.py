@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedhl.errors import UserError
 from fedhl.method import Method, Remembering, Update, remembers
 from fedhl.seeds import generator
 from fedhl.server import diagnostics, robust
@@ -186,7 +187,8 @@ def release(
     clipped updates in place of the updates, and the head moves by such a sum, too (`fedhl.server.privacy`).
 
     Also if no client arrived, or none is accepted: the noise hides that. The outcome holds the clients' own
-    numbers, and is for the server alone.
+    numbers, and is for the server alone. Raises UserError if the next state cannot be sent in the type of
+    the payload: no client can be left out for that, or its absence would say something of its update.
     """
     start = perf_counter()
     layers = Layers(method, state, seed)
@@ -209,6 +211,12 @@ def release(
     head = mechanism.released_head(state.head, heads, state.round + 1)
     ledger = remembered(layers, accepted, memories)
     result = ServerState(state.round + 1, following, head, state.clients, ledger)
+    reason = unsendable(method, result, [reply.client for reply in replies], seed)
+    if reason is not None:
+        raise UserError(
+            f"round {result.round}, with privacy: {reason}; use `wire.payload: bfloat16`, which holds "
+            "numbers as large as float32 does, or a smaller privacy.clip"
+        )
     clients, numbers = [], {}
     if accepted:
         cohort = measure_cohort(layers, accepted, norms=False)
