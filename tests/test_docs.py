@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import config_page
+import config_schema
+import jsonschema
 import pytest
 import yaml
 from pydantic import Field, PositiveInt
@@ -14,6 +17,7 @@ from pydantic import Field, PositiveInt
 from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
+from fedhl.config.text import ConfigLoader
 from fedhl.strict import help_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +31,8 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 def test_the_config_reference_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == config_page.config_page(), "write it anew: make docs"
+    schema = (ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8")
+    assert schema == config_schema.config_schema(), "write it anew: make docs"
 
 
 def test_every_setting_is_explained() -> None:
@@ -126,6 +132,44 @@ def test_the_tree_of_the_readme_is_the_file_system() -> None:
     assert files == {path for path in there if not path.endswith("__init__.py")}
     packages = {str(Path(path).parent) for path in there} - {"."}
     assert folders == packages | {"report/templates"}
+
+
+def test_the_schema_knows_every_config_and_refuses_a_slip() -> None:
+    """Editors read the schema at the place that each config names."""
+    schema = json.loads((ROOT / "docs/config.schema.json").read_text(encoding="utf-8"))
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("experiments/*/*.yaml")]
+    files.append(DEPLOYMENT / "own-data.yaml")
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        (place,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)\n", text)
+        assert (file.parent / place).resolve() == ROOT / "docs/config.schema.json", file
+        raw = yaml.load(text, ConfigLoader)
+        assert [error.message for error in check.iter_errors(raw)] == [], file
+    raw = yaml.load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"), ConfigLoader)
+    for slip in (
+        {"method": "fedlh"},
+        {"method": {"power": 2}},
+        {"rounds": 0},
+        {"roundz": 3},
+        {"training": {"learning_rate": "fast"}},
+        {"lora": {"ranks": {"shares": 3}}},
+        {"task": {"kind": "regression"}},
+    ):
+        assert not check.is_valid(raw | slip), slip
+    for right in (
+        {"method": "package.module:Class"},
+        {"method": {"name": "fedsvd", "period": 4}},
+        {"weighting": None},
+        {"weighting": {"name": "balanced", "lam": 0.1}},
+        {"lora": {"ranks": [4, 8]}},
+    ):
+        assert check.is_valid(raw | right), right
+    described = [
+        s for group in schema["$defs"].values() for s in group.get("properties", {}).values()
+    ]
+    assert sum("description" in setting for setting in described) > 0.6 * len(described)
 
 
 def test_nodes_reach_the_gate_alone() -> None:

@@ -19,8 +19,9 @@ from fedhl.strict import help_of
 INTRODUCTION = """# Configuration
 
 A run is one YAML file. Unknown keys are errors. On the command line, `--set key.sub=value` changes any key.
-`fedhl check` shows what a config amounts to. Required keys have no default. `make docs` writes this page from
-the code.
+`fedhl check` shows what a config amounts to. Required keys have no default. An editor that knows YAML
+completes and checks a config whose first line is `# yaml-language-server: $schema=PATH`, with the path of
+[config.schema.json](config.schema.json). `make docs` writes this page and the schema from the code.
 """
 BELOW = "settings below"
 WORDS: dict[Any, str] = {

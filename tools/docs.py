@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import card_tables  # noqa: E402
 from config_page import config_page  # noqa: E402
+from config_schema import config_schema  # noqa: E402
 from contraction_table import contraction_table  # noqa: E402
 from wire_sizes import size_table  # noqa: E402
 
@@ -48,6 +49,7 @@ def with_card(page: str) -> str:
 
 PAGES: dict[str, Callable[[str], str]] = {
     "docs/config.md": lambda page: config_page(),
+    "docs/config.schema.json": lambda page: config_schema(),
     "docs/maths.md": with_contraction,
     "docs/methods.md": with_methods,
     "docs/wire.md": with_sizes,
