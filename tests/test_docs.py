@@ -172,6 +172,17 @@ def test_the_schema_knows_every_config_and_refuses_a_slip() -> None:
     assert sum("description" in setting for setting in described) > 0.6 * len(described)
 
 
+def test_every_threat_names_a_test_that_exists() -> None:
+    page = (ROOT / "docs" / "threats.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    named = re.findall(r"`(test_\w+)::(test_\w+)` \|$", page, re.MULTILINE)
+    headings = [line for line in rows if line.endswith("| test |")]
+    assert len(named) == len(rows) - len(headings) > 20
+    for file, name in named:
+        code = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def {name}(" in code, f"{file}::{name}"
+
+
 def test_nodes_reach_the_gate_alone() -> None:
     """Whoever reaches the SuperLink can run any program on all nodes."""
     compose = yaml.safe_load((DEPLOYMENT / "compose.yaml").read_text())
