@@ -52,8 +52,8 @@ build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	@mkdir -p build
 	$(BIN)/python examples/stdlib_functions.py $@
 
-test: .venv/minilm .venv/smollm2 ## all tests; one process more than cores, since some tests wait for most of their time
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadfile --no-loadscope-reorder
+test: .venv/minilm .venv/smollm2 ## all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -4,7 +4,7 @@
 
 Five of the ten clients of configs/compare.yaml are asked in each round; each one does not answer with this
 chance. The server goes on with the others, as over the network: that the state is then
-the same is what tests/test_flower_ray.py shows. Every run is a folder under runs/dropout/: finished ones are
+the same is what tests/test_flower.py shows. Every run is a folder under runs/dropout/: finished ones are
 kept, interrupted ones resumed.
 """
 
