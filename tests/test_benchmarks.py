@@ -1,4 +1,4 @@
-"""The benchmark of whole rounds at its smallest: it checks its own results, but only where it runs."""
+"""Benchmarks at their smallest: they check their own results, but only where they run."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def test_a_fresh_trainer_for_every_client_ends_at_the_same_adapters(tmp_path: Pa
     assert row["clients per round"] == 2 and row["steps per client"] == 2
     assert row["relative difference of the trained adapters"] < 1e-2
     assert 0 < row["share in forward, backward, optimizer"]["median"] < 1
+
+
+def test_no_damaged_message_means_something_else(tmp_path: Path) -> None:
+    """A few thousand; the counts of a million are committed."""
+    file = tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/fuzz.py", "--messages", "3000", "--seed", "1"]
+    done = subprocess.run([*command, "--json", file], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    here, there = (
+        json.loads(f.read_text("utf-8")) for f in (file, ROOT / "benchmarks/results/fuzz.json")
+    )
+    assert here["wrong"] == there["wrong"] == 0 and there["messages"] >= 1_000_000
+    assert here["found"].keys() == there["found"].keys()
+    for found in here["found"].values():
+        assert found["refused by the reader"] > 0.7 * sum(found.values())
