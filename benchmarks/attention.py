@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from fedhl.config.conduct import TrainingConfig
 from fedhl.model import peft, training
+from fedhl.run.summary import commit
 from fedhl.task.examples import Example
 
 RANK, STEPS = 16, 3
@@ -90,7 +91,10 @@ def main() -> None:
             f"{median(times[False]):.3f} s by products, ratio {ratio:.2f}, {apart:.1e} apart",
             flush=True,
         )
-    told = {"torch": torch.__version__, "threads": 1, "repeats": given.repeats, "cases": found}
+    told = {
+        **{"torch": torch.__version__, "commit": commit(), "threads": 1, "repeats": given.repeats},
+        "cases": found,
+    }
     if given.json:
         given.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

@@ -29,6 +29,7 @@ from fedhl import __version__, get_method, server
 from fedhl.lora import LoRA, initial
 from fedhl.network.message import Malformed, opened, sealed
 from fedhl.network.wire import Run, decode_broadcast, encode_broadcast, encode_reply, read_reply
+from fedhl.run.summary import commit
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, refusals
 from fedhl.server.layers import Layers
@@ -207,6 +208,7 @@ def main() -> int:
             print(f"{k + 1:,} messages, {perf_counter() - began:.0f} s, {wrong} wrong", flush=True)
     told = {
         **{"messages": given.messages, "seed": given.seed, "wrong": wrong, "fedhl": __version__},
+        "commit": commit(),
         **{"payloads": list(PAYLOADS), "found": {name: dict(n) for name, n in found.items()}},
     }
     print(json.dumps(told, indent=1))
