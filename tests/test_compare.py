@@ -512,7 +512,7 @@ def test_the_page_shows_the_numbers_and_loads_nothing(compared: Path) -> None:
         assert variant["difference"]["mean"] in numbers or variant["variant"] == "fedhl"
     for title in ("Final accuracy by seed", "Bytes against final accuracy", "Learning curves"):
         assert title in html
-    assert html.count("<svg") == 2 * 4  # each plot at two widths
+    assert html.count("<svg") == 2 * 5  # each plot at two widths
 
 
 def test_many_variants_get_a_small_plot_each(tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_many_variants_get_a_small_plot_each(tmp_path: Path) -> None:
     write_plan(tmp_path, {name: [{"seed": 0, "folder": name}] for name in names})
     html = write_comparison(tmp_path).read_text("utf-8")
     assert html.count("<figure>") == 2 * 9 and Page(html).open == []
-    assert [len(table.rows) for table in comparison_tables(tmp_path)] == [9, 9]
+    assert [len(table.rows) for table in comparison_tables(tmp_path)] == [9 + 1, 9]  # untrained
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:

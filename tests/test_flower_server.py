@@ -854,6 +854,9 @@ def test_a_config_that_cannot_be_served_is_refused_before_anything_is_sent(
     tasks = settings_of(project, "refused", tasks={"count": 2}, rounds=4)
     with pytest.raises(UserError, match="tasks: labels that arrive over time"):
         submit(tasks, project / "runs" / "refused", "nowhere")
+    only = settings_of(project, "refused", participation={"only": ["client-1"]})
+    with pytest.raises(UserError, match=r"participation.only needs all rows in one process"):
+        submit(only, project / "runs" / "refused", "nowhere")
     by_column = settings_of(
         project, "refused", partition={"kind": "by-column", "column": "site"}, lora={"ranks": 2}
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from fedhl.compare.alone import run_alone
 from fedhl.compare.variants import Variant, parse_variant
 from fedhl.config import Config
 from fedhl.errors import UserError
@@ -33,11 +34,12 @@ from fedhl.watch import SILENT, Watcher
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its label, its settings, its folder."""
+    """One run, or one run of every client `alone`: its label, its settings, its folder."""
 
     label: str
     config: Config
     folder: Path
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Study:
                 f"{variant.text}, rate {rate}",
                 variant.config(self.config, self.seeds[0], *rate_change(rate)),
                 self.folder / rate_folder(variant, rate),
+                variant.alone,
             )
             for rate in self.rates
             for variant in self.variants  # innermost: what cannot run shows early
@@ -80,6 +83,7 @@ class Study:
                 f"{variant.text}, seed {seed}",
                 variant.config(self.config, seed, *rate_change(chosen.get(variant.text))),
                 self.folder / seed_folder(variant, seed, chosen.get(variant.text)),
+                variant.alone,
             )
             for variant in self.variants
         ]
@@ -141,6 +145,8 @@ def refuse_duplicates(option: str, given: Sequence[Any]) -> None:
 def refuse_mixed_ranks(variant: Variant, config: Config) -> None:
     """Raises UserError for a method of one rank on mixed ranks, suggesting a variant with one rank."""
     ranks = config.lora.ranks.named
+    if variant.alone or config.participation.pooled:
+        return
     if not config.method.build().mixed_ranks and len(set(ranks)) > 1:
         shown = listed(sorted(set(ranks)))
         raise UserError(
@@ -319,7 +325,9 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
         for number, job in left:
             label = f"{job.label} ({number} of {study.planned})"
             watcher.say(label)
-            if (job.folder / "config.yaml").is_file():
+            if job.alone:
+                run_alone(job.config, job.folder, watcher.labelled(label))
+            elif (job.folder / "config.yaml").is_file():
                 resume_run(job.folder, watcher.labelled(label))
             else:
                 start_run(job.config, job.folder, watcher.labelled(label))

@@ -30,13 +30,24 @@ EITHER = {
 """Pairs of settings of which a config has one: a variant that sets one unsets the other."""
 
 
+ONE_CLIENT = (
+    *("weighting=uniform", "robust=null", "privacy=null", "channel=null"),
+    "participation.stragglers=0",
+)
+"""Settings that mean nothing where there is one client."""
+SETTINGS = {"pooled": ("participation.pooled=true", *ONE_CLIENT), "alone": ONE_CLIENT}
+"""The settings of the baselines, by name. Their method is `fedit`, which is plain LoRA with one client."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A method with settings of its own: `fedit@lora.ranks=8` is `fedit` at rank 8."""
+    """A method with settings of its own: `fedit@lora.ranks=8` is `fedit` at rank 8. `alone`: a run of its own
+    for each client."""
 
     text: str
     method: str
     changes: tuple[str, ...]
+    alone: bool = False
 
     @property
     def folder(self) -> str:
@@ -93,13 +104,16 @@ def parse_variant(text: str) -> Variant:
             )
         if key in DECIDED:
             raise UserError(f"--methods {text!r}: {key} follows from {DECIDED[key]}; leave it out")
-    variant = Variant(text, name, tuple(changes))
+    method = "fedit" if name in SETTINGS else name
+    changes = (*SETTINGS.get(name, ()), *changes)
+    variant = Variant(text, method, changes, alone=name == "alone")
     if not variant.folder:
         raise UserError(
             f"--methods {text!r}: expected the name of a method; `fedhl methods` lists them"
         )
-    if name not in METHODS and ":" not in name:
-        raise UserError(f"--methods {text}: method: {unknown('method', name, METHODS)}")
+    if method not in METHODS and ":" not in method:
+        known = [*METHODS, *SETTINGS]
+        raise UserError(f"--methods {text}: method: {unknown('method', method, known)}")
     return variant
 
 

@@ -29,6 +29,13 @@ class Participation(Strict):
     `fraction` nor `count` is given."""
     count: PositiveInt | None = None
     """The number of clients that take part."""
+    only: Annotated[list[str], Field(min_length=1)] | None = None
+    """The clients that take part at all; the others keep their rows to themselves. Rows, ranks and draws are
+    as if all were there, so that `only: [client-3]` is client-3 alone. null: every client."""
+    pooled: bool = False
+    """Put the training rows of all clients into the hands of one, called `pooled`, who has the largest of
+    their ranks and takes as many steps in a round as all of the round's clients: what training would reach
+    if rows could be shared."""
     stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The probability that a client is slow in a round. A slow client trains only its last layers, down to a
     depth that is drawn anew; each layer is averaged over the clients that returned it, and the bias of that
@@ -204,6 +211,23 @@ class EvaluationConfig(Strict):
     """The share of each client's rows that the client evaluates on and never trains on; the mean and the
     worst over the clients are reported. The default is 0.1 if the server has no rows (`data.held_out: null`)
     and there is no `privacy`, and 0 otherwise."""
+
+
+class StopConfig(Strict):
+    """When a run ends before its last round. The learning rate follows the planned rounds all the same."""
+
+    patience: PositiveInt | None = None
+    """End when this number of evaluations in a row were no better than the best round before them; null:
+    however long it takes. Rounds are judged as for the best round, on the held-out rows."""
+    hours: PositiveFloat | None = None
+    """End after the first round with which the rounds have taken this long, pauses not counted; null: no
+    limit."""
+
+    @model_validator(mode="after")
+    def some_rule(self) -> StopConfig:
+        if self.patience is None and self.hours is None:
+            raise ValueError("give patience, hours or both")
+        return self
 
 
 class ComputeConfig(Strict):

@@ -15,6 +15,7 @@ from fedhl.config.conduct import (
     Participation,
     PrivacyConfig,
     RobustConfig,
+    StopConfig,
     TasksConfig,
     TrainingConfig,
     WireConfig,
@@ -64,6 +65,8 @@ class Config(Strict):
     paper (`fedhl methods` shows how). [Which weighting to choose](methods.md#weights)."""
     rounds: PositiveInt = 10
     """The number of times that the server and the clients exchange adapters."""
+    stop: StopConfig | None = None
+    """End before the last round, when nothing gets better or time is up; null: all rounds are done."""
     tasks: TasksConfig | None = None
     """Class-incremental learning: new labels arrive over time; null: all labels are there from the start."""
     participation: Participation = Participation(fraction=1.0)
@@ -116,6 +119,8 @@ class Config(Strict):
     def task_rounds(self) -> Config:
         if self.tasks is None:
             return self
+        if self.stop is not None:
+            raise ValueError("stop: a run over tasks has to reach its last task; leave stop out")
         if self.task.class_field is None:
             able = ", ".join(name for name, kind in KINDS.items() if kind.class_setting)
             raise ValueError(f"tasks: only {able} has labels that arrive over time")

@@ -35,7 +35,8 @@ class Shards:
     `clients` and `client_held_out`: the indices in `rows` of each client's training and held-out rows;
     `held_out`: the server's held-out rows; `validation`: the indices of the server's rows for the choice of
     settings; `labels`: the names of the classes, in the order of their ids; `tasks`: the ids of each task's
-    labels, if labels arrive over time.
+    labels, if labels arrive over time; `pooled`: the number of clients whose training rows the one client of
+    that name has, 0 if each has its own.
     """
 
     rows: Rows
@@ -46,6 +47,7 @@ class Shards:
     labels: list[str] | None
     hash: str
     tasks: Sequence[Sequence[int]] = ()
+    pooled: int = 0
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,17 @@ class InProcess:
                 seconds["compute"] += local.seconds
                 replies.append(local.reply)
                 kept[client.id] = own | local.kept
-                traffic[client.id] = bytes_moved(travels, local.reply)
+                moved = bytes_moved(travels, local.reply)
+                traffic[client.id] = (0, 0) if federation.pooled else moved
         return Returned(replies, kept, [], traffic, seconds, forgotten)
 
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
+        clients = {client.id: client for client in federation.clients}
+        if federation.pooled:  # one model for all
+            clients = dict.fromkeys(federation.own, federation.clients[0])
         return {
-            client.id: evaluate_client(federation, state, client, federation.own[client.id])
-            for client in federation.clients
+            id: evaluate_client(federation, state, client, federation.own[id])
+            for id, client in clients.items()
             if federation.own
         }
 

@@ -32,8 +32,9 @@ class Federation:
 
     `rows` and `own`: each client's training and held-out rows, by client id; `held_out`: the server's
     held-out rows; `validation`: the server's rows for the choice of settings; `tasks`: the labels of each
-    task, if labels arrive over time; `guard`: the rule for updates that are too large; `privacy`: the
-    mechanism that hides each client.
+    task, if labels arrive over time; `pooled`: the number of clients whose training rows one client has, 0
+    if each has its own; `guard`: the rule for updates that are too large; `privacy`: the mechanism that
+    hides each client.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Federation:
     channel: AirComp | None = None
     tasks: Sequence[Sequence[int]] = ()
     validation: Sequence[Example] = ()
+    pooled: int = 0
     guard: Guard | None = None
     privacy: Mechanism | None = None
 
@@ -60,6 +62,15 @@ class Federation:
         """The slot of the rank that the client began with; its own rank may have become smaller."""
         known = (other.rank for other in self.clients if other.id == client.id)
         return next(known, client.rank)
+
+    def steps_for(self, rows: int) -> int:
+        """The optimizer steps of a client with this number of rows in a round. One that has the rows of all
+        clients takes those of a whole cohort."""
+        training, steps = self.config.training, self.config.training.steps_for(rows)
+        if not self.pooled:
+            return steps
+        each = 1 if training.steps is not None else self.pooled
+        return max(1, round(steps * self.config.participation.size(self.pooled) / each))
 
     def layers_of(self, client: Client) -> list[str]:
         """The layers that this client trains, from the input of the model to its output."""

@@ -57,7 +57,7 @@ def train_client(
         late = derive(config.seed, "straggler", round, client.id)
         layers = reached(federation.layers_of(client), chance, late)
     rows, own = federation.rows[client.id], own or {}
-    steps = config.training.steps_for(len(rows))
+    steps = federation.steps_for(len(rows))
     before = start_of(sent, own)
     known = federation.known_labels(federation.labels_of(round))
     with deployed(federation, slot, sent, head, own) as alphas, known:

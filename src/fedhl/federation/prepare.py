@@ -231,6 +231,7 @@ def assemble(
         held_out=tokenised.held_out,
         validation=tokenised.validation,
         tasks=data.tasks,
+        pooled=data.pooled,
     )
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
     if head and data.labels is not None:

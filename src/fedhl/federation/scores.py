@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,12 +71,12 @@ def evaluate_clients(
     """Each client's metrics on its own held-out rows, their mean, and those of the worst client; None without
     such rows."""
     by_client = engine.evaluate(federation, state)
-    if not by_client:
-        return None
-    mean = {
-        name: sum(metrics[name] for metrics in by_client.values()) / len(by_client)
-        for name in federation.config.task.metrics
-    }
+    return over_clients(by_client, federation.config.task.metrics) if by_client else None
+
+
+def over_clients(by_client: Mapping[str, Metrics], names: Sequence[str]) -> dict[str, Any]:
+    """The mean of these metrics over the clients, and the worst client."""
+    mean = {name: sum(m[name] for m in by_client.values()) / len(by_client) for name in names}
     # the worst client: by accuracy where there is one, by loss among equals; no loss is worse than NaN
     losses = {id: metrics["loss"] for id, metrics in by_client.items()}
     worst = min(

@@ -24,7 +24,9 @@ def bytes_expected(
     federation: Federation, clients: Sequence[Client], ranks: Sequence[int]
 ) -> dict[str, tuple[int, int]]:
     """Bytes down and up of each client in a usual round whose cohort has these ranks, by client id:
-    `Method.traffic`, and the head."""
+    `Method.traffic`, and the head. Nothing moves if the rows are at one place."""
+    if federation.pooled:
+        return {client.id: (0, 0) for client in clients}
     head = 4 * sum(p.numel() for p in federation.slots.head.values())
     shapes = peft.layers(federation.slots)
     table = {}

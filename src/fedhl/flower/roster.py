@@ -243,6 +243,15 @@ def clients_needed(config: Config, nodes: int | None = None) -> int:
             "tasks: labels that arrive over time need all clients in one process (fedhl run); leave tasks "
             "out for clients on other machines"
         )
+    for name, given in (
+        ("participation.only", config.participation.only),
+        ("participation.pooled", config.participation.pooled),
+    ):
+        if given:
+            raise UserError(
+                f"{name} needs all rows in one process (fedhl run, fedhl compare); leave it out for clients "
+                "on other machines"
+            )
     number = config.federation.clients or getattr(config.partition, "clients", nodes)
     if number is None:
         raise UserError(

@@ -15,7 +15,7 @@ from fedhl.report.compare_page import comparison_page
 from fedhl.report.files import Json, dig
 from fedhl.report.format import amount, span, spread_text
 from fedhl.report.statistics import mean_interval
-from fedhl.report.trials import COSTS, KINDS, Comparison, Trial, Variant, read_comparison
+from fedhl.report.trials import COSTS, CURVES, KINDS, Comparison, Trial, Variant, read_comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,16 @@ def results(comparison: Comparison) -> Json:
                 ],
             }
         )
-    shown = {"metric": comparison.metric, "compared by": comparison.common, "variants": variants}
+    shown = {
+        "metric": comparison.metric,
+        "compared by": comparison.common,
+        "untrained": {
+            kind: interval_facts(values)
+            for kind in CURVES
+            if (values := comparison.untrained(kind, comparison.metric))
+        },
+        "variants": variants,
+    }
     return comparison.plan | shown
 
 
@@ -111,6 +120,11 @@ def comparison_tables(folder: Path) -> list[Table]:
         amounts = ["–" if value is None else amount(value / unit) for value, unit in spent]
         rate = "–" if variant.rate is None else f"{variant.rate:g}"
         costs.append([variant.text, span(variant.ranks), *amounts, rate])
+    start = [spread_text(metric, *mean_interval(comparison.untrained(k, metric))) for k in kinds]
+    if metric != "loss":
+        loss = comparison.untrained(comparison.common, "loss")
+        start.append(spread_text("loss", *mean_interval(loss)))
+    quality.append(["untrained", "–", "–", *start])
     headers = ["variant", "weighting", "seeds", *(f"{metric},\n{KINDS[kind]}" for kind in kinds)]
     headers += [] if metric == "loss" else ["loss"]
     title = f"{comparison.name}: means over seeds, ± half of a 95% interval"

@@ -106,8 +106,10 @@ def header(comparison: Comparison) -> View:
             for kind in comparison.kinds
             if None in variant.values(kind, metric)
         ],
-        "chosen_on_clients": bool(comparison.plan["rates"]) and "mean" in comparison.kinds,
+        "chosen_on_clients": bool(comparison.plan["rates"])
+        and any(v.finished and not v.values("full", "loss") for v in comparison.variants),
         "weightings_differ": len(weightings) > 1,
+        "baselines": [(v.text, v.baseline) for v in comparison.variants if v.baseline],
         "unequal": [(text, parts) for text, parts in own if parts],
         "not_shared": [(what, values) for what, values in found.items() if len(values) > 1],
     }
@@ -148,6 +150,10 @@ def overview(comparison: Comparison) -> View:
         "shown": kinds,
         "costs": list(COSTS),
         "rows": rows,
+        "untrained": {
+            "scores": [mean_interval(comparison.untrained(kind, metric)) for kind in kinds],
+            "loss": mean_interval(comparison.untrained(comparison.common, "loss")),
+        },
     }
 
 
@@ -193,6 +199,8 @@ def curves(comparison: Comparison) -> list[View]:
     percent = metric == "accuracy"
     shown = []
     for kind in comparison.kinds:
+        if kind == "worst":  # it is another client from round to round
+            continue
         found = [curve(i, variant, kind, metric) for i, variant in enumerate(variants)]
         drawn = [(i, one) for i, one in enumerate(found) if len(one.points) > 2]
         if not drawn:

@@ -76,6 +76,7 @@ def header(run: Run) -> View:
         "missing": run.summary is None,
         "status": str(dig(run.summary, "status") or "no summary"),
         "reason": dig(run.summary, "reason"),
+        "stopped": dig(run.summary, "stopped"),
         "model": dig(run.summary, "model"),
         "task": str(dig(run.summary, "task") or "").replace("-", " "),
         "data": dig(run.summary, "data"),

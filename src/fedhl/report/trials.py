@@ -34,6 +34,14 @@ CURVES = {
 }
 """The kinds that are scored in every round, with the keys that lead to them in an evaluation."""
 
+BASELINES = {
+    "alone": "Each client trains for itself, on its own rows, in every round; the scores of the full W are "
+    "means over the clients' models.",
+    "pooled": "One client has the training rows of all, the largest of their ranks, and takes the steps "
+    "of all.",
+}
+"""Variants that are no federation, and what a federation is compared with."""
+
 COSTS = {
     "MiB down": ("bytes", "down", 2**20),
     "MiB up": ("bytes", "up", 2**20),
@@ -97,7 +105,14 @@ class Variant:
         return [run for trial in self.trials if (run := trial.finished)]
 
     @property
+    def baseline(self) -> str | None:
+        """The words for a variant that is no federation; None for one that is."""
+        return BASELINES.get(self.text.split("@")[0])
+
+    @property
     def weighting(self) -> Json | None:
+        if self.baseline:
+            return None
         return next((dig(run.summary, "weighting") for run in self.finished), None)
 
     @property
@@ -148,13 +163,22 @@ class Comparison:
         of_server = [v for v in done if any(v.values(k, "loss") for k in ("full", "truncated"))]
         if done and not of_server:
             return ["mean", "worst"]
-        return ["full", "truncated", *(["mean"] if len(of_server) < len(done) else [])]
+        own = [kind for kind in ("mean", "worst") if any(v.values(kind, "loss") for v in done)]
+        return ["full", "truncated", *own]
 
     @property
     def common(self) -> str:
         """The kind by which variants are compared: the first that any variant has."""
         measured = (k for k in self.kinds if any(v.values(k, self.metric) for v in self.variants))
         return next(measured, self.kinds[0])
+
+    def untrained(self, kind: str, metric: str) -> list[float | None]:
+        """The scores before round 1, by seed; empty if none is known. The adapters are the same for all
+        variants, and so is this model."""
+        first = {t.seed: t for v in reversed(self.variants) for t in v.trials if t.finished}
+        starts = [dig(t.run.rounds[0], "evaluation") for t in first.values() if t.run]
+        found = [value for each in starts if (value := dig(each, *CURVES.get(kind, (kind,))))]
+        return [num(value, metric) for value in found if metric in value]
 
     def losses(self, variant: Variant) -> list[float | None]:
         """The losses of the first shown kind that the variant has."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -36,6 +36,7 @@ from fedhl.run.folder import (
     writing,
 )
 from fedhl.run.progress import COLLAPSE, describe, steps
+from fedhl.run.stop import stopped, why
 from fedhl.run.summary import (
     check_checkpoint,
     check_same,
@@ -152,7 +153,7 @@ def run_rounds(
             state = prepared.initial_state()
             nothing = Outcome([], [], {}, {})
             state, best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
-        while state.round < rounds:
+        while state.round < rounds and not stopped(folder):
             here = engine.present(prepared.federation, state.round + 1)
             prepared = prepared.joined_by(here.clients)
             on_step = steps(here, state, watcher)
@@ -195,6 +196,12 @@ def with_secret(prepared: Prepared, folder: Path) -> Prepared:
     return replace(prepared, federation=replace(federation, privacy=privacy))
 
 
+def sum_of(seconds: Mapping[str, float]) -> float:
+    """The seconds of a round before it is on disk."""
+    phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
+    return sum(seconds.get(phase, 0.0) for phase in phases)
+
+
 def finish_round(
     prepared: Prepared,
     state: ServerState,
@@ -223,6 +230,16 @@ def finish_round(
                 state, outcome, evaluation = kept, nothing, again
         best = better(best, evaluation, round)
     seconds["evaluate"] = perf_counter() - began
+    reason = None
+    if config.stop is not None and 0 < round < config.rounds:
+        now = {"round": round, "evaluation": evaluation, "seconds": {"total": sum_of(seconds)}}
+        reason = why(config.stop, [*read_metrics(folder), now], best)
+    if reason is not None:
+        watcher.say(f"ending after round {round} of {config.rounds}: {reason}")
+        began = perf_counter()
+        evaluation = evaluate_round(prepared.federation, state, every_rank=True, engine=engine)
+        best = better(best, evaluation, round)
+        seconds["evaluate"] += perf_counter() - began
     began = perf_counter()
     spectra = server.spectra(prepared.federation.method, state, prepared.federation.top_rank)
     seconds["diagnostics"] = seconds.get("diagnostics", 0.0) + perf_counter() - began
@@ -244,11 +261,10 @@ def finish_round(
             for way in ("down", "up")
         },
         "seconds": seconds,
-    }
+    } | ({} if reason is None else {"stopped": reason})
     began = perf_counter()
     with uninterrupted(), writing(folder):
-        phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
-        seconds["total"] = sum(seconds.get(phase, 0.0) for phase in phases)
+        seconds["total"] = sum_of(seconds)
         notes = finite({"metrics": line, "best": best})
         notes |= {"hashes": hashes(prepared, folder), "before": hash_before(folder, round)}
         state = checkpoint.on_disk(folder / "state", state)

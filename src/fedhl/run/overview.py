@@ -35,7 +35,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
     config, federation = prepared.config, prepared.federation
     layers, count = peft.layers(federation.slots), parameters(prepared)
     cohort = config.participation.size(len(federation.clients))
-    steps = [config.training.steps_for(client.examples) for client in federation.clients]
+    steps = [federation.steps_for(client.examples) for client in federation.clients]
     tokens = [len(ex.input_ids) for rows in prepared.tokenised.train.values() for ex in rows]
     yield f"{config.name}: {config.task.kind} on {config.model.source}, device {federation.device}"
     yield (

@@ -17,8 +17,8 @@ def steps(federation: Federation, state: ServerState, watcher: Watcher) -> Calla
     """The function for `run_round` to call after each optimizer step; it tells `watcher` the round's
     progress."""
     federation = federation.in_round(state.round + 1)
-    round, config, cohort = state.round + 1, federation.config, federation.cohort(state.round + 1)
-    total = sum(config.training.steps_for(client.examples) for client in cohort)
+    round, cohort = state.round + 1, federation.cohort(state.round + 1)
+    total = sum(federation.steps_for(client.examples) for client in cohort)
     done = 0
 
     def step() -> None:

@@ -75,6 +75,7 @@ def write_summary(
         "privacy": privacy_summary(prepared, lines),
         "rounds": config.rounds,
         "rounds_done": lines[-1]["round"] if lines else 0,
+        "stopped": lines[-1].get("stopped") if lines else None,
         "metric": evaluations[-1]["metric"] if evaluations else None,
         "start": lines[0]["evaluation"] if lines and lines[0]["round"] == 0 else None,
         "final": evaluations[-1] if evaluations else None,
