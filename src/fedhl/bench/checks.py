@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fedhl import server
@@ -15,11 +16,10 @@ from fedhl.server import Outcome, Reply, ServerState
 
 def dense_step(state: FullRank, updates: Sequence[Update]) -> Tensor:
     """The next W of FedHL in dense float64 arithmetic, with the broadcasts as they were sent."""
-    total = state.W.double()
-    for u in updates:
-        for sign, x in ((1, u.lora), (-1, u.sent.lora)):
-            total += sign * u.weight * x.scale * (x.B.double() @ x.A.double())
-    return total
+    terms = [(c * u.weight, x) for u in updates for c, x in ((1, u.lora), (-1, u.sent.lora))]
+    B = torch.cat([c * x.scale * x.B.double() for c, x in terms], dim=1)
+    A = torch.cat([x.A.double() for _, x in terms])
+    return state.W.double() + B @ A
 
 
 def difference(W: Tensor, state: FullRank, updates: Sequence[Update]) -> float:
