@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm federation test check bench docs clean
+.PHONY: help install demo demo-llm federation test check bench docs release clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ define train
 endef
 
 demo: .venv/minilm ## MiniLM on movie reviews: 10 clients, ranks 4 to 64, a few minutes on 2 cores
-	$(call train,movie-reviews,configs/demo.yaml)
+	HF_HUB_OFFLINE=1 $(BIN)/fedhl demo
 
 demo-llm: .venv/smollm2 build/stdlib.jsonl ## SmolLM2-135M on Python source: each standard-library package a client
 	$(call train,stdlib-functions,configs/demo-llm.yaml)
@@ -66,5 +66,17 @@ bench: .venv/installed ## time the server step; writes benchmarks/results/server
 docs: .venv/installed ## write the generated parts of docs/ and of README.md anew
 	$(BIN)/python tools/docs.py
 
+# The wheel is tried as a user has it: in an environment of its own, without the clone.
+release: ## build and check the wheel and the source archive in dist/, and run the demo from the wheel
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/pip install --quiet --disable-pip-version-check build twine
+	build/release/tools/bin/python -m build --outdir dist .
+	build/release/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/release/user
+	build/release/user/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch dist/*.whl
+	build/release/user/bin/pip check
+	cd build/release && rm -rf runs demo && user/bin/fedhl demo --tiny
+
 clean: ## remove .venv, build and caches; runs stay
-	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

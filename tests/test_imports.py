@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "model"}),
     frozenset({"federation", "export"}),
     frozenset({"run", "network"}),
-    frozenset({"flower", "compare", "bench", "cli", "__main__"}),
+    frozenset({"flower", "compare", "bench", "demo", "draft", "cli", "__main__"}),
 )
 """The parts of the source, from the ground up: modules and packages directly below fedhl."""
 BESIDE = frozenset({"report"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-ANIMALS = ["cat", "dog", "fox", "owl", "bee", "hen", "elk", "ant"]
-PLANTS = ["oak", "fern", "rose", "lily", "moss", "pine", "reed", "kale"]
-OTHERS = ["the", "a", "near", "under", "sees", "finds", "and", "then"]
+from fedhl.demo import ANIMALS, OTHERS, PLANTS, SIZE, sentences
+
 CONTROL = ["[PAD]", "[UNK]", "[EOS]", "<|user|>", "<|assistant|>"]
 WORDS = [*CONTROL, *ANIMALS, *PLANTS, *OTHERS, "animal", "plant"]
 
@@ -27,11 +25,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} [EOS] {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-BERT: dict[str, Any] = {
-    **{"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 32},
-    **{"initializer_range": 0.1},  # a random encoder whose features tell words apart
-}
+BERT: dict[str, Any] = {"vocab_size": len(WORDS), **SIZE}
 LLAMA: dict[str, Any] = {
     **{"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
@@ -84,32 +78,21 @@ def save_llama(folder: Path, *, chat: bool) -> Path:
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Texts of seven words; the label says whether animals or plants are the more in it.
-
-    `prompt` and `completion`, and `messages`, ask for the same; `site` is a natural client.
-    """
-    draw = random.Random(seed)
-    made: list[dict[str, Any]] = []
-    for k in range(count):
-        label = draw.choice(["animal", "plant"])
-        many, few = (ANIMALS, PLANTS) if label == "animal" else (PLANTS, ANIMALS)
-        words = [*draw.choices(many, k=5), *draw.choices(few, k=1), *draw.choices(OTHERS, k=1)]
-        draw.shuffle(words)
-        text = " ".join(words)
-        made.append(
-            {
-                "text": text,
-                "label": label,
-                "site": f"site-{k % 3}",
-                "prompt": text + " ",
-                "completion": f"the {label}",
-                "messages": [
-                    {"role": "user", "content": text},
-                    {"role": "assistant", "content": f"the {label}"},
-                ],
-            }
-        )
-    return made
+    """Sentences with labels; `prompt` and `completion`, and `messages`, ask for the same; `site` is a natural
+    client."""
+    return [
+        {
+            **row,
+            "site": f"site-{k % 3}",
+            "prompt": row["text"] + " ",
+            "completion": f"the {row['label']}",
+            "messages": [
+                {"role": "user", "content": row["text"]},
+                {"role": "assistant", "content": f"the {row['label']}"},
+            ],
+        }
+        for k, row in enumerate(sentences(count, seed))
+    ]
 
 
 def write_rows(path: Path, made: Sequence[dict[str, Any]]) -> Path:

