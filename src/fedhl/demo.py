@@ -71,14 +71,15 @@ def save_encoder(folder: Path, words: Sequence[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+    from fedhl.model.loading import quiet
+
     table = {word: index for index, word in enumerate([*SPECIAL.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=SPECIAL["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BertForMaskedLM(BertConfig(vocab_size=len(table), **SIZE))
-    model.save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
+        BertForMaskedLM(BertConfig(vocab_size=len(table), **SIZE)).save_pretrained(folder)
 
 
 def write_tiny(folder: Path) -> Path:
