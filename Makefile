@@ -69,7 +69,7 @@ docs: .venv/installed ## write the generated parts of docs/ and of README.md ane
 # The published data sets are not ours to bring: DATA says where they are.
 results/%: .venv/minilm
 	@test -n "$(DATA)" || { echo "say where the data sets are: make $@ DATA=FOLDER"; exit 1; }
-	HF_HUB_OFFLINE=1 $(BIN)/python experiments/run.py $* $(DATA)
+	HF_HUB_OFFLINE=1 $(BIN)/python experiments/experiments.py $* $(DATA)
 
 # The wheel is tried as a user has it: in an environment of its own, without the clone.
 release: ## build and check the wheel and the source archive in dist/, and run the demo from the wheel

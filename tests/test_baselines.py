@@ -131,6 +131,12 @@ def test_the_record_of_all_is_their_mean(compared: Path) -> None:
     assert sorted(c["rank"] for c in summary["clients"]) == [1, 1, 2, 2, 4, 6]
 
 
+@pytest.mark.parametrize("command", [["resume"], ["eval"], ["export", "--merged", "--out", "x"]])
+def test_the_record_of_all_is_no_run(command: list[str], compared: Path, project: Path) -> None:
+    done = fedhl(project, command[0], compared / "alone/seed-0", *command[1:])
+    assert done.code == 2 and "is the record of several runs, one for each client alone" in done.err
+
+
 def test_the_comparison_tells_them_apart(compared: Path) -> None:
     known = json.loads((compared / "comparison.json").read_text("utf-8"))
     fedhl_, alone, pooled = known["variants"]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pydantic import Field, PositiveInt
 
+import experiments
 from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
@@ -245,3 +246,26 @@ def test_the_config_of_the_readme_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
     assert load_config(tmp_path / "my.yaml").name == "my-run"
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_a_result_file_is_what_the_command_of_its_experiment_makes(name: str) -> None:
+    """The variants, seeds and rates of the file are those that `make results/NAME` would run."""
+    one = experiments.EXPERIMENTS[name]
+    result = json.loads((ROOT / "experiments" / one["result"]).read_text("utf-8"))
+    words = experiments.command(name)
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert [v["variant"] for v in result["variants"]] == given["--methods"].split(",")
+    assert result["seeds"] == [int(seed) for seed in given["--seeds"].split(",")]
+    rates = given.get("--rates", "")
+    assert result["rates"] == [float(rate) for rate in rates.split(",") if rate]
+    changes = [given["--set"]] if "--set" in given else []
+    config = load_config(ROOT / words[1], changes)
+    assert within(result["config"], config.model_dump(mode="json"))
+
+
+def within(was: Any, now: Any) -> bool:
+    """Whether all settings of then have these values still; there may be more of them now."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return all(key in now and within(value, now[key]) for key, value in was.items())
+    return was == now

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedhl.compare.alone import run_alone
 from fedhl.compare.variants import Variant, parse_variant
-from fedhl.config import Config
+from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
@@ -207,9 +207,9 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if not (job.folder / "config.yaml").is_file():
             continue
-        found = difference(
-            settings(anchored(load_run_config(job.folder))), settings(anchored(job.config))
-        )
+        # a record of each client alone is no run that could be loaded
+        was = load_config(job.folder / "config.yaml") if job.alone else load_run_config(job.folder)
+        found = difference(settings(anchored(was)), settings(anchored(job.config)))
         if found is not None:
             key, before, now = found
             raise UserError(

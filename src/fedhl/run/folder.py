@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 
 
 def refuse_other(folder: Path) -> None:
-    """Raises UserError unless `folder` is a run folder."""
+    """Raises UserError unless `folder` is the folder of one run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    if (folder / "clients").is_dir():
+        raise UserError(
+            f"{folder} is the record of several runs, one for each client alone; name one of them, e.g. "
+            f"{folder / 'clients' / '0'}"
+        )
 
 
 def refuse_taken(folder: Path) -> None:

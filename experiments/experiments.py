@@ -1,6 +1,6 @@
 """Make the result file of an experiment again, or go on with it.
 
-    python experiments/run.py NAME DATA
+    python experiments/experiments.py NAME DATA
 
 NAME is one of experiments.yaml, DATA the folder of the published data sets. What is finished stays, and an
 experiment that was stopped goes on: its runs are in runs/experiments/NAME.
