@@ -191,7 +191,7 @@ def test_absolute_epsilon():
     assert one[0] < one[1] < one[2]
 
 
-SHRINKING = {"flexlora", "hetlora", "hlora"}
+SHRINKING = {"eclora", "flexlora", "hetlora", "hlora"}
 """Methods that count what a client was not sent as zero; each says so in its docstring."""
 
 

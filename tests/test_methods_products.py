@@ -1,4 +1,4 @@
-"""Methods that average products: raflora, florist, flora, hlora, fedhera, fed_plora."""
+"""Methods that average products: raflora, eclora, florist, flora, hlora, fedhera, fed_plora."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedhl import LoRA, Method, Update, get_method
 from fedhl.lora import initial
+from fedhl.methods.eclora import ECLoRA
 from fedhl.methods.fed_plora import FedPLoRA
 from fedhl.methods.fedhera import FedHera
 from fedhl.methods.fedhl import FedHL
@@ -133,6 +134,20 @@ def test_raflora_equals_its_reference(start: Any, rounds: int, problem: dict[str
 
 @anywhere
 @given(problem=problems())
+def test_eclora_equals_its_reference(start: Any, rounds: int, problem: dict[str, Any]):
+    top = problem["shape"][2]
+    check(
+        ECLoRA(),
+        problem,
+        start,
+        rounds,
+        lambda W, c: reference.eclora(W, top, c),
+        lambda W, c: sensitivity(W, top),
+    )
+
+
+@anywhere
+@given(problem=problems())
 def test_flora_equals_its_reference(start: Any, rounds: int, problem: dict[str, Any]):
     check(FLoRA(), problem, start, rounds, reference.flora)
 
@@ -215,6 +230,26 @@ def test_where_a_client_starts(
         got = started(method.broadcast(state, rank, scale))
         condition = max(sensitivity(W, min(k * rank, m, n)) for k in (1, 2, 3))
         assert float((got - reached(W, rank)).norm()) <= rounding([], W) * condition
+
+
+# eclora
+
+
+def test_eclora_gives_back_what_the_top_rank_left_out():
+    """Nobody trains, and all have the top rank: FlexLoRA forgets the tail, which no client was sent."""
+    begun, p = fresh(9, 7, 2, seed=1), [0.2, 0.3, 0.5]
+    updates = answers(ECLoRA(), ECLoRA().init(begun), [2, 2, 2], [1.0, 0.5, 2.0], p, seed=20)
+    W = {}
+    for method in (ECLoRA(), FlexLoRA()):
+        state = method.aggregate(method.init(begun), updates)
+        first = change(method, state)  # of rank 6, of which two components are sent
+        for _ in range(3):
+            state = unchanged(method, state, [2, 2, 2], p)
+        W[type(method)] = change(method, state)
+    allowed = 4 * rounding(updates, first) * sensitivity(first, 2)
+    assert float((W[ECLoRA] - first).norm()) <= allowed
+    assert float((W[FlexLoRA] - truncation(first, 2)).norm()) <= allowed
+    assert float((W[ECLoRA] - W[FlexLoRA]).norm()) > 0.1 * float(first.norm())
 
 
 # raflora
@@ -491,6 +526,7 @@ def test_fed_plora_differs_from_fedhl():
     ("name", "down"),
     [
         ("raflora", 2 * 16),
+        ("eclora", 2 * 16),
         ("florist", 63),  # (2 + 1 + 4) 16 would be more
         ("flora", 63),
         ("hlora", 2 * 16),
@@ -515,7 +551,9 @@ def test_a_download_that_is_no_factor(download: Any):
         FedHera(download)
 
 
-@pytest.mark.parametrize("name", ["raflora", "flora", "florist", "hlora", "fedhera", "fed_plora"])
+@pytest.mark.parametrize(
+    "name", ["raflora", "eclora", "flora", "florist", "hlora", "fedhera", "fed_plora"]
+)
 def test_a_top_rank_beyond_the_layer_is_refused(name: str):
     with pytest.raises(ValueError, match="<= 5"):
         get_method(name).init(LoRA(torch.zeros(6, 5), torch.zeros(9, 6), 1.0))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 METHODS = Table(
     {
+        "eclora": "fedhl.methods.eclora:ECLoRA",
         "fed_plora": "fedhl.methods.fed_plora:FedPLoRA",
         "fedex_lora": "fedhl.methods.fedex_lora:FedExLoRA",
         "fedhera": "fedhl.methods.fedhera:FedHera",

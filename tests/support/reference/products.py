@@ -25,6 +25,11 @@ def raflora(kept: Tensor, clients: Sequence[Client]) -> Tensor:
     return new
 
 
+def eclora(W: Tensor, top: int, clients: Sequence[Client]) -> Tensor:
+    """The mean, and what the last truncation to the top rank left out."""
+    return mean(clients) + (W - truncation(W, top))
+
+
 def mean(clients: Sequence[Client]) -> Tensor:
     """`Σ p_i s_i B_i A_i`, as the product of the stacked factors."""
     B = torch.cat([c.p * c.s * c.B for c in clients], dim=1)
