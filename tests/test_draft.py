@@ -80,6 +80,10 @@ def test_what_rows_are_taken_for(name: str, tmp_path: Path) -> None:
         assert getattr(config.task, setting) == field
     assert type(config.partition) is partition
     assert getattr(config.partition, "column", None) == column
+    unused = [field for field in made[0] if field not in (*fields.values(), column)]
+    assert all(f'"{field}"' in text for field in unused) and ("# not used: " in text) == bool(
+        unused
+    )
 
 
 @pytest.mark.parametrize(

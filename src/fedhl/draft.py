@@ -38,18 +38,10 @@ LABELS = (
 )
 OWNERS = (
     *("client", "client_id", "site", "hospital", "bank", "user", "user_id", "author", "speaker"),
-    *(
-        "owner",
-        "organisation",
-        "organization",
-        "agency",
-        "department",
-        "domain",
-        "source",
-        "country",
-    ),
+    *("owner", "organisation", "organization", "agency", "department"),
+    *("domain", "source", "country", "category", "topic"),
 )
-"""Fields that say whom a row belongs to."""
+"""Fields that say whom a row belongs to, or what sets clients apart."""
 MOST_LABELS, MOST_CLIENTS, FEWEST_ROWS = 200, 1000, 20
 MODELS = {
     "sequence-classification": "sentence-transformers/all-MiniLM-L6-v2",
@@ -132,6 +124,8 @@ def draft(source: str, model: str | None = None) -> str:
     fields = "".join(f", {setting}: {quoted(field)}" for setting, field in found.fields.items())
     classify = found.kind == "sequence-classification"
     seen = plural(len(rows), "row") if len(rows) < LOOK else f"the first {LOOK:,} rows"
+    used = {*found.fields.values(), found.owner}
+    unused = [field for field in rows[0] if field not in used]
     lines = [
         f"# A first config for {source}, guessed from {seen}: read it, then fedhl check THIS_FILE",
         "# Every setting and its default: docs/config.md",
@@ -139,9 +133,11 @@ def draft(source: str, model: str | None = None) -> str:
         "",
         f"model: {{source: {quoted(model or MODELS[found.kind])}}} # a hub id, or a folder",
         f"task: {{kind: {found.kind}{fields}, max_length: {128 if classify else 512}}}",
+        *([f"# not used: {listed(json.dumps(field) for field in unused)}"] if unused else []),
         f"data: {{source: {quoted(source)}, held_out: {{fraction: 0.1}}}} # held out: to evaluate on",
         "",
         *partition(found),
+        "",
         "lora:",
         "  # the rank that each client can afford: here drawn; or {clients: {NAME: 4}, default: 16}",
         "  ranks: {shares: {4: 0.5, 16: 0.3, 64: 0.2}}",
@@ -159,15 +155,15 @@ def draft(source: str, model: str | None = None) -> str:
 def partition(found: Guess) -> Sequence[str]:
     if found.owner is not None:
         return [
-            f"partition: {{kind: by-column, column: {quoted(found.owner)}}} # a client for each of its "
-            f"{found.owners} values"
+            f"# a client for each of the {found.owners} values of this field",
+            f"partition: {{kind: by-column, column: {quoted(found.owner)}}}",
         ]
-    alike = "no field says whom a row belongs to, so ten clients are drawn"
+    lines = ["# no field says whom a row belongs to, so ten clients are drawn"]
     if found.kind == "causal-lm":
-        return [f"partition: {{kind: iid, clients: 10}} # {alike}"]
+        return [*lines, "partition: {kind: iid, clients: 10}"]
     return [
-        f"partition: {{kind: dirichlet, clients: 10, alpha: 1.0, min_examples: 20}} # {alike}; a smaller",
-        "# alpha gives each client fewer kinds of labels",
+        f"{lines[0]}; a smaller alpha gives each client fewer labels",
+        "partition: {kind: dirichlet, clients: 10, alpha: 1.0, min_examples: 20}",
     ]
 
 
