@@ -39,7 +39,7 @@ def run_alone(config: Config, folder: Path, watcher: Watcher) -> None:
         here = watcher.labelled(f"{client} alone ({k + 1} of {len(clients)})")
         if not (run / "config.yaml").is_file():
             start_run(of_one(config, client), run, here)
-        elif not done(run):
+        elif not finished(run):
             resume_run(run, here)
         runs.append(run)
         gc.collect()  # a model refers to itself: free it before the next is loaded
@@ -52,8 +52,12 @@ def run_alone(config: Config, folder: Path, watcher: Watcher) -> None:
     write_report(folder)
 
 
-def done(run: Path) -> bool:
-    return (run / "summary.json").is_file() and read_summary(run)["status"] in (FINISHED, FAILED)
+def finished(run: Path) -> bool:
+    """Whether nothing is left to do in a run folder, be it of one run or the record of several."""
+    if not (run / "config.yaml").is_file() or not (run / "summary.json").is_file():
+        return False
+    # a kill in the last moment leaves no report: resuming writes it
+    return read_summary(run)["status"] in (FINISHED, FAILED) and (run / "report.html").is_file()
 
 
 def of_one(config: Config, client: str) -> Config:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from fedhl.compare.alone import run_alone
+from fedhl.compare.alone import finished, run_alone
 from fedhl.compare.variants import Variant, parse_variant
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
@@ -23,7 +23,6 @@ from fedhl.federation.examine import examine
 from fedhl.federation.prepare import check_config
 from fedhl.files import private_folder, write_text
 from fedhl.names import listed
-from fedhl.record import FAILED, FINISHED, read_summary
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import anchored, load_run_config
@@ -337,13 +336,6 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
             watcher.step("writing the comparison", 0, 1)
             with saving(study.folder):
                 write_comparison(study.folder)
-
-
-def finished(run: Path) -> bool:
-    if not (run / "config.yaml").is_file() or not (run / "summary.json").is_file():
-        return False
-    # a kill in the last moment leaves no report: resuming writes it
-    return read_summary(run)["status"] in (FINISHED, FAILED) and (run / "report.html").is_file()
 
 
 def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
