@@ -137,6 +137,15 @@ def test_the_record_of_all_is_no_run(command: list[str], compared: Path, project
     assert done.code == 2 and "is the record of several runs, one for each client alone" in done.err
 
 
+def test_a_record_that_cannot_be_written_is_told(project: Path) -> None:
+    blocked = project / "runs/blocked"
+    blocked.mkdir(parents=True)
+    (blocked / "alone").write_text("a file in the way", "utf-8")
+    arguments = ["compare", "tiny.yaml", "--methods", "alone", "--seeds", "0", "--out"]
+    done = fedhl(project, *arguments, "runs/blocked")
+    assert done.code == 2 and "cannot write to runs/blocked: " in done.err, done
+
+
 def test_the_comparison_tells_them_apart(compared: Path) -> None:
     known = json.loads((compared / "comparison.json").read_text("utf-8"))
     fedhl_, alone, pooled = known["variants"]

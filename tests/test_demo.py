@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.tiny import classification, write_config
+from support.tiny import classification, fedhl, write_config
 
 from fedhl import demo
 from fedhl.cli import training
@@ -77,6 +77,12 @@ def test_without_its_packages_it_says_how_to_get_them(
         capsys.readouterr().out
     )
     assert read_summary(Path("runs/tiny"))["status"] == "finished"
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("mine", "utf-8")
+    done = fedhl(tmp_path, "demo", "--tiny")
+    assert done.code == 2 and done.err.startswith("error: cannot write into demo/: "), done
 
 
 def test_the_packages_are_those_of_the_makefile() -> None:

