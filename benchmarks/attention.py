@@ -21,7 +21,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from fedhl.config.conduct import TrainingConfig
 from fedhl.model import peft, training
 from fedhl.run.summary import commit
+from fedhl.task import ClassificationTask
 from fedhl.task.examples import Example
+from fedhl.task.objective import Texts
 
 RANK, STEPS = 16, 3
 CASES = ((64, 16), (64, 32), (16, 40), (16, 64), (16, 96), (8, 128))
@@ -46,7 +48,8 @@ def steps(slots: peft.Slots, rows: int, tokens: int, fused: bool) -> tuple[float
     trained = training.train(
         *(slots.model, parameters, examples),
         TrainingConfig(batch_size=rows, max_grad_norm=None),
-        **{"steps": STEPS, "rate": lambda k: 1e-3, "pad_id": 0, "seed": 0},
+        **{"steps": STEPS, "rate": lambda k: 1e-3, "seed": 0},
+        objective=Texts(ClassificationTask, pad_id=0),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)])

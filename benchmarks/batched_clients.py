@@ -35,7 +35,7 @@ from fedhl.model import peft
 from fedhl.model.training import batches, train, training_mode
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
-from fedhl.task.examples import IGNORED, Example, collate
+from fedhl.task.examples import IGNORED, Example
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
 SETTINGS = {  # rows per client and step, steps, and the most clients that fit the memory
@@ -97,9 +97,9 @@ def one_by_one(
             peft.activate(slots, client.rank),
             client.rows,
             training,
+            objective=federation.objective,
             steps=steps,
             rate=lambda _: RATE,
-            pad_id=federation.pad_id,
             autocast=federation.autocast,
             seed=client.seed,
         )
@@ -136,9 +136,8 @@ def together(
                 for client, order in zip(clients, orders, strict=True)
                 for j in next(order)
             ]
-            batch = {
-                name: x.to(device) for name, x in collate(rows, prepared.federation.pad_id).items()
-            }
+            made = prepared.federation.objective.batch(rows)
+            batch = {name: x.to(device) for name, x in made.items()}
             labels = batch.pop("labels")
             losses(slots.model(**batch).logits, labels, K).sum().backward()
             if training.max_grad_norm is not None:

@@ -37,14 +37,13 @@ from fedhl.federation.federation import Federation
 from fedhl.federation.local import Local
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA
-from fedhl.model import training
 from fedhl.model.training import batches, learning_rate
-from fedhl.run.loop import finish_round
+from fedhl.run.loop import keep
+from fedhl.run.rounds import finish
 from fedhl.run.summary import commit
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState, refusals
-from fedhl.task import KINDS
-from fedhl.task.examples import collate
+from fedhl.task import KINDS, objective
 from fedhl.watch import SILENT
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
@@ -88,7 +87,7 @@ def watched(prepared: Prepared) -> Iterator[list[Span]]:
     step = register_optimizer_step_post_hook(lambda *_: mark("step"))
     with (
         clock(engine, "train_client"),
-        clock(training, "collate"),
+        clock(objective, "collate"),
         clock(server, "broadcast"),
         clock(refusals, "refusals"),
     ):
@@ -228,7 +227,7 @@ def usual(prepared: Prepared, folder: Path) -> Callable[..., Local]:
             model=model,
             args=arguments,
             train_dataset=[rows[k] for batch in islice(order, steps) for k in batch],  # pyright: ignore
-            data_collator=lambda examples: collate(examples, federation.pad_id),
+            data_collator=federation.objective.batch,
             optimizers=(optimizer, rate),
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -268,7 +267,12 @@ def one_round(prepared: Prepared, state: ServerState, folder: Path) -> Done:
     with patch.object(server, "aggregate", listening):
         start = perf_counter()
         following, outcome = run_round(prepared.federation, state)
-        finish_round(prepared, following, folder, outcome, None, SILENT)
+        keep(
+            prepared,
+            finish(prepared.federation, following, state, outcome, (), None),
+            folder,
+            SILENT,
+        )
         wall = perf_counter() - start
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return Done(following, replies, last["seconds"], wall)

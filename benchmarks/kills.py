@@ -46,7 +46,7 @@ def writes(event: str, arguments: tuple[Any, ...]) -> bool:
     return event in CHANGES
 
 
-def in_child(work: Callable[[], None], folder: Path, at: int | None) -> tuple[bool, int]:
+def in_child(work: Callable[[], object], folder: Path, at: int | None) -> tuple[bool, int]:
     """Do the work in a process that is killed before its change number `at` in the folder; whether it was
     killed, and how many changes there were."""
     read, write = os.pipe()
@@ -91,7 +91,7 @@ def result(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def go_on(config: Config, folder: Path) -> Callable[[], None]:
+def go_on(config: Config, folder: Path) -> Callable[[], object]:
     """What an operator does: resume, or start again where nothing has begun."""
     if (folder / "config.yaml").exists():
         return lambda: resume_run(folder)

@@ -19,6 +19,7 @@ from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
 from fedhl.config.inputs import LoRAConfig
 from fedhl.config.text import ConfigLoader
+from fedhl.methods import METHODS
 from fedhl.strict import help_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,10 +96,27 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{page.name}: {target}"
 
 
-def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert "64, 48" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [("README.md", ["round 5/5", "64, 48"]), ("docs/python.md", ["round 5/5"])],
+)
+def test_the_examples_of_a_page_run(
+    page: str, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    for code, expected in zip(codes, said, strict=True):
+        exec(compile(code, page, "exec"), {"__name__": "example"})
+        assert expected in capsys.readouterr().out
+
+
+def test_the_readme_counts_the_methods() -> None:
+    mixed = sum(METHODS[name].mixed_ranks for name in METHODS)
+    readme, one = (ROOT / "README.md").read_text(), len(METHODS) - mixed
+    assert f"[{len(METHODS) - 2} other methods" in readme
+    assert (
+        f"{len(METHODS)} aggregation methods ({mixed} for clients of different ranks, {one} for"
+        in readme
+    )
 
 
 def tree_of_the_readme() -> tuple[set[str], set[str]]:

@@ -27,7 +27,6 @@ from fedhl.model import adapters, peft
 from fedhl.model.evaluation import evaluate
 from fedhl.run.folder import load_checkpoint, load_run_config
 from fedhl.server import ServerState
-from fedhl.task.examples import collate
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -228,7 +227,7 @@ def state_of(prepared: Prepared, run: Path, which: Any = "last") -> ServerState:
 
 @torch.no_grad()
 def logits(prepared: Prepared, model: Any) -> Tensor:
-    batch = collate(prepared.federation.held_out[:20], prepared.federation.pad_id)
+    batch = prepared.federation.objective.batch(prepared.federation.held_out[:20])
     del batch["labels"]
     return model.eval()(**batch).logits
 
@@ -304,9 +303,8 @@ def test_an_exported_adapter_computes_what_the_run_measured(
     metrics = evaluate(
         model,
         federation.held_out,
-        score=prepared.config.task.score,
+        objective=federation.objective,
         batch_size=16,
-        pad_id=federation.pad_id,
         device=federation.device,
         autocast=federation.autocast,
     )

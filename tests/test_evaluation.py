@@ -10,10 +10,10 @@ import torch
 from support.small_models import CLASSES, LONGEST, VOCABULARY, both, build, rows
 from transformers import PreTrainedModel
 
-from fedhl.model import evaluation
 from fedhl.model.evaluation import Metrics, evaluate
-from fedhl.task import CausalTask, ClassificationTask
+from fedhl.task import CausalTask, ClassificationTask, objective
 from fedhl.task.examples import IGNORED, Example
+from fedhl.task.objective import Texts
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -23,9 +23,8 @@ def measure(model: PreTrainedModel, examples: list[Example], batch_size: int = 4
     return evaluate(
         model,
         examples,
-        score=kind.score,
+        objective=Texts(kind, 0, model.config.vocab_size),
         batch_size=batch_size,
-        pad_id=0,
         device=torch.device("cpu"),
         autocast=nullcontext,
     )
@@ -94,7 +93,7 @@ def test_few_logits_at_once(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) 
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     budget = rows_at_once * VOCABULARY * LONGEST
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", budget)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", budget)
     got = measure(model, examples, batch_size=8)
     hook.remove()
     assert got["loss"] == close(want["loss"]) and got["examples"] == 23

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import InRange, check_rows, padding_id
 from fedhl.task import KINDS
 from fedhl.task.examples import Encoded, Example
+from fedhl.task.objective import Texts
 from fedhl.task.rows import located
 
 LABELS = ["animal", "plant"]
@@ -88,17 +90,17 @@ def losses_in_batches(loaded: Loaded, examples: list[Example], size: int) -> lis
     """By our evaluation: the loss of each row in batches of `size`."""
     seen: list[float] = []
 
-    def score(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found = KINDS[loaded.task].score(logits, labels)
-        seen.extend(found["loss"].tolist())
-        return {"loss": found["loss"]}
+    class Seen(Texts):
+        def score(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            found = super().score(model, batch)
+            seen.extend(found["loss"].tolist())
+            return found
 
     evaluate(
         loaded.model,
         examples,
-        score=score,
+        objective=Seen(KINDS[loaded.task], padding_id(loaded.tokenizer)),
         batch_size=size,
-        pad_id=padding_id(loaded.tokenizer),
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
     )

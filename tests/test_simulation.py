@@ -132,9 +132,8 @@ def measure(federation: Federation, model: PreTrainedModel, examples: Sequence[E
     return evaluate(
         model.eval(),
         examples,
-        score=federation.config.task.score,
+        objective=federation.objective,
         batch_size=5,
-        pad_id=0,
         device=torch.device("cpu"),
         autocast=federation.autocast,
     )

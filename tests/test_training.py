@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from fedhl.config.conduct import TrainingConfig
 from fedhl.model import peft
-from fedhl.model.training import SHORT, Trained, batches, learning_rate, targets, train
+from fedhl.model.training import SHORT, Trained, batches, learning_rate, train
 from fedhl.seeds import generator
+from fedhl.task import ClassificationTask
 from fedhl.task.examples import IGNORED, Example
+from fedhl.task.objective import Texts
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -65,7 +67,7 @@ def learn(
         settings,
         steps=steps,
         rate=lambda k: lr,
-        pad_id=0,
+        objective=Texts(ClassificationTask, pad_id=0),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext(),
         seed=seed,
     )
@@ -149,7 +151,7 @@ def test_each_step_runs_at_its_rate() -> None:
             TrainingConfig(batch_size=8, optimizer="sgd", max_grad_norm=None),
             steps=3,
             rate=values.__getitem__,
-            pad_id=0,
+            objective=Texts(ClassificationTask, pad_id=0),
             autocast=nullcontext,
             seed=0,
         )
@@ -229,10 +231,11 @@ def test_accumulation_equals_the_full_batch(kind: str, count: int, accumulation:
         assert again.steps == trained.steps == 4
 
 
-def test_targets_are_what_the_models_average_over() -> None:
-    assert targets(torch.tensor([0, 2, 1])) == 3
+def test_terms_are_what_the_models_average_over() -> None:
+    texts = Texts(ClassificationTask, pad_id=0)
+    assert texts.terms({"labels": torch.tensor([0, 2, 1])}) == 3
     labels = torch.tensor([[IGNORED, 5, 6], [7, IGNORED, 8]])  # the 7 is predicted from nothing
-    assert targets(labels) == 3
+    assert texts.terms({"labels": labels}) == 3
     model = build("llama")
     ids = torch.tensor([[3, 5, 6], [7, 4, 8]])
     with torch.no_grad():
@@ -383,7 +386,7 @@ def test_what_is_reported() -> None:
         TrainingConfig(batch_size=8),
         steps=3,
         rate=lambda k: 1e-9,
-        pad_id=0,
+        objective=Texts(ClassificationTask, pad_id=0),
         autocast=nullcontext,
         seed=0,
         on_step=lambda: calls.append(None),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fedhl.lora import LoRA, dense
     from fedhl.method import LAWS, Broadcast, Method, Traffic, Update
     from fedhl.methods import METHODS, get_method
+    from fedhl.run.result import Result as Result
+    from fedhl.run.simulate import simulate as simulate
     from fedhl.weighting import Cohort, get_weighting
     from fedhl.weightings import WEIGHTINGS
 
@@ -42,6 +44,8 @@ __getattr__, __dir__ = lazy(
         **dict.fromkeys(("METHODS", "get_method"), "fedhl.methods"),
         **dict.fromkeys(("Cohort", "get_weighting"), "fedhl.weighting"),
         "WEIGHTINGS": "fedhl.weightings",
+        "Result": "fedhl.run.result",
+        "simulate": "fedhl.run.simulate",
         **{name: f"fedhl.{name}" for name in ("lora", "method", "methods", "weighting")},
     },
 )

@@ -139,13 +139,40 @@ def headline(evaluation: Mapping[str, Any]) -> float | None:
     return metrics and metrics[evaluation["metric"]]
 
 
+def more_is_better(evaluation: Mapping[str, Any]) -> bool:
+    """Whether more of the metric by which this evaluation is judged is better. An evaluation of an older run,
+    which does not say, is judged by an accuracy or a loss."""
+    return evaluation.get("greater", evaluation["metric"] == "accuracy")
+
+
 def better(best: Json | None, evaluation: Mapping[str, Any], round: int) -> Json | None:
     """The better of the best round so far and this one, as `{"round": ..., "value": ...}`; of equal
     ones, the earlier."""
     value = headline(evaluation)
     if value is None or not math.isfinite(value):
         return best
-    sign = 1 if evaluation["metric"] == "accuracy" else -1
+    sign = 1 if more_is_better(evaluation) else -1
     if best is None or sign * value > sign * best["value"]:
         return {"round": round, "value": value}
     return best
+
+
+def flat(line: Mapping[str, Any]) -> Json:
+    """The numbers of a round's line by plain names, such as `full/accuracy`, without its clients and without
+    what was not measured."""
+    evaluation, clients = line["evaluation"] or {}, (line["evaluation"] or {}).get("clients") or {}
+    groups = {
+        "full": evaluation.get("full"),
+        "truncated": evaluation.get("truncated"),
+        "clients/mean": clients.get("mean"),
+        "clients/worst": clients.get("worst"),
+        "diagnostics": line["diagnostics"],
+        "bytes": line["bytes"],
+        "seconds": line["seconds"],
+    }
+    found: Json = {"round": line["round"], "learning_rate": line["learning_rate"]}
+    for group, values in groups.items():
+        for name, value in (values or {}).items():
+            if type(value) in (int, float):
+                found[f"{group}/{name}"] = value
+    return found

@@ -14,6 +14,7 @@ from fedhl.config import Config
 from fedhl.federation.federation import Federation
 from fedhl.model import peft
 from fedhl.server import Client, ServerState
+from fedhl.task.objective import Texts
 from support.small_models import HEADS, TARGETS, build, rows
 
 RANKS = {"ada": 2, "bob": 4, "cyd": 2, "dan": 3}
@@ -64,7 +65,7 @@ def federate(
         own={n: rows(kind, own, seed=50 + k) for k, n in enumerate(sorted(ranks))} if own else {},
         held_out=rows(kind, held_out, seed=99),
         slots=slots,
-        pad_id=0,
+        objective=Texts(type(config.task), pad_id=0),
         device=torch.device(device),
     )
 

@@ -21,6 +21,7 @@ from fedhl.model import peft
 from fedhl.seeds import generator
 from fedhl.server import Client, ServerState
 from fedhl.task.examples import Example
+from fedhl.task.objective import Texts
 from support.small_models import LONGEST, SIZE, TARGETS, VOCABULARY
 
 TASKS = [[1, 4], [0, 2, 3]]
@@ -84,7 +85,7 @@ def federate(
         own={},
         held_out=examples(40, 99, OF["ada"]),
         slots=slots,
-        pad_id=0,
+        objective=Texts(type(config.task), pad_id=0),
         device=torch.device("cpu"),
         tasks=TASKS,
     )

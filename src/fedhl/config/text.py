@@ -13,7 +13,8 @@ from pydantic import BaseModel, RootModel, ValidationError
 from fedhl.config.conduct import MedianRule, TrimmedRule
 from fedhl.config.inputs import ColumnPartition, DirichletPartition, IIDPartition
 from fedhl.config.named import DEFAULT_METHOD, Named, named
-from fedhl.config.schema import DRAFT, Config
+from fedhl.config.schema import Config
+from fedhl.config.settings import DRAFT, Settings
 from fedhl.errors import UserError
 from fedhl.names import called, unknown
 from fedhl.strict import Strict
@@ -139,19 +140,19 @@ def kinds(name: str) -> list[str]:
     return [get_args(member.model_fields["kind"].annotation)[0] for member in KINDS[name]]
 
 
-def explain(error: ValidationError) -> str:
-    """One line per mistake: the field, what was found, what is allowed."""
-    return "\n  ".join(dict.fromkeys(explain_one(dict(item)) for item in error.errors()))
+def explain(error: ValidationError, model: type[Settings] = Config) -> str:
+    """One line per mistake in settings of this model: the field, what was found, what is allowed."""
+    return "\n  ".join(dict.fromkeys(explain_one(dict(item), model) for item in error.errors()))
 
 
-def explain_one(item: dict[str, Any]) -> str:
+def explain_one(item: dict[str, Any], model: type[Settings]) -> str:
     """The line of one mistake."""
     unsaid = {"[key]", *(kind for name in KINDS for kind in kinds(name))}
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
-        key, known = location[-1], siblings(item["loc"])
-        elsewhere = places(key)
+        key, known = location[-1], siblings(item["loc"], model)
+        elsewhere = places(key, model)
         if elsewhere and field not in elsewhere and called(key) not in known:
             return f"{field}: unknown key {key!r}; did you mean {' or '.join(elsewhere)}?"
         return f"{field}: {unknown('key', key, known)}"
@@ -176,9 +177,8 @@ def explain_one(item: dict[str, Any]) -> str:
     return f"{field}: {message}, got {got!r}"
 
 
-def siblings(location: tuple[int | str, ...]) -> list[str]:
+def siblings(location: tuple[int | str, ...], model: Any) -> list[str]:
     """The keys allowed beside the one at `location` (whose union members are named by their kind)."""
-    model: Any = Config
     for part in location[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             members = [model.model_fields[str(part)].annotation]
@@ -196,10 +196,10 @@ def siblings(location: tuple[int | str, ...]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
-def places(name: str) -> list[str]:
+def places(name: str, model: type[Settings] = Config) -> list[str]:
     """The settings of this name, or of what is meant by it, such as `training.learning_rate`; those of the
     topmost groups alone."""
-    named = [path for path in settings(Config) if path.rpartition(".")[2] == called(name)]
+    named = [path for path in settings(model) if path.rpartition(".")[2] == called(name)]
     top = min((path.count(".") for path in named), default=0)
     return [path for path in dict.fromkeys(named) if path.count(".") == top]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedhl.config import Config
+from fedhl.config.settings import Settings
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.names import unknown
@@ -27,14 +28,19 @@ def examine(config: Config) -> Examined:
     ranks = config.lora.ranks.assign(list(data.clients), config.seed)
     data, ranks = taking_part(config, data, ranks)
     clients = list(data.clients)
-    if (config.participation.count or 0) > len(ranks):
+    check_count(config, len(ranks))
+    refuse_unknown_clients(config, clients)
+    return pooled(data, ranks) if config.participation.pooled else (data, ranks)
+
+
+def check_count(config: Settings, clients: int) -> None:
+    """Raises UserError if more clients should take part in a round than there are."""
+    if (config.participation.count or 0) > clients:
         raise UserError(
-            f"participation.count: expected at most {len(ranks)}, the number of clients, got "
+            f"participation.count: expected at most {clients}, the number of clients, got "
             f"{config.participation.count}; lower it, or leave participation out, so that all "
             "clients take part"
         )
-    refuse_unknown_clients(config, clients)
-    return pooled(data, ranks) if config.participation.pooled else (data, ranks)
 
 
 def taking_part(config: Config, data: shards.Shards, ranks: dict[str, int]) -> Examined:
@@ -61,7 +67,7 @@ def pooled(data: shards.Shards, ranks: dict[str, int]) -> Examined:
     return whole, {POOLED: max(ranks.values())}
 
 
-def refuse_unknown_clients(config: Config, clients: Sequence[str]) -> None:
+def refuse_unknown_clients(config: Settings, clients: Sequence[str]) -> None:
     """Raises UserError if participation.layers names a client that is not among `clients`."""
     for name in config.participation.layers:
         if name not in clients:

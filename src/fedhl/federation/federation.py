@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from fedhl import server
-from fedhl.config import Config
+from fedhl.config.settings import Settings
 from fedhl.data.label_groups import task_of
 from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import peft
 from fedhl.seeds import derive
-from fedhl.server import Client, Rules, ServerState
+from fedhl.server import Client, Rules, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import silence
 from fedhl.server.privacy import Mechanism
 from fedhl.server.robust import Guard
-from fedhl.task.examples import Example
+from fedhl.task.objective import Objective
 from fedhl.weighting import Weighting
 
 
@@ -31,25 +31,26 @@ class Federation:
     """Everything that does not change between rounds.
 
     `rows` and `own`: each client's training and held-out rows, by client id; `held_out`: the server's
-    held-out rows; `validation`: the server's rows for the choice of settings; `tasks`: the labels of each
+    held-out rows; `objective`: what is learnt from rows, whatever they are; `validation`: the server's rows
+    for the choice of settings; `tasks`: the labels of each
     task, if labels arrive over time; `pooled`: the number of clients whose training rows one client has, 0
     if each has its own; `guard`: the rule for updates that are too large; `privacy`: the mechanism that
     hides each client.
     """
 
-    config: Config
+    config: Settings
     method: Method[Any]
     weighting: Weighting
     clients: list[Client]
-    rows: Mapping[str, Sequence[Example]]
-    own: Mapping[str, Sequence[Example]]
-    held_out: Sequence[Example]
+    rows: Mapping[str, Sequence[Any]]
+    own: Mapping[str, Sequence[Any]]
+    held_out: Sequence[Any]
     slots: peft.Slots
-    pad_id: int
+    objective: Objective
     device: torch.device
     channel: AirComp | None = None
     tasks: Sequence[Sequence[int]] = ()
-    validation: Sequence[Example] = ()
+    validation: Sequence[Any] = ()
     pooled: int = 0
     guard: Guard | None = None
     privacy: Mechanism | None = None
@@ -113,6 +114,13 @@ class Federation:
             head_rows={} if labels is None else peft.label_rows(self.slots, labels),
             audience=self.clients,
         )
+
+    def epsilon(self, rounds: int) -> float | None:
+        """The ε that this number of rounds spends; None without privacy."""
+        privacy, mechanism = self.config.privacy, self.privacy
+        if privacy is None or mechanism is None:
+            return None
+        return accounting.epsilon(mechanism.rate, mechanism.noise, rounds, privacy.delta)
 
     def known_labels(self, labels: Sequence[int] | None) -> AbstractContextManager[None]:
         """Inside the block the model knows only these labels; None: all labels."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.carried import carried_reply
 from fedhl.server.participation import reached
-from fedhl.task.examples import Example
 from fedhl.weighting import moment_bounds
 
 
@@ -69,11 +68,11 @@ def train_client(
             ],
             rows,
             config.training,
+            objective=federation.objective,
             steps=steps,
             rate=lambda k: learning_rate(
                 config.training, period, (round - 1) % period + (k + 0.5) / steps
             ),
-            pad_id=federation.pad_id,
             autocast=federation.autocast,
             seed=derive(config.seed, "training", round, client.id),
             on_step=on_step,
@@ -174,7 +173,7 @@ def deployed(
 
 
 def evaluate_client(
-    federation: Federation, state: ServerState, client: Client, rows: Sequence[Example]
+    federation: Federation, state: ServerState, client: Client, rows: Sequence[Any]
 ) -> Metrics:
     """Metrics on these rows of the model from which this client would start the next round."""
     client = at_current_rank(client, state)
@@ -184,14 +183,13 @@ def evaluate_client(
         return evaluate_rows(federation, rows)
 
 
-def evaluate_rows(federation: Federation, rows: Sequence[Example]) -> Metrics:
+def evaluate_rows(federation: Federation, rows: Sequence[Any]) -> Metrics:
     """Metrics of the current model on these rows."""
     return evaluate(
         federation.slots.model,
         rows,
-        score=federation.config.task.score,
+        objective=federation.objective,
         batch_size=federation.config.evaluation.batch_size,
-        pad_id=federation.pad_id,
         device=federation.device,
         autocast=federation.autocast,
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedhl.config import Config
 from fedhl.config.ranks import RankShares
+from fedhl.config.settings import Settings
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
@@ -28,6 +29,7 @@ from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
 from fedhl.task.examples import Encoded
+from fedhl.task.objective import Objective, Texts
 from fedhl.watch import SILENT, Watcher
 
 
@@ -52,15 +54,8 @@ class Prepared:
         everyone = [known[id] for id in sorted(known)]
         return replace(self, federation=replace(self.federation, clients=everyone))
 
-    def epsilon(self, rounds: int) -> float | None:
-        """The ε that this number of rounds spends; None without privacy."""
-        privacy, mechanism = self.config.privacy, self.federation.privacy
-        if privacy is None or mechanism is None:
-            return None
-        return accounting.epsilon(mechanism.rate, mechanism.noise, rounds, privacy.delta)
 
-
-def pick_device(config: Config) -> str:
+def pick_device(config: Settings) -> str:
     """The device of the config; `auto` is cuda, else mps, else cpu."""
     if config.compute.device != "auto":
         return config.compute.device
@@ -90,13 +85,32 @@ def load_federation(
         seed=config.seed,
     )
     refuse_padding(config, loaded)
+    objective = Texts(
+        type(config.task),
+        padding_id(loaded.tokenizer),
+        getattr(loaded.model.config, "vocab_size", 1),
+    )
+    return loaded, federate(config, loaded.model, loaded.head, ranks, objective, device)
+
+
+def federate(
+    config: Settings,
+    model: nn.Module,
+    head: Sequence[str],
+    ranks: Mapping[str, int],
+    objective: Objective,
+    device: str,
+) -> Federation:
+    """A federation of clients of these `ranks` by id, who have no rows yet, around `model`, which is changed:
+    its layers get adapter slots. `head`: the parameters that are trained whole. Raises UserError for settings
+    that do not fit the model or the ranks."""
     slots = peft.attach(
-        loaded.model,
+        model,
         {rank: config.lora.alpha_of(rank) for rank in sorted(set(ranks.values()))},
         config.lora.targets,
         rslora=config.lora.rslora,
         dropout=config.lora.dropout,
-        head=loaded.head,
+        head=head,
     )
     method = config.method.build()
     layers = trained_layers(config, slots.order)
@@ -106,7 +120,7 @@ def load_federation(
         for name, r in sorted(ranks.items())
     ]
     refuse_mixed_ranks(config, method.mixed_ranks, clients)
-    federation = Federation(
+    return Federation(
         config=config,
         method=method,
         weighting=config.weighting_used.build(),
@@ -115,17 +129,16 @@ def load_federation(
         own={},
         held_out=[],
         slots=slots,
-        pad_id=padding_id(loaded.tokenizer),
+        objective=objective,
         device=torch.device(device),
         channel=config.channel
         and AirComp(snr_db=config.channel.snr_db, power=config.channel.power),
         guard=config.robust and config.robust.build(),
         privacy=mechanism(config, len(clients)),
     )
-    return loaded, federation
 
 
-def mechanism(config: Config, clients: int) -> Mechanism | None:
+def mechanism(config: Settings, clients: int) -> Mechanism | None:
     """The mechanism of `config.privacy`, with a new secret from the operating system; None without
     privacy."""
     if config.privacy is None:
@@ -134,7 +147,7 @@ def mechanism(config: Config, clients: int) -> Mechanism | None:
     return Mechanism(config.privacy.clip, config.privacy.noise, rate, clients, secret)
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Settings) -> None:
     """Raises UserError for mistakes that show before any row is read: an extra that is not installed, or a
     method whose results nobody could evaluate."""
     if config.privacy is not None:
@@ -147,13 +160,13 @@ def check_config(config: Config) -> None:
         )
 
 
-def smallest(config: Config) -> tuple[Method[Any], Any]:
+def smallest(config: Settings) -> tuple[Method[Any], Any]:
     """The method and its state for a layer of 2 x 2, from which its properties can be read."""
     method = config.method.build()
     return method, method.init(initial(2, 2, 1, 1.0, seed=0))
 
 
-def clients_keep(config: Config) -> bool:
+def clients_keep(config: Settings) -> bool:
     """Whether clients keep factors for themselves, without which the run cannot continue."""
     method, state = smallest(config)
     return bool(method.broadcast(state, 1, 1.0).keep)
@@ -216,7 +229,9 @@ def assemble(
         peft.output_layer(federation.slots)  # raises UserError if the head has no rows by label
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
-    tokenised = shards.tokenise(config, data, loaded.tokenizer, readable(federation, loaded))
+    tokenised = shards.tokenise(
+        config, data, loaded.tokenizer, readable(config, federation, loaded)
+    )
     if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
         watcher.say(remark)
     for line in shards.losses(config, tokenised):
@@ -240,18 +255,18 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
-def readable(federation: Federation, loaded: Loaded) -> Callable[[Encoded], None]:
+def readable(config: Config, federation: Federation, loaded: Loaded) -> Callable[[Encoded], None]:
     """Raises RowError unless the model can read the rows."""
 
     def check(encoded: Encoded) -> None:
-        longest = federation.config.task.max_length
+        longest = config.task.max_length
         with federation.autocast():
             check_rows(loaded.model, loaded.tokenizer, encoded, longest)
 
     return check
 
 
-def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset[str]]:
+def trained_layers(config: Settings, layers: Sequence[str]) -> dict[str, frozenset[str]]:
     """The layers of each client that trains only some, by client id. Raises UserError, naming the client."""
     found = {}
     for name, parts in config.participation.layers.items():
@@ -262,7 +277,7 @@ def trained_layers(config: Config, layers: Sequence[str]) -> dict[str, frozenset
     return found
 
 
-def refuse_mixed_ranks(config: Config, mixed: bool, clients: list[Client]) -> None:
+def refuse_mixed_ranks(config: Settings, mixed: bool, clients: list[Client]) -> None:
     """Raises UserError if the method cannot serve clients of different ranks or scales."""
     kinds = sorted({(client.rank, client.scale) for client in clients})
     if not mixed and len(kinds) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -71,21 +71,22 @@ def evaluate_clients(
     """Each client's metrics on its own held-out rows, their mean, and those of the worst client; None without
     such rows."""
     by_client = engine.evaluate(federation, state)
-    return over_clients(by_client, federation.config.task.metrics) if by_client else None
+    judge = federation.objective
+    return over_clients(by_client, judge.metric, judge.greater) if by_client else None
 
 
-def over_clients(by_client: Mapping[str, Metrics], names: Sequence[str]) -> dict[str, Any]:
-    """The mean of these metrics over the clients, and the worst client."""
+def over_clients(by_client: Mapping[str, Metrics], metric: str, greater: bool) -> dict[str, Any]:
+    """The mean of each metric over the clients, and the worst client by `metric`, of which more is better if
+    `greater`."""
+    names = [name for name in next(iter(by_client.values())) if name != "examples"]
     mean = {name: sum(m[name] for m in by_client.values()) / len(by_client) for name in names}
-    # the worst client: by accuracy where there is one, by loss among equals; no loss is worse than NaN
-    losses = {id: metrics["loss"] for id, metrics in by_client.items()}
-    worst = min(
-        by_client,
-        key=lambda id: (
-            by_client[id].get("accuracy", 0.0),
-            -math.inf if math.isnan(losses[id]) else -losses[id],
-        ),
-    )
+
+    def good(id: str) -> tuple[float, float]:
+        """The metric, and the loss among equals; nothing is worse than NaN."""
+        value, loss = by_client[id][metric] * (1 if greater else -1), -by_client[id]["loss"]
+        return tuple(-math.inf if math.isnan(x) else x for x in (value, loss))  # pyright: ignore
+
+    worst = min(by_client, key=good)
     return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
 
 
@@ -120,7 +121,8 @@ def evaluate_round(
     ranks = sorted({client.rank for client in federation.clients})
     return (
         {
-            "metric": federation.config.task.metric,
+            "metric": federation.objective.metric,
+            "greater": federation.objective.greater,
             "full": full,
             "truncated": truncated and {"rank": top, **truncated},
             "ranks": {

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -28,22 +28,19 @@ from fedhl.lora import LoRA
 from fedhl.model.adapters import cpu_copy
 from fedhl.model.targets import check_ranks, find_targets, is_conv1d, layer_shape, left_out
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 @dataclass(frozen=True, eq=False)
 class Slots:
     """A model with LoRA layers: one slot per rank, every lookup done once.
 
-    `model` is the transformers model itself, changed in place; `modules` are its adapted layers by
-    name, sorted; `order` their names as the model defines them, from its input to its output;
-    `factors[rank][name]` are the parameters (A, B) of a slot; `scales[rank]` is PEFT's scaling; `head`
-    are the parameters that are trained whole, shared by all slots; `left_out` are the layers that
+    `model` is the module itself, of transformers or anybody's own, changed in place; `modules` are its
+    adapted layers by name, sorted; `order` their names as the model defines them, from its input to its
+    output; `factors[rank][name]` are the parameters (A, B) of a slot; `scales[rank]` is PEFT's scaling;
+    `head` are the parameters that are trained whole, shared by all slots; `left_out` are the layers that
     "all-linear" passes over, and why.
     """
 
-    model: PreTrainedModel
+    model: Any
     modules: Mapping[str, LoraLayer]
     order: Sequence[str]
     factors: Mapping[int, Mapping[str, tuple[nn.Parameter, nn.Parameter]]]
@@ -56,7 +53,7 @@ class Slots:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     slots: Mapping[int, float],
     targets: Sequence[str] | Literal["all-linear"],
     *,
@@ -113,7 +110,7 @@ def attach(
 
 
 def index_slots(
-    model: PreTrainedModel,
+    model: nn.Module,
     names: Sequence[str],
     ranks: Sequence[int],
     head: Sequence[str],

@@ -9,11 +9,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedhl.seeds import derive, generator, seeded
-from fedhl.task.examples import Example, collate
+from fedhl.task.objective import Objective
 
 if TYPE_CHECKING:
     from fedhl.config.conduct import TrainingConfig
@@ -87,12 +88,12 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 def train(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
-    examples: Sequence[Example],
+    rows: Sequence[Any],
     config: TrainingConfig,
     *,
+    objective: Objective,
     steps: int,
     rate: Callable[[int], float],
-    pad_id: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     seed: int,
     on_step: Callable[[], None] = lambda: None,
@@ -108,28 +109,27 @@ def train(
         optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=config.weight_decay)
     else:
         optimizer = torch.optim.SGD(parameters, lr=1.0, weight_decay=config.weight_decay)
-    order = batches(len(examples), config.batch_size, seed)
+    order = batches(len(rows), config.batch_size, seed)
     losses, seconds = [], 0.0
     with training_mode(model), seeded(derive(seed, "dropout"), device):
         for step in range(steps):
-            rows = [examples[k] for k in next(order)]
-            parts = -(-len(rows) // config.accumulation)
+            drawn = [rows[k] for k in next(order)]
+            size = -(-len(drawn) // config.accumulation)
             micro = [
-                {name: t.to(device) for name, t in collate(rows[k : k + parts], pad_id).items()}
-                for k in range(0, len(rows), parts)
+                send_to_device(objective.batch(drawn[k : k + size]), device)
+                for k in range(0, len(drawn), size)
             ]
             start = perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            # The model's loss is a mean, so each part counts by what it is a mean over.
-            counts = [targets(batch["labels"]) for batch in micro]
+            # The loss is a mean, so each part counts by what it is a mean over.
+            counts = [objective.terms(batch) for batch in micro]
             total = 0.0
             for batch, count in zip(micro, counts, strict=True):
-                with attention(
-                    batch["input_ids"], autocast
-                ):  # also where a backward pass recomputes
+                # also where a backward pass recomputes
+                with attention(objective.tokens(batch), device, autocast):
                     with autocast():
-                        loss = model(**batch).loss * (count / sum(counts))
+                        loss = objective.loss(model, batch) * (count / sum(counts))
                     loss.backward()
                 total += float(loss.detach())
             if penalty is not None:
@@ -145,17 +145,13 @@ def train(
 
 
 def attention(
-    input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+    tokens: int | None, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> AbstractContextManager[Any]:
-    """The kernels of attention for a batch: all that torch has, but plain products for short rows in bfloat16
-    on a CPU, where the backward pass of the fused kernel takes up to ten times as long."""
-    if input_ids.device.type != "cpu" or input_ids.shape[-1] > SHORT:
+    """The kernels of attention for a batch whose longest row has so many tokens (None: rows are not texts):
+    all that torch has, but plain products for short rows in bfloat16 on a CPU, where the backward pass of the
+    fused kernel takes up to ten times as long."""
+    if device.type != "cpu" or tokens is None or tokens > SHORT:
         return nullcontext()
     with autocast():
         narrow = torch.is_autocast_enabled("cpu")
     return sdpa_kernel(SDPBackend.MATH) if narrow else nullcontext()
-
-
-def targets(labels: Tensor) -> int:
-    """How many terms the mean loss of these labels has: rows, or next tokens to be predicted."""
-    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())

@@ -238,7 +238,7 @@ def participant(
     loaded, federation = base(config, node.model, labels, tuple(sorted(ranks.items())))
     data = replace(data, labels=list(labels) or None)
     with unquoted(node):
-        check = readable(federation, loaded)
+        check = readable(settings, federation, loaded)
         own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer, check)
     clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
     federation = replace(

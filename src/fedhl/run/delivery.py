@@ -169,7 +169,7 @@ def evaluate_run(
         tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
         encoded = config.task.encode(rows, source, tokenizer, labels)
         with located(rows, source):
-            readable(federation, prepared.loaded)(encoded)
+            readable(config, federation, prepared.loaded)(encoded)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")

@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fedhl import server
 from fedhl.config import Config, dump_config
-from fedhl.data.label_groups import begins
 from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
-from fedhl.federation.scores import evaluate_round
 from fedhl.files import append_line, finite, private_folder, write_text
-from fedhl.model.training import learning_rate
-from fedhl.record import FINISHED, better, read_metrics, rounds_in, sound
+from fedhl.record import FINISHED, read_metrics, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
@@ -35,8 +31,10 @@ from fedhl.run.folder import (
     uninterrupted,
     writing,
 )
-from fedhl.run.progress import COLLAPSE, describe, steps
-from fedhl.run.stop import stopped, why
+from fedhl.run.progress import steps, told
+from fedhl.run.result import Result
+from fedhl.run.rounds import Done, finish, untrained
+from fedhl.run.stop import stopped
 from fedhl.run.summary import (
     check_checkpoint,
     check_same,
@@ -46,23 +44,23 @@ from fedhl.run.summary import (
     mark,
     write_summary,
 )
-from fedhl.server import Outcome, ServerState
+from fedhl.server import ServerState
 from fedhl.watch import SILENT, Watcher
 
 
 def start_run(
     config: Config, folder: str | Path, watcher: Watcher = SILENT, examined: Examined | None = None
-) -> None:
+) -> Result:
     """Run from the first round into a new folder. Raises UserError if the folder is taken.
 
     `examined`: the rows and the ranks, if they have been read already.
     """
     folder = Path(folder)
     refuse_taken(folder)
-    start_prepared(prepare(config, watcher, examined), folder, watcher)
+    return start_prepared(prepare(config, watcher, examined), folder, watcher)
 
 
-def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> None:
+def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> Result:
     """Continue after the newest good checkpoint, to the same end as an uninterrupted run. `places`: where
     model and data are now, as in `load_run_config`."""
     folder = Path(folder)
@@ -73,12 +71,12 @@ def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[s
             "run as it was started, with fedhl run --ray or fedhl serve"
         )
     with alone(folder):
-        resume_prepared(prepare(config, watcher), folder, watcher)
+        return resume_prepared(prepare(config, watcher), folder, watcher)
 
 
 def start_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
-) -> None:
+) -> Result:
     """`start_run` for a prepared federation and any engine."""
     with writing(folder):
         private_folder(folder)
@@ -91,20 +89,19 @@ def start_prepared(
             write_text(folder / "config.yaml", dump_config(anchored(prepared.config)))
             private_folder(folder / "state")
         watcher.say(f"run folder: {folder}")
-        run_rounds(prepared, None, folder, watcher, engine=engine)
+        return run_rounds(prepared, None, folder, watcher, engine=engine)
 
 
 def resume_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
-) -> None:
+) -> Result:
     """`resume_run` for a prepared federation and any engine."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
         if prepared.federation.privacy is not None:
             refuse_second_noise(folder, 0)
         watcher.say("there is no checkpoint yet; starting from the first round")
-        run_rounds(prepared, None, folder, watcher, engine=engine)
-        return
+        return run_rounds(prepared, None, folder, watcher, engine=engine)
     state, manifest = load_checkpoint(folder, prepared.initial_state(), "last", watcher)
     check_checkpoint(folder, manifest, hashes(prepared, folder))
     if prepared.federation.privacy is not None:
@@ -114,7 +111,7 @@ def resume_prepared(
         keep_metrics(folder, manifest["metrics"])
         checkpoint.prune(folder / "state", keep, best["round"] if best is not None else None)
     watcher.say(f"resuming after round {state.round} of {prepared.config.rounds}")
-    run_rounds(prepared, state, folder, watcher, best, engine)
+    return run_rounds(prepared, state, folder, watcher, best, engine)
 
 
 def refuse_second_noise(folder: Path, round: int) -> None:
@@ -140,9 +137,9 @@ def run_rounds(
     watcher: Watcher,
     best: dict[str, Any] | None = None,
     engine: Engine = IN_PROCESS,
-) -> None:
+) -> Result:
     """The remaining rounds, after `state` or from the start; each round is on disk before the next begins."""
-    rounds = prepared.config.rounds
+    config = prepared.config
     with writing(folder):
         prepared = with_secret(prepared, folder)
         if state is None:
@@ -150,17 +147,18 @@ def run_rounds(
         write_summary(prepared, folder, "running", best)
     try:
         if state is None:
-            state = prepared.initial_state()
-            nothing = Outcome([], [], {}, {})
-            state, best = finish_round(prepared, state, folder, nothing, best, watcher, engine)
-        while state.round < rounds and not stopped(folder):
+            done = untrained(prepared.federation, prepared.initial_state(), watcher, engine)
+            state, best = keep(prepared, done, folder, watcher)
+        while state.round < config.rounds and not stopped(folder):
             here = engine.present(prepared.federation, state.round + 1)
             prepared = prepared.joined_by(here.clients)
+            before = read_metrics(folder) if config.stop else []
             on_step = steps(here, state, watcher)
             following, outcome = run_round(here, state, on_step, engine)
-            state, best = finish_round(
-                prepared, following, folder, outcome, best, watcher, engine, before=state
+            done = finish(
+                prepared.federation, following, state, outcome, before, best, watcher, engine
             )
+            state, best = keep(prepared, done, folder, watcher)
     except KeyboardInterrupt:
         with writing(folder):
             mark(folder, "interrupted")
@@ -168,22 +166,31 @@ def run_rounds(
     with writing(folder):
         write_summary(prepared, folder, FINISHED, best)
         write_report(folder)
+    return Result(prepared.federation, state, read_metrics(folder), folder)
 
 
-def undone(
-    prepared: Prepared, before: ServerState, outcome: Outcome
-) -> tuple[ServerState, Outcome]:
-    """The state after a round that changes nothing, and the outcome in which no client counts."""
-    federation, round = prepared.federation, before.round + 1
-    if federation.tasks and begins(round, prepared.config.period):
-        before = server.next_task(federation.method, before)
-    reason = "the round was undone, since the loss of its model was not finite"
-    refused = [
-        {"id": c["id"], "reason": reason, **{w: c[w] for w in ("bytes_down", "bytes_up")}}
-        for c in outcome.clients
-    ]
-    outcome = replace(outcome, clients=[], refused=[*outcome.refused, *refused], diagnostics={})
-    return replace(before, round=round), outcome
+def keep(
+    prepared: Prepared, done: Done, folder: Path, watcher: Watcher
+) -> tuple[ServerState, dict[str, Any] | None]:
+    """Write checkpoint, metrics and summary of a round, and say what it did; returns the state, whose
+    memories are on disk from now on, and the best round so far."""
+    config, (state, line, best) = prepared.config, done
+    began, seconds = perf_counter(), line["seconds"]
+    with uninterrupted(), writing(folder):
+        notes = finite({"metrics": line, "best": best})
+        notes |= {"hashes": hashes(prepared, folder), "before": hash_before(folder, state.round)}
+        state = checkpoint.on_disk(folder / "state", state)
+        checkpoint.save(folder / "state", state, notes)
+        checkpoint.prune(
+            folder / "state", config.checkpoints.keep, best["round"] if best is not None else None
+        )
+        seconds["checkpoint"] = perf_counter() - began
+        seconds["total"] += seconds["checkpoint"]
+        append_line(folder / "metrics.jsonl", line)
+        write_summary(prepared, folder, "running", best)
+    for text in told(line, config):
+        watcher.say(text)
+    return state, best
 
 
 def with_secret(prepared: Prepared, folder: Path) -> Prepared:
@@ -194,103 +201,3 @@ def with_secret(prepared: Prepared, folder: Path) -> Prepared:
     secret = secret_of(folder, federation.privacy.secret)
     privacy = replace(federation.privacy, secret=secret)
     return replace(prepared, federation=replace(federation, privacy=privacy))
-
-
-def sum_of(seconds: Mapping[str, float]) -> float:
-    """The seconds of a round before it is on disk."""
-    phases = ("broadcast", "train", "aggregate", "diagnostics", "evaluate")
-    return sum(seconds.get(phase, 0.0) for phase in phases)
-
-
-def finish_round(
-    prepared: Prepared,
-    state: ServerState,
-    folder: Path,
-    outcome: Outcome,
-    best: dict[str, Any] | None,
-    watcher: Watcher,
-    engine: Engine = IN_PROCESS,
-    before: ServerState | None = None,
-) -> tuple[ServerState, dict[str, Any] | None]:
-    """Evaluate, then write checkpoint, metrics and summary; returns the state, whose memories are on disk
-    from now on, and the best round so far. A round after which the loss is not finite is undone, if it is
-    finite for the state `before`."""
-    config, round = prepared.config, state.round
-    seconds = {**outcome.seconds}
-    began = perf_counter()
-    evaluation = None
-    if round % config.evaluation.every == 0 or round % config.period == 0:  # the end of a task
-        watcher.step(f"round {round}: evaluating", 0, 1)
-        last = round == config.rounds
-        evaluation = evaluate_round(prepared.federation, state, every_rank=last, engine=engine)
-        if before is not None and not sound(evaluation):
-            kept, nothing = undone(prepared, before, outcome)
-            again = evaluate_round(prepared.federation, kept, every_rank=last, engine=engine)
-            if sound(again):
-                state, outcome, evaluation = kept, nothing, again
-        best = better(best, evaluation, round)
-    seconds["evaluate"] = perf_counter() - began
-    reason = None
-    if config.stop is not None and 0 < round < config.rounds:
-        now = {"round": round, "evaluation": evaluation, "seconds": {"total": sum_of(seconds)}}
-        reason = why(config.stop, [*read_metrics(folder), now], best)
-    if reason is not None:
-        watcher.say(f"ending after round {round} of {config.rounds}: {reason}")
-        began = perf_counter()
-        evaluation = evaluate_round(prepared.federation, state, every_rank=True, engine=engine)
-        best = better(best, evaluation, round)
-        seconds["evaluate"] += perf_counter() - began
-    began = perf_counter()
-    spectra = server.spectra(prepared.federation.method, state, prepared.federation.top_rank)
-    seconds["diagnostics"] = seconds.get("diagnostics", 0.0) + perf_counter() - began
-    epsilon = prepared.epsilon(round)
-    spent = {} if epsilon is None else {"epsilon": epsilon}
-    line = {
-        "round": round,
-        "learning_rate": learning_rate(
-            config.training, config.period, (round - 1) % config.period + 0.5
-        )
-        if round
-        else None,
-        "evaluation": evaluation,
-        "clients": outcome.clients,
-        "refused": outcome.refused,
-        "diagnostics": outcome.diagnostics | spectra | spent,
-        "bytes": {
-            way: sum(record[f"bytes_{way}"] for record in (*outcome.clients, *outcome.refused))
-            for way in ("down", "up")
-        },
-        "seconds": seconds,
-    } | ({} if reason is None else {"stopped": reason})
-    began = perf_counter()
-    with uninterrupted(), writing(folder):
-        seconds["total"] = sum_of(seconds)
-        notes = finite({"metrics": line, "best": best})
-        notes |= {"hashes": hashes(prepared, folder), "before": hash_before(folder, round)}
-        state = checkpoint.on_disk(folder / "state", state)
-        checkpoint.save(folder / "state", state, notes)
-        checkpoint.prune(
-            folder / "state", config.checkpoints.keep, best["round"] if best is not None else None
-        )
-        seconds["checkpoint"] = perf_counter() - began
-        seconds["total"] += seconds["checkpoint"]
-        append_line(folder / "metrics.jsonl", line)
-        write_summary(prepared, folder, "running", best)
-    watcher.say(describe(line, config.rounds))
-    for refused in outcome.refused:
-        watcher.say(f"warning: client {refused['id']!r} does not count: {refused['reason']}")
-    if not outcome.clients and round:
-        left = "moves by the noise alone" if spent else "stays as it was"
-        watcher.say(f"warning: no update was accepted in this round; the model {left}")
-    effective = outcome.diagnostics.get("effective_clients")
-    if effective is not None and effective - 1 < COLLAPSE * (len(outcome.clients) - 1):
-        advice = (
-            "raise weighting.epsilon, or set weighting.share"
-            if config.weighting_used.name == "truncation"
-            else "weighting: uniform counts them alike"
-        )
-        watcher.say(
-            f"warning: the weights of {len(outcome.clients)} clients amount to {effective:.1f} effective "
-            f"ones; {advice}"
-        )
-    return state, best

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from fedhl.run.summary import parameters
 from fedhl.seeds import generator
 from fedhl.server import accounting
 from fedhl.subspace import leading
-from fedhl.task.examples import collate
 from fedhl.weighting import Cohort, data_share
 
 FAR = 10.0
@@ -73,7 +73,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
         )
         seen = accounting.epsilon(1.0, mechanism.noise, config.rounds, delta)
         yield (
-            f"epsilon {prepared.epsilon(config.rounds):.2f} at delta {delta:g} after {config.rounds} rounds"
+            f"epsilon {federation.epsilon(config.rounds):.2f} at delta {delta:g} after {config.rounds} rounds"
             + (
                 f"; {seen:.2f} against an observer who sees which clients take part"
                 if mechanism.rate < 1
@@ -288,7 +288,8 @@ def activations(prepared: Prepared) -> int:
         (example for rows in prepared.tokenised.train.values() for example in rows),
         key=lambda example: -len(example.input_ids),
     )[: config.training.batch_size // config.training.accumulation]
-    batch = {name: t.to(federation.device) for name, t in collate(rows, federation.pad_id).items()}
+    objective = federation.objective
+    batch = send_to_device(objective.batch(rows), federation.device)
     kept: dict[int, int] = {}
     parameters = {p.data_ptr() for p in slots.model.parameters()}
 
@@ -305,7 +306,9 @@ def activations(prepared: Prepared) -> int:
     slots.model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, give), federation.autocast():
-            _ = slots.model(**batch).loss  # the graph must live while its tensors are counted
+            _ = objective.loss(
+                slots.model, batch
+            )  # the graph must live while its tensors are counted
     finally:
         slots.model.eval()
     return sum(kept.values())

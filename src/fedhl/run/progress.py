@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from fedhl.config.settings import Settings
 from fedhl.federation.federation import Federation
 from fedhl.server import ServerState
 from fedhl.watch import Watcher
@@ -54,3 +55,24 @@ def describe(line: dict[str, Any], rounds: int) -> str:
         parts.append(f"epsilon {line['diagnostics']['epsilon']:.2f}")
     parts.append(f"{line['seconds']['total']:.1f} s")
     return "  ".join(parts)
+
+
+def told(line: dict[str, Any], config: Settings) -> Iterator[str]:
+    """What is said of a round: its numbers, and warnings."""
+    yield describe(line, config.rounds)
+    for refused in line["refused"]:
+        yield f"warning: client {refused['id']!r} does not count: {refused['reason']}"
+    if not line["clients"] and line["round"]:
+        left = "moves by the noise alone" if config.privacy else "stays as it was"
+        yield f"warning: no update was accepted in this round; the model {left}"
+    effective = line["diagnostics"].get("effective_clients")
+    if effective is not None and effective - 1 < COLLAPSE * (len(line["clients"]) - 1):
+        advice = (
+            "raise weighting.epsilon, or set weighting.share"
+            if config.weighting_used.name == "truncation"
+            else "weighting: uniform counts them alike"
+        )
+        yield (
+            f"warning: the weights of {len(line['clients'])} clients amount to {effective:.1f} effective "
+            f"ones; {advice}"
+        )

@@ -26,6 +26,7 @@ class ClassificationTask(Kind):
     head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     metric: ClassVar[str] = "accuracy"
+    greater: ClassVar[bool] = True
     class_setting: ClassVar[str | None] = "label"
 
     kind: Literal["sequence-classification"]

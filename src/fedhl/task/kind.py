@@ -30,7 +30,9 @@ class Kind(Strict, ABC):
     metrics: ClassVar[tuple[str, ...]]
     """What `score` measures, the loss first."""
     metric: ClassVar[str]
-    """The metric that a round is judged by: of accuracy more is better, of any other less."""
+    """The metric by which a round is judged."""
+    greater: ClassVar[bool] = False
+    """Whether more of this metric is better."""
     class_setting: ClassVar[str | None] = None
     """The setting that names the field of a row's class; None where rows have no class."""
 
