@@ -20,6 +20,7 @@ from fedhl.lora import initial
 from fedhl.method import SelfPruning
 from fedhl.methods.fedex_lora import Corrected, FedExLoRA
 from fedhl.methods.fedit import FedIT
+from fedhl.methods.fedmomentum import FedMomentum
 from fedhl.methods.flora_na import FLoRANA
 from fedhl.methods.fslora import FSLoRA
 from fedhl.methods.hetlora import HetLoRA
@@ -148,6 +149,48 @@ def test_fedex_lora_equals_its_reference(rounds: int, problem: dict[str, Any]):
     want = means.fedex_lora(state.base, clients(updates))
     got = aggregated(FedExLoRA(), state, updates)
     assert close(got, want, size(updates) + float(state.base.norm()))
+
+
+@from_round_0_and_2
+@given(problem=problems(mixed=False))
+def test_fedmomentum_equals_its_reference(rounds: int, problem: dict[str, Any]):
+    state, updates = played(FedMomentum(), problem, rounds)
+    cut, base = means.fedmomentum(state.base, clients(updates))
+    whole = size(updates) + float(state.base.norm())
+    got = aggregated(FedMomentum(), state, updates)
+    assert close(got, cut + base, whole)
+    after = FedMomentum().aggregate(state, updates)
+    left = float((after.base - state.base).double().norm())
+    # of all choices of rank r the least is left for the base; which one it is where σ_r = σ_{r+1} is free
+    assert left <= float((base - state.base).norm()) + 1e-5 * whole
+
+
+def test_fedmomentum_trains_on_what_is_largest():
+    """Against FedEx-LoRA: the sum is the same, and less of it is left in the base."""
+    methods = FedExLoRA(), FedMomentum()
+    bases = []
+    for method in methods:
+        state = method.init(server(7, 5, top=2, scale=2.0))
+        state = method.aggregate(
+            state, answers(method, state, [2, 2], [2.0, 2.0], [0.4, 0.6], seed=1)
+        )
+        bases.append((state.base.norm(), method.delta(state)))
+    assert close(bases[1][1], bases[0][1], 1.0) and bases[1][0] < 0.9 * bases[0][0]
+
+
+def test_fedmomentum_learns_again_from_nothing():
+    """Clients that answer with zero leave components that can still learn."""
+    method = FedMomentum()
+    state = method.init(initial(6, 5, 3, 2.0, seed=0), seed=4)
+    sent = method.broadcast(state, 3, 2.0)
+    state = method.aggregate(
+        state, [Update(sent, LoRA(torch.zeros(3, 5), torch.zeros(6, 3), 2.0), 1.0)]
+    )
+    assert (
+        torch.linalg.matrix_rank(state.lora.A) == 3
+        and not state.lora.B.any()
+        and not state.base.any()
+    )
 
 
 # HetLoRA

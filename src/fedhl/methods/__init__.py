@@ -19,6 +19,7 @@ METHODS = Table(
         "fedhl": "fedhl.methods.fedhl:FedHL",
         "fedhl_ef": "fedhl.methods.fedhl_ef:FedHLEF",
         "fedit": "fedhl.methods.fedit:FedIT",
+        "fedmomentum": "fedhl.methods.fedmomentum:FedMomentum",
         "fedsa_lora": "fedhl.methods.fedsa_lora:FedSALoRA",
         "fedsvd": "fedhl.methods.fedsvd:FedSVD",
         "ffa_lora": "fedhl.methods.ffa_lora:FFALoRA",

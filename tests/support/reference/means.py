@@ -99,3 +99,11 @@ def fedex_lora(base: Tensor, clients: Sequence[Client]) -> Tensor:
     A, B = stacked([c.p * c.A for c in clients]), stacked([c.p * c.B for c in clients])
     s = clients[0].s
     return base + s * (mean_product(clients) - B @ A) + s * B @ A
+
+
+def fedmomentum(base: Tensor, clients: Sequence[Client]) -> tuple[Tensor, Tensor]:
+    """What trains on, `T_r(s M)`, and the new base, `base + s M - T_r(s M)`, in effective units."""
+    P, r = clients[0].s * mean_product(clients), clients[0].A.shape[0]
+    U, S, Vt = torch.linalg.svd(P)
+    cut = (U[:, :r] * S[:r]) @ Vt[:r]
+    return cut, base + P - cut
