@@ -30,6 +30,15 @@ def test_a_fresh_trainer_for_every_client_ends_at_the_same_adapters(tmp_path: Pa
     assert 0 < row["share in forward, backward, optimizer"]["median"] < 1
 
 
+def test_every_round_is_in_a_tracker_once() -> None:
+    """One tracker, a few rounds; the times of all are committed."""
+    command = [sys.executable, "benchmarks/tracking.py", "--one", "tensorboard", "all"]
+    done = subprocess.run([*command, "--rounds", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = json.loads((ROOT / "benchmarks/results/tracking.json").read_text("utf-8"))
+    assert json.loads(done.stdout).keys() == there["trackers"]["tensorboard, all clients"].keys()
+
+
 def test_no_damaged_message_means_something_else(tmp_path: Path) -> None:
     """A few thousand; the counts of a million are committed."""
     file = tmp_path / "found.json"

@@ -274,6 +274,23 @@ def test_a_bad_override_is_named(override: str, said: str, tmp_path: Path) -> No
         ({"lora": {"alpha": "r2"}}, "lora.alpha: expected a number above 0, or a multiple"),
         ({"lora": {"alpha": "-2r"}}, "multiple of the rank such as 2r, got '-2r'"),
         ({"lora": {"alpha": 0}}, "lora.alpha"),
+        ({"report_to": "tensorbord"}, "report_to: unknown tracker 'tensorbord'; did you mean"),
+        ({"report_to": ["wandb", "wandb"]}, "report_to: wandb is given twice"),
+        ({"report_to": [{"project": "x"}]}, "report_to: a tracker has no name; give one of"),
+        ({"report_to": [3]}, "report_to.0: input should be a valid dictionary"),
+        (
+            {"report_to": {"name": "wandb", "projct": "x"}},
+            "report_to.0.projct: unknown key 'projct'; did you mean 'project'?",
+        ),
+        ({"report_to": {"name": "mlflow", "uri": "mlruns"}}, "uri: expected a URI, e.g. http://"),
+        (
+            {
+                "report_to": {"name": "wandb", "clients": True},
+                "privacy": {"clip": 1, "noise": 1},
+                "weighting": "uniform",
+            },
+            "report_to would give it to wandb; leave clients: true out",
+        ),
         ({"rounds": 0}, "rounds: input should be greater than 0, got 0"),
         ({"rounds": "ten"}, "rounds: input should be a valid integer"),
         ({"participation": {"count": 2}}, "participation: give exactly one of fraction and count"),

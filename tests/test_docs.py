@@ -175,6 +175,8 @@ def test_the_schema_knows_every_config_and_refuses_a_slip() -> None:
         {"training": {"learning_rate": "fast"}},
         {"lora": {"ranks": {"shares": 3}}},
         {"task": {"kind": "regression"}},
+        {"report_to": ["tensorbord"]},
+        {"report_to": {"name": "wandb", "mode": "on"}},
     ):
         assert not check.is_valid(raw | slip), slip
     for right in (
@@ -183,6 +185,9 @@ def test_the_schema_knows_every_config_and_refuses_a_slip() -> None:
         {"weighting": None},
         {"weighting": {"name": "balanced", "lam": 0.1}},
         {"lora": {"ranks": [4, 8]}},
+        {"report_to": "tensorboard"},
+        {"report_to": ["tensorboard", {"name": "wandb", "mode": "online"}]},
+        {"report_to": None},
     ):
         assert check.is_valid(raw | right), right
     described = [

@@ -38,7 +38,10 @@ TORCH_ALONE = frozenset(
     {"lazy", "seeds", "lora", "subspace", "weighting", "weightings", "method", "methods"}
 )
 """Parts that import nothing from elsewhere but torch."""
-ONE_HOME = {"peft": "model", "flwr": "flower", "dp_accounting": "server.accounting"}
+ONE_HOME = {
+    **{"peft": "model", "flwr": "flower", "dp_accounting": "server.accounting"},
+    **dict.fromkeys(("tensorboard", "wandb", "mlflow"), "run.trackers"),
+}
 """Third-party package -> the one part, or module, that may import it."""
 
 

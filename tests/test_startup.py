@@ -22,6 +22,7 @@ class Refusal:
             raise ModuleNotFoundError("torch was imported", name="torch")
 
 sys.meta_path.insert(0, Refusal())
+sys.modules["mlflow"] = None  # as if it were not installed
 import fedhl.cli, fedhl.federation.examine, rich.text
 
 gc.freeze()  # or each fork copies and visits all objects when it ends
@@ -113,6 +114,9 @@ MISTAKES = {
     NEW + "weighting=unifrom": "weighting: unknown weighting 'unifrom'; did you mean 'uniform'?",
     NEW
     + "privacy={clip:\xa01,noise:\xa01}": "privacy: weighting 'truncation' would let one client",
+    NEW + "report_to=wandbb": "report_to: unknown tracker 'wandbb'; did you mean 'wandb'?",
+    NEW
+    + "report_to=mlflow": "mlflow is not installed; install it with `pip install 'fedhl[mlflow]'`",
     # the run folder
     "run tiny.yaml": "runs/tiny exists already",
     "resume nowhere": "nowhere is not a run folder",
@@ -122,6 +126,9 @@ MISTAKES = {
     "export nowhere --rank 2 --out new": "nowhere is not a run folder",
     "export runs/tiny --rank 0 --out new": "--rank must be at least 1, got 0",
     "export runs/tiny --out new": "give either --rank R",
+    "track nowhere": "nowhere is not a run folder",
+    "track runs/tiny": "runs/tiny has no tracker in its config; name one, e.g. --to tensorboard",
+    "track runs/tiny --to mlflow": "mlflow is not installed",
     "report nowhere": "nowhere is not the folder of a run",
     # the model and the data
     NEW + "model.source=./brt": "did you mean 'bert'?",

@@ -48,12 +48,17 @@ def alternatives(annotation: Any) -> list[Any]:
     return [] if annotation is NoneType else [annotation]
 
 
+def in_lists(annotation: Any) -> list[Any]:
+    """The alternatives, and those of what a list has, if an alternative is a list."""
+    found = alternatives(annotation)
+    inner = [get_args(one)[0] for one in found if get_origin(one) is list and get_args(one)]
+    return [*found, *(one for part in inner for one in alternatives(part))]
+
+
 def models(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models among the alternatives."""
+    """The pydantic models among the alternatives, also those of which there is a list."""
     return [
-        one
-        for one in alternatives(annotation)
-        if isinstance(one, type) and issubclass(one, BaseModel)
+        one for one in in_lists(annotation) if isinstance(one, type) and issubclass(one, BaseModel)
     ]
 
 
@@ -117,8 +122,10 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 
 def title(path: str, model: type[BaseModel], alone: bool) -> str:
     """The heading of a section; one of several at the same place says which it is."""
-    if (kind := model.model_fields.get("kind")) is not None:
-        return f"{path} (kind: {type_name(kind.annotation)})"
+    for tag in ("kind", "name"):
+        field = model.model_fields.get(tag)
+        if field is not None and get_origin(field.annotation) is Literal:
+            return f"{path} ({tag}: {type_name(field.annotation)})"
     return path if alone else f"{path} (with {next(iter(model.model_fields))})"
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from fedhl.config import Config
 from fedhl.config.named import MethodConfig, Named, WeightingConfig
+from fedhl.config.tracking import TRACKERS
 from fedhl.strict import help_of
 
 
@@ -25,6 +26,11 @@ def config_schema() -> str:
                 there["description"] = " ".join(text.split())
     for named in (MethodConfig, WeightingConfig):
         schema["$defs"][named.__name__] = names(named)
+    trackers = schema["properties"]["report_to"]
+    short = {"enum": [*TRACKERS]}
+    items = {"anyOf": [short, trackers.pop("items")]}
+    del trackers["type"]
+    trackers["anyOf"] = [{"type": "array", "items": items}, *items["anyOf"], {"type": "null"}]
     whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **without_titles(schema)}
     whole["title"] = "A run of fedhl"
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

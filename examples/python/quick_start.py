@@ -33,7 +33,7 @@ print(result)
 
 # %%
 for row in result.rows:
-    print(row["round"], f"{row['full/accuracy']:.3f}", row["bytes/down"], "bytes down")
+    print(row["round"], f"{row['eval/full/accuracy']:.3f}", row["bytes/down"], "bytes down")
 result.plot()
 
 # %% [markdown]

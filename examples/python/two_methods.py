@@ -36,7 +36,7 @@ def accuracy(method: str, seed: int) -> float:
         training={"steps": 5, "learning_rate": 1e-2},
         watcher=fedhl.watch.SILENT,
     )
-    return result.rows[-1]["full/accuracy"]
+    return result.rows[-1]["eval/full/accuracy"]
 
 
 # %%

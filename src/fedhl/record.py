@@ -128,6 +128,19 @@ def measured(evaluation: Mapping[str, Any]) -> list[float | None]:
     return [metrics.get("loss") for metrics in models if metrics]
 
 
+# --- what a round has trained ---------------------------------------------------------------------
+
+
+def training_loss(line: Mapping[str, Any]) -> float | None:
+    """`Σ n_i loss_i / Σ n_i`: the mean training loss over the rows of the clients that count in a round. None
+    if no client counts, or if a loss is null."""
+    clients = line["clients"]
+    if not clients or any(client["loss"] is None for client in clients):
+        return None
+    rows = sum(client["examples"] for client in clients)
+    return sum(client["loss"] * client["examples"] for client in clients) / rows
+
+
 # --- which round is best ------------------------------------------------------------------------
 
 
@@ -155,24 +168,3 @@ def better(best: Json | None, evaluation: Mapping[str, Any], round: int) -> Json
     if best is None or sign * value > sign * best["value"]:
         return {"round": round, "value": value}
     return best
-
-
-def flat(line: Mapping[str, Any]) -> Json:
-    """The numbers of a round's line by plain names, such as `full/accuracy`, without its clients and without
-    what was not measured."""
-    evaluation, clients = line["evaluation"] or {}, (line["evaluation"] or {}).get("clients") or {}
-    groups = {
-        "full": evaluation.get("full"),
-        "truncated": evaluation.get("truncated"),
-        "clients/mean": clients.get("mean"),
-        "clients/worst": clients.get("worst"),
-        "diagnostics": line["diagnostics"],
-        "bytes": line["bytes"],
-        "seconds": line["seconds"],
-    }
-    found: Json = {"round": line["round"], "learning_rate": line["learning_rate"]}
-    for group, values in groups.items():
-        for name, value in (values or {}).items():
-            if type(value) in (int, float):
-                found[f"{group}/{name}"] = value
-    return found

@@ -153,6 +153,44 @@ def merge(
             console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)
 
 
+@commands.command(rich_help_panel=PANEL)
+def track(
+    run: RunFolder,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="TRACKER",
+            help="tensorboard, wandb or mlflow, or as in a config: '{name: wandb, mode: online}'. Default: "
+            "those of the run's config.",
+        ),
+    ] = None,
+) -> None:
+    """Send all rounds of a run to TensorBoard, Weights & Biases or MLflow.
+
+    A run does so by itself if its config says `report_to: [tensorboard]`. This command is for a run whose
+    config does not, or whose tracker has failed.
+    """
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl.config.tracking import check_installed
+        from fedhl.run.folder import alone, load_run_config
+
+        config = load_run_config(run, [] if to is None else [f"report_to={to}"], draft=True)
+        if not config.report_to:
+            raise UserError(f"{run} has no tracker in its config; name one, e.g. --to tensorboard")
+        check_installed(config.report_to)
+        from fedhl.record import read_metrics
+        from fedhl.run.tracking import Trackers
+
+        read_metrics(run)  # raises UserError if it is damaged
+        with alone(run):
+            trackers = Trackers(config, run, watcher)
+            trackers.send()
+            trackers.close()
+        if len(trackers.working) < len(config.report_to):
+            raise typer.Exit(2)
+
+
 def check_rank(rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")

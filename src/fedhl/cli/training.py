@@ -37,9 +37,11 @@ PANEL = "Train"
 
 def first_look(draft: Config) -> Examined:
     """The rows and the ranks of the clients, before torch is imported. Raises UserError for a mistake in
-    them, and first of all for a model or data file that is not there."""
+    them, and first of all for a package, a model or a data file that is not there."""
+    from fedhl.config.tracking import check_installed
     from fedhl.data.locate import locate
 
+    check_installed(draft.report_to)
     for source in (draft.model.source, draft.data.source):
         locate(source)
     from fedhl.federation.examine import examine
@@ -191,7 +193,10 @@ def demo(
 
 @commands.command(rich_help_panel=PANEL)
 def resume(run: RunFolder, set: Places = None, ray: Ray = None, quiet: Quiet = False) -> None:
-    """Continue a run that was stopped, to the result that it would have had without the stop."""
+    """Continue a run that was stopped, to the result that it would have had without the stop.
+
+    Its metrics may go elsewhere from now on: `--set report_to=[tensorboard,wandb]`.
+    """
     with friendly(run, ray), watching(quiet) as watcher:
         from fedhl.run.folder import PLACES, load_run_config, refuse_other
 

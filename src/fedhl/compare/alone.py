@@ -22,7 +22,7 @@ from fedhl.files import finite, json_text, private_folder, write_text
 from fedhl.record import FAILED, FINISHED, more_is_better, read_metrics, read_summary
 from fedhl.report import write_report
 from fedhl.run import resume_run, start_run
-from fedhl.run.folder import anchored
+from fedhl.run.folder import anchored, trackers_of
 from fedhl.watch import Watcher
 
 Json = dict[str, Any]
@@ -40,7 +40,7 @@ def run_alone(config: Config, folder: Path, watcher: Watcher) -> None:
         if not (run / "config.yaml").is_file():
             start_run(of_one(config, client), run, here)
         elif not finished(run):
-            resume_run(run, here)
+            resume_run(run, here, [trackers_of(of_one(config, client))])
         runs.append(run)
         gc.collect()  # a model refers to itself: free it before the next is loaded
     names = config.task.metrics
@@ -61,9 +61,12 @@ def finished(run: Path) -> bool:
 
 
 def of_one(config: Config, client: str) -> Config:
-    """The settings of one client's run: it takes part in every round."""
+    """The settings of one client's run: it takes part in every round, and trackers have it by its name."""
     raw = config.model_dump(mode="json")
     raw["participation"] |= {"only": [client], "fraction": 1.0, "count": None}
+    for tracker in raw["report_to"]:
+        if "run" in tracker:
+            tracker["run"] = f"{tracker['run'] or config.name}, {client}"
     return Config.model_validate(raw)
 
 

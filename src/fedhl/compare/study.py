@@ -25,7 +25,7 @@ from fedhl.files import private_folder, write_text
 from fedhl.names import listed
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison
 from fedhl.run import resume_run, start_run
-from fedhl.run.folder import anchored, load_run_config
+from fedhl.run.folder import anchored, load_run_config, trackers_of
 from fedhl.watch import SILENT, Watcher
 
 # --- what is to be run --------------------------------------------------------------------------
@@ -52,6 +52,20 @@ class Study:
     rates: Sequence[float]
     folder: Path
 
+    def job(self, label: str, variant: Variant, seed: int, rate: float | None, folder: str) -> Job:
+        """One run, which trackers name by its label, in a group of the name of the comparison's folder,
+        unless the config has names of its own."""
+        config = variant.config(self.config, seed, *rate_change(rate))
+        names = {"run": label, "group": self.folder.name}
+        named = []
+        for tracker in config.report_to:
+            unnamed = {
+                key: name for key, name in names.items() if getattr(tracker, key, "") is None
+            }
+            named.append(tracker.model_copy(update=unnamed))
+        config = config.model_copy(update={"report_to": named})
+        return Job(label, config, self.folder / folder, variant.alone)
+
     @property
     def later(self) -> Sequence[int]:
         """The seeds to run once the learning rates are known: without the first seed, whose run has chosen
@@ -65,11 +79,12 @@ class Study:
     def grid(self) -> list[Job]:
         """The runs that choose the learning rates, with the first seed."""
         return [
-            Job(
+            self.job(
                 f"{variant.text}, rate {rate}",
-                variant.config(self.config, self.seeds[0], *rate_change(rate)),
-                self.folder / rate_folder(variant, rate),
-                variant.alone,
+                variant,
+                self.seeds[0],
+                rate,
+                rate_folder(variant, rate),
             )
             for rate in self.rates
             for variant in self.variants  # innermost: what cannot run shows early
@@ -78,11 +93,12 @@ class Study:
     def sweep(self, seed: int, chosen: Mapping[str, float]) -> list[Job]:
         """Every variant with this seed."""
         return [
-            Job(
+            self.job(
                 f"{variant.text}, seed {seed}",
-                variant.config(self.config, seed, *rate_change(chosen.get(variant.text))),
-                self.folder / seed_folder(variant, seed, chosen.get(variant.text)),
-                variant.alone,
+                variant,
+                seed,
+                chosen.get(variant.text),
+                seed_folder(variant, seed, chosen.get(variant.text)),
             )
             for variant in self.variants
         ]
@@ -218,8 +234,9 @@ def refuse_other_settings(jobs: Sequence[Job]) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every setting, as in the config of a run folder."""
-    return config.model_copy(update={"weighting": config.weighting_used}).model_dump(mode="json")
+    """Every setting that a run must keep, as in the config of a run folder."""
+    whole = config.model_copy(update={"weighting": config.weighting_used})
+    return whole.model_dump(mode="json", exclude={"report_to"})
 
 
 def difference(was: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -328,7 +345,7 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
                 with saving(study.folder):
                     run_alone(job.config, job.folder, watcher.labelled(label))
             elif (job.folder / "config.yaml").is_file():
-                resume_run(job.folder, watcher.labelled(label))
+                resume_run(job.folder, watcher.labelled(label), [trackers_of(job.config)])
             else:
                 start_run(job.config, job.folder, watcher.labelled(label))
             gc.collect()  # a model refers to itself: free it before the next is loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedhl.config.conduct import FederationConfig, TasksConfig
 from fedhl.config.inputs import (
@@ -15,6 +15,7 @@ from fedhl.config.inputs import (
     ModelConfig,
 )
 from fedhl.config.settings import Settings
+from fedhl.config.tracking import AnyTracker, listed
 from fedhl.strict import Strict
 from fedhl.task import KINDS, Task
 
@@ -34,6 +35,9 @@ class Inputs(Strict):
     """Which client has which rows: drawn at random (iid, dirichlet), or by a field (by-column)."""
     tasks: TasksConfig | None = None
     """Class-incremental learning: new labels arrive over time; null: all labels are there from the start."""
+    report_to: Annotated[list[AnyTracker], BeforeValidator(listed)] = Field(default_factory=list)
+    """Trackers that are sent the metrics of every round, by name or as `{name: wandb, mode: online}`;
+    [what is tracked](trackers.md). A run that is resumed may have other trackers."""
     federation: FederationConfig = FederationConfig()
 
 
@@ -77,6 +81,16 @@ class Config(Settings, Inputs):
                 f"rounds: {self.rounds} rounds cannot be shared equally by {number} tasks; "
                 f"set rounds to a multiple of {number}, e.g. {more}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def private_trackers(self) -> Config:
+        for tracker in self.report_to if self.privacy else ():
+            if tracker.clients:
+                raise ValueError(
+                    f"privacy: what clients report of themselves has no noise, and report_to would give it "
+                    f"to {tracker.name}; leave clients: true out"
+                )
         return self
 
     def unbounded(self) -> dict[str, Any]:

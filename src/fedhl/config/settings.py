@@ -138,5 +138,6 @@ class Settings(Strict):
         """The weighting that the config names, or else the method's own; with privacy, uniform."""
         if self.privacy is not None:
             return WeightingConfig(name="uniform")
-        theirs = self.method.build().weighting
-        return self.weighting or WeightingConfig(name=theirs).completed()
+        if self.weighting is not None:
+            return self.weighting
+        return WeightingConfig(name=self.method.build().weighting).completed()

@@ -15,6 +15,7 @@ from fedhl.config.inputs import ColumnPartition, DirichletPartition, IIDPartitio
 from fedhl.config.named import DEFAULT_METHOD, Named, named
 from fedhl.config.schema import Config
 from fedhl.config.settings import DRAFT, Settings
+from fedhl.config.tracking import TRACKERS, Tracker
 from fedhl.errors import UserError
 from fedhl.names import called, unknown
 from fedhl.strict import Strict
@@ -147,7 +148,7 @@ def explain(error: ValidationError, model: type[Settings] = Config) -> str:
 
 def explain_one(item: dict[str, Any], model: type[Settings]) -> str:
     """The line of one mistake."""
-    unsaid = {"[key]", *(kind for name in KINDS for kind in kinds(name))}
+    unsaid = {"[key]", *TRACKERS, *(kind for name in KINDS for kind in kinds(name))}
     location = [str(part) for part in item["loc"] if part not in unsaid]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
@@ -179,6 +180,8 @@ def explain_one(item: dict[str, Any], model: type[Settings]) -> str:
 
 def siblings(location: tuple[int | str, ...], model: Any) -> list[str]:
     """The keys allowed beside the one at `location` (whose union members are named by their kind)."""
+    if location[0] == "report_to":  # report_to, its place in the list, its name, the key
+        return list(TRACKERS[str(location[2])].model_fields)
     for part in location[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             members = [model.model_fields[str(part)].annotation]
@@ -205,7 +208,8 @@ def places(name: str, model: type[Settings] = Config) -> list[str]:
 
 
 def settings(model: Any, prefix: str = "") -> Iterator[str]:
-    """The paths of all settings that a type mentions; `method` and `weighting` are one setting each."""
+    """The paths of all settings that a type mentions; `method`, `weighting` and `report_to` are one setting
+    each."""
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         for part in get_args(model):
             yield from settings(part, prefix)
@@ -213,7 +217,7 @@ def settings(model: Any, prefix: str = "") -> Iterator[str]:
     if issubclass(model, RootModel):  # a rank or a list of ranks
         yield prefix[:-1]
         return
-    if issubclass(model, Named):
+    if issubclass(model, Named | Tracker):
         return
     for name, field in model.model_fields.items():
         inner = list(settings(field.annotation, f"{prefix}{name}."))

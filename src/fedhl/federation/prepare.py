@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedhl.config import Config
 from fedhl.config.ranks import RankShares
 from fedhl.config.settings import Settings
+from fedhl.config.tracking import check_installed
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
@@ -147,11 +148,12 @@ def mechanism(config: Settings, clients: int) -> Mechanism | None:
     return Mechanism(config.privacy.clip, config.privacy.noise, rate, clients, secret)
 
 
-def check_config(config: Settings) -> None:
+def check_config(config: Config) -> None:
     """Raises UserError for mistakes that show before any row is read: an extra that is not installed, or a
     method whose results nobody could evaluate."""
     if config.privacy is not None:
         accounting.check_installed()
+    check_installed(config.report_to)
     method, state = smallest(config)
     if method.delta(state) is None and not config.evaluation.client_fraction:
         raise UserError(

@@ -27,6 +27,7 @@ from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.prepare import (
     Prepared,
+    check_config,
     clients_keep,
     prepare,
     prepare_server,
@@ -56,6 +57,7 @@ GRACE = 60.0
 def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watcher) -> None:
     """Wait for the clients, then do all remaining rounds of the run in `folder`, a new one if there is none
     yet. `needed`: the number of clients for which the first round waits."""
+    check_config(config)
     resumed = (folder / "config.yaml").exists()
     if resumed:
         check_same_run(config, folder)

@@ -56,22 +56,29 @@ def refuse_taken(folder: Path) -> None:
 
 PLACES = ("model.source", "data.source", "data.held_out.source", "lora.start")
 """The settings that say where something is, and not what a run does with it."""
+MAY_CHANGE = (*PLACES, "report_to")
+"""The settings that a run need not keep."""
 
 
 def load_run_config(
-    folder: Path, places: Sequence[str] = (), needed: Collection[str] = ()
+    folder: Path,
+    places: Sequence[str] = (),
+    needed: Collection[str] = (),
+    *,
+    draft: bool = False,
 ) -> Config:
-    """The config of a run folder. `places`: where model and data are now, as `KEY=PATH`; `needed`: the keys
-    of what must be there. Raises UserError if `folder` is not a run folder, and for what is not there."""
+    """The config of a run folder. `places`: where model and data are now, as `KEY=PATH`, and `report_to=...`;
+    `needed`: the keys of what must be there; `draft`: as in `load_config`. Raises UserError if `folder` is
+    not a run folder, and for what is not there."""
     refuse_other(folder)
     for change in places:
         key = change.partition("=")[0].strip()
-        if key not in PLACES:
+        if key not in MAY_CHANGE:
             raise UserError(
-                f"--set {change!r}: a run keeps its settings; only where things are can change: "
-                f"{', '.join(PLACES)}"
+                f"--set {change!r}: a run keeps its settings; only where things are, and where metrics go, "
+                f"can change: {', '.join(MAY_CHANGE)}"
             )
-    config = load_config(folder / "config.yaml", places)
+    config = load_config(folder / "config.yaml", places, draft=draft)
     for key, source in places_of(config).items():
         try:
             if key in needed:
@@ -123,8 +130,14 @@ def anchored(config: Config) -> Config:
 
 
 def same_settings(one: Config, other: Config) -> bool:
-    """Whether two configs differ at most in where model and data are."""
+    """Whether two configs differ at most in where model and data are, and in their trackers."""
+    one, other = (config.model_copy(update={"report_to": []}) for config in (one, other))
     return placed(one, lambda _: "") == placed(other, lambda _: "")
+
+
+def trackers_of(config: Config) -> str:
+    """The trackers of a config as a change, for `load_run_config`."""
+    return f"report_to={json_text(config.model_dump(mode='json')['report_to'])}"
 
 
 # --- its checkpoints ----------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from fedhl.run.summary import (
     mark,
     write_summary,
 )
+from fedhl.run.tracking import tracked
 from fedhl.server import ServerState
 from fedhl.watch import SILENT, Watcher
 
@@ -62,7 +63,7 @@ def start_run(
 
 def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> Result:
     """Continue after the newest good checkpoint, to the same end as an uninterrupted run. `places`: where
-    model and data are now, as in `load_run_config`."""
+    model and data are now, and other trackers, as in `load_run_config`."""
     folder = Path(folder)
     config = load_run_config(folder, places, PLACES)
     if networked(folder) and (clients_keep(config) or clients_own_data(folder)):
@@ -138,34 +139,38 @@ def run_rounds(
     best: dict[str, Any] | None = None,
     engine: Engine = IN_PROCESS,
 ) -> Result:
-    """The remaining rounds, after `state` or from the start; each round is on disk before the next begins."""
+    """The remaining rounds, after `state` or from the start; each round is on disk before a tracker is told,
+    and before the next begins."""
     config = prepared.config
     with writing(folder):
         prepared = with_secret(prepared, folder)
         if state is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         write_summary(prepared, folder, "running", best)
-    try:
-        if state is None:
-            done = untrained(prepared.federation, prepared.initial_state(), watcher, engine)
-            state, best = keep(prepared, done, folder, watcher)
-        while state.round < config.rounds and not stopped(folder):
-            here = engine.present(prepared.federation, state.round + 1)
-            prepared = prepared.joined_by(here.clients)
-            before = read_metrics(folder) if config.stop else []
-            on_step = steps(here, state, watcher)
-            following, outcome = run_round(here, state, on_step, engine)
-            done = finish(
-                prepared.federation, following, state, outcome, before, best, watcher, engine
-            )
-            state, best = keep(prepared, done, folder, watcher)
-    except KeyboardInterrupt:
+    with tracked(config, folder, watcher) as track:
+        try:
+            if state is None:
+                done = untrained(prepared.federation, prepared.initial_state(), watcher, engine)
+                state, best = keep(prepared, done, folder, watcher)
+                track()
+            while state.round < config.rounds and not stopped(folder):
+                here = engine.present(prepared.federation, state.round + 1)
+                prepared = prepared.joined_by(here.clients)
+                before = read_metrics(folder) if config.stop else []
+                on_step = steps(here, state, watcher)
+                following, outcome = run_round(here, state, on_step, engine)
+                done = finish(
+                    prepared.federation, following, state, outcome, before, best, watcher, engine
+                )
+                state, best = keep(prepared, done, folder, watcher)
+                track()
+        except KeyboardInterrupt:
+            with writing(folder):
+                mark(folder, "interrupted")
+            raise
         with writing(folder):
-            mark(folder, "interrupted")
-        raise
-    with writing(folder):
-        write_summary(prepared, folder, FINISHED, best)
-        write_report(folder)
+            write_summary(prepared, folder, FINISHED, best)
+            write_report(folder)
     return Result(prepared.federation, state, read_metrics(folder), folder)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedhl.config.settings import Settings
 from fedhl.federation.federation import Federation
+from fedhl.record import training_loss
 from fedhl.server import ServerState
 from fedhl.watch import Watcher
 
@@ -46,9 +47,8 @@ def describe(line: dict[str, Any], rounds: int) -> str:
             parts.append(f"clients {mean[name]:.4f}, worst {worst[name]:.4f}")
         if tasks := evaluation.get("tasks"):
             parts.append(f"tasks {', '.join(f'{x:.4f}' for x in tasks['accuracy'])}")
-    if line["clients"]:
-        rows = sum(client["examples"] for client in line["clients"])
-        loss = sum(client["loss"] * client["examples"] for client in line["clients"]) / rows
+    loss = training_loss(line)
+    if loss is not None:
         parts.append(f"training loss {loss:.4f}")
         parts.append(f"{line['diagnostics']['effective_clients']:.1f} effective clients")
     if "epsilon" in line["diagnostics"]:

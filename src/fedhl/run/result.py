@@ -19,7 +19,8 @@ from fedhl.lora import LoRA, dense
 from fedhl.model import peft
 from fedhl.model.adapters import save_adapter
 from fedhl.model.targets import is_conv1d
-from fedhl.record import better, flat
+from fedhl.record import better
+from fedhl.run.tracking import numbers, with_totals
 from fedhl.server import ServerState
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ class Result:
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The numbers of each round with plain names, for `pandas.DataFrame(result.rows)`."""
-        return [flat(line) for line in self.metrics]
+        """The numbers of each round by names such as `eval/full/accuracy`, which docs/trackers.md explains, for
+        `pandas.DataFrame(result.rows)`."""
+        return [numbers(line) for line in with_totals(self.metrics)]
 
     def updates(self) -> dict[str, Tensor]:
         """The global update W (m, n) of each layer, at full rank. Raises UserError if the method has no
