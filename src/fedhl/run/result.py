@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -65,9 +66,9 @@ class Result:
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The numbers of each round by names such as `eval/full/accuracy`, which docs/trackers.md explains, for
-        `pandas.DataFrame(result.rows)`."""
-        return [numbers(line) for line in with_totals(self.metrics)]
+        """The numbers of each round by names such as `eval/full/accuracy`, which docs/trackers.md explains,
+        for `pandas.DataFrame(result.rows)`."""
+        return [numbers(line) for line in with_totals(self.metrics, Counter())]
 
     def updates(self) -> dict[str, Tensor]:
         """The global update W (m, n) of each layer, at full rank. Raises UserError if the method has no
