@@ -222,6 +222,7 @@ def settings_of(project: Path, name: str, **changes: Any) -> Config:
     config = tiny.classification(
         name=name,
         rounds=2,
+        data={"limit": 90, "held_out": {"count": 8}},
         partition={"kind": "iid", "clients": 3},
         lora={"targets": ["query"], "ranks": [1, 2, 4]},
         training={"steps": 1},

@@ -43,6 +43,7 @@ def settings_of(project: Path, **changes: Any) -> Config:
         name="memory",
         rounds=ROUNDS,
         method="fedhl_ef",
+        data={"limit": 90, "held_out": {"count": 8}},
         partition={"kind": "iid", "clients": 3},
         lora={"targets": ["query"], "ranks": [1, 2, 2]},
         training={"steps": 1},

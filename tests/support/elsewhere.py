@@ -29,6 +29,7 @@ INDEXED: Any = {
 }
 """Their second argument is a list of indices."""
 JOINED: Any = {aten.cat.default, aten.stack.default}
+MAY_MIX = (Tensor, torch.Generator)
 
 
 class There(Tensor):
@@ -109,11 +110,14 @@ def refuse_mixtures(
     """Raises RuntimeError for what CUDA refuses."""
     if operation in INDEXED:
         leaves = leaves_of((args[0], args[2:]))
+    others = [x for x in leaves if isinstance(x, MAY_MIX) and not isinstance(x, There)]
+    if not others:
+        return
     written = [args[k] for k in places_written(operation) if k < len(args)]
-    for x in leaves:
+    for x in others:
         number = isinstance(x, Tensor) and not x.ndim and operation not in JOINED
         number = number and not any(x is target for target in written)
-        if isinstance(x, Tensor) and not isinstance(x, There) and there and not number:
+        if isinstance(x, Tensor) and there and not number:
             raise RuntimeError(f"{operation}: tensors on {NAME} and on {x.device}")
         if isinstance(x, torch.Generator) and (there or result_there):
             raise RuntimeError(f"{operation}: a generator of {x.device} for a tensor on {NAME}")
