@@ -3,7 +3,7 @@
     python experiments/theory/rate.py
 
 `η = c / √(K T)`: each T is a run of its own. Clients take K noisy steps in W, as the proofs idealise them,
-or LoRA steps. Writes rate.json beside this file; a quarter of an hour on one thread, resumable (runs/theory/).
+or LoRA steps. Writes rate.json beside this file; a quarter of an hour on one thread, resumable.
 """
 
 from __future__ import annotations
