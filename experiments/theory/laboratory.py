@@ -172,6 +172,13 @@ class Round:
     e: Tensor
 
 
+def change(method: Method[Any], state: Any) -> Tensor:
+    """W (m, n), the server's change of the layer."""
+    delta = method.delta(state)
+    assert delta is not None, "a method without a global model has no distance to an optimum"
+    return dense(delta)
+
+
 def lost(method: Method[Any], state: Any, W: Tensor, rank: int, sent: Broadcast) -> float:
     """`||W - start||²` of a client of this rank."""
     if sent.lost is not None:
@@ -200,7 +207,7 @@ def play(
     held: list[Tensor | None] = [None] * len(ranks)
     g = generator(seed, "noise")
     for _ in range(rounds):
-        W = dense(method.delta(state))
+        W = change(method, state)
         sent, e = broadcasts(method, state, W, held, ranks, scales)
         bases = [base_of(M, there) for M, there in zip(held, sent, strict=True)]
         found = train(single, sent, bases, local, g)
@@ -212,7 +219,7 @@ def play(
         state = method.aggregate(state, updates)
         if isinstance(method, Remembering):
             held = remembered(held, sent)
-        yield Round(W.double(), dense(method.delta(state)).double(), updates, p, e)
+        yield Round(W.double(), change(method, state).double(), updates, p, e)
 
 
 def broadcasts(

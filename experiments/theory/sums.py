@@ -108,7 +108,7 @@ def run(
     test, labels = mixture(seed, TEST, "test")
     ranks = [min(rank, *W.shape) for W in base]
     states = [
-        method.init(initial(*W.shape, r, 1.0, derive(seed, "adapter", k)))
+        method.init(initial(W.shape[0], W.shape[1], r, 1.0, derive(seed, "adapter", k)))
         for k, (W, r) in enumerate(zip(base, ranks, strict=True))
     ]
     found: dict[str, list[float]] = {"accuracy": [], "of products": [], "of sums": []}
