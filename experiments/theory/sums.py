@@ -29,7 +29,7 @@ WIDTHS = (32, 64, 64, CLASSES)
 ROWS, BATCH, TEST = 100, 20, 2000
 DISTANCE = 0.75
 """The standard deviation of the classes' centres, beside noise of 1."""
-ROUNDS = 30
+ROUNDS = 20
 RANKS, EPOCHS = (1, 4, 16), (1, 4)
 RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 SEEDS = (0, 1, 2, 3)
