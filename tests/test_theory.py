@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from theory.laboratory import Local, draw, play, train
 
+import docs
 from fedhl import LoRA, get_method, get_weighting
 from fedhl.method import Broadcast
 from fedhl.seeds import generator
@@ -56,3 +59,8 @@ def test_with_full_steps_and_one_rank_that_holds_all_it_is_gradient_descent():
     for round in play(problem, method, uniform, local, 4, seed=3, ranks=[6, 6]):
         W = W - 0.1 * problem.gradient(W)
         torch.testing.assert_close(round.after, W, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tables_of_the_page_are_those_of_the_result_files():
+    page = (Path(__file__).resolve().parent.parent / "docs/theory.md").read_text(encoding="utf-8")
+    assert page == docs.with_theory(page), "write it anew: make docs"

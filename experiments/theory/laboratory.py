@@ -35,6 +35,8 @@ DOCS = HERE.parent.parent / "docs"
 CELLS = HERE.parent.parent / "runs" / "theory"
 RANKS = (4, 4, 4, 4, 8, 8, 16, 16, 32, 64)
 SIDE = 80
+FAR = 1e3
+"""A factor of a larger norm, or one that is not a number, has diverged: all optima have norms near 1."""
 
 # --- the problem --------------------------------------------------------------------------------
 
@@ -198,7 +200,8 @@ def play(
     ranks: Sequence[int] = RANKS,
     scales: Sequence[float] | None = None,
 ) -> Iterator[Round]:
-    """The rounds of a federation in which all clients take part; ends early if W is no longer finite."""
+    """The rounds of a federation in which all clients take part; ends early if a client
+    diverges."""
     scales = [1.0] * len(ranks) if scales is None else scales
     single = problem.float()
     top = max(ranks)
@@ -211,7 +214,7 @@ def play(
         sent, e = broadcasts(method, state, W, held, ranks, scales)
         bases = [base_of(M, there) for M, there in zip(held, sent, strict=True)]
         found = train(single, sent, bases, local, g)
-        if not all(bool(lora.B.isfinite().all() and lora.A.isfinite().all()) for lora in found):
+        if not all(float(x.norm()) < FAR for lora in found for x in (lora.A, lora.B)):
             return
         p = weighting(cohort(problem, W, e, found))
         triples = zip(sent, found, p.tolist(), strict=True)
