@@ -33,7 +33,7 @@ from fedhl.lora import truncate
 from fedhl.server import diagnostics
 
 ROUNDS, EVERY = 150, 5
-RATES = (0.03, 0.1, 0.2, 0.4)
+RATES = (0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
 SEEDS = (1, 2, 3)
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fedhl, printed weights": ("fedhl", {}, "truncation"),
