@@ -29,9 +29,11 @@ WIDTHS = (32, 64, 64, CLASSES)
 ROWS, BATCH, TEST = 100, 20, 2000
 DISTANCE = 0.75
 """The standard deviation of the classes' centres, beside noise of 1."""
+CLIP = 1.0
+"""The largest norm of a client's gradient, over all its factors."""
 ROUNDS = 20
 RANKS, EPOCHS = (1, 4, 16), (1, 4)
-RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+RATES = (0.1, 0.4, 1.6, 6.4)
 SEEDS = (0, 1, 2, 3)
 METHODS = {"sum of products": "flexlora", "product of sums": "fedit"}
 CLIENT_DATA = ("alike", "one class each")
@@ -74,7 +76,7 @@ def forward(x: Tensor, weights: list[Tensor]) -> Tensor:
 def train(
     base: list[Tensor], sent: list[LoRA], x: Tensor, y: Tensor, epochs: int, rate: float, seed: int
 ) -> list[list[LoRA]]:
-    """What each client returns, by layer: SGD on its rows from the same start, all clients at once."""
+    """What each client returns, by layer: SGD on its rows with clipped gradients, all clients at once."""
     A = [lora.A.expand(CLIENTS, -1, -1).clone().requires_grad_() for lora in sent]
     B = [lora.B.expand(CLIENTS, -1, -1).clone().requires_grad_() for lora in sent]
     factors = [*A, *B]
@@ -88,9 +90,11 @@ def train(
             labels = y.gather(1, batch)
             loss = cross_entropy(logits.flatten(0, 1), labels.flatten()) * CLIENTS
             grads = torch.autograd.grad(loss, factors)
+            norms = torch.stack([g.square().sum((1, 2)) for g in grads]).sum(0).sqrt()
+            steps = rate * (CLIP / norms.clamp(min=CLIP))[:, None, None]
             with torch.no_grad():
                 for factor, grad in zip(factors, grads, strict=True):
-                    factor -= rate * grad
+                    factor -= steps * grad
     return [
         [LoRA(a[i].detach(), b[i].detach(), 1.0) for i in range(CLIENTS)]
         for a, b in zip(A, B, strict=True)
