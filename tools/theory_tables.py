@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedhl.report.statistics import mean_interval
+
 MINUS = "\N{MINUS SIGN}"
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "theory"
 
@@ -17,10 +19,12 @@ def read(name: str) -> dict[str, Any]:
 
 def number(x: float) -> str:
     """Three digits that count, without an exponent where that reads well."""
-    if x == 0 or 1e-3 <= abs(x) < 1e4:
+    if abs(x) < 1e-15:
+        return "0"
+    if 1e-3 <= abs(x) < 1e4:
         digits = f"{x:.3g}"
         return f"{float(digits):g}".replace("-", MINUS)
-    return f"{x:.1e}".replace("e-0", f"e{MINUS}").replace("e+0", "e")
+    return f"{x:.1e}".replace("e-0", f"e{MINUS}").replace("e-", f"e{MINUS}").replace("e+0", "e")
 
 
 def pair(interval: dict[str, Any] | None) -> str:
@@ -77,13 +81,16 @@ def rate() -> str:
 
 
 def weights() -> str:
-    parts = ("effective clients, mean", "low ranks' weight", "excess loss", "distance", "few")
-    rows = [
-        [r["data"], r["weights"], *(pair(r[part]) for part in parts)]
-        for r in read("weights")["rows"]
-    ]
+    parts = ("effective clients, mean", "low ranks' weight", "excess loss")
+    found = {(r["data"], r["weights"]): r for r in read("weights")["rows"]}
+    rows = []
+    for (data, name), r in found.items():
+        mine, uniform = (found[data, x]["excess loss"]["values"] for x in (name, "uniform"))
+        mean, half = mean_interval([a - b for a, b in zip(mine, uniform, strict=True)])
+        paired = "" if name == "uniform" else pair({"mean": mean, "half": half})
+        rows.append([data, name, *(pair(r[part]) for part in parts), paired, pair(r["few"])])
     head = ["clients", "weights", "effective clients", "weight of rank 4", "excess loss"]
-    return table([*head, "distance", "in the last 8 inputs"], rows)
+    return table([*head, "minus uniform's", "distance in the last 8 inputs"], rows)
 
 
 def terms() -> str:

@@ -52,25 +52,32 @@ def optimum() -> None:
         for v in result["variants"]:
             if v["setting"] == setting:
                 t = [result["every"] * k for k in range(len(v["distances"]))]
-                line(one, t, v["distances"], COLOURS[v["method"]], label=v["method"])
+                style = "--" if v["method"] == "fedhl_ef, random start" else "-"  # it lies on flora
+                colour, label = COLOURS[v["method"]], v["method"]
+                line(one, t, v["distances"], colour, linestyle=style, label=label)
         title = setting.replace("s ~ 1/sqrt(r)", r"$s \propto 1/\sqrt{r}$")
         one.set(yscale="log", ylim=(1e-4, 1.3), xlabel="rounds")
         one.set_title(title, fontsize=9)
     axes[0].set_ylabel(r"$\|W - W^*\| \,/\, \|W^*\|$")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+    axes[2].legend(frameon=False, fontsize=7, loc="lower left")
     finish(figure, axes, "optimum")
 
 
 CASES = {
-    "fedhl, steps in W": ("#555555", "-"),
-    "flexlora, steps in W": ("#c2571a", "-"),
-    "fedhl_ef, steps in W": ("#1f5fa8", "-"),
-    "fedhl, LoRA": ("#555555", "-"),
-    "flexlora, LoRA": ("#c2571a", "-"),
-    "fedhl_ef, LoRA from D": ("#d09a1e", "-"),
-    "fedhl_ef, LoRA from random, s = 1": ("#1f5fa8", "--"),
-    "fedhl_ef, LoRA from random": ("#1f5fa8", "-"),
+    "fedhl, steps in W": ("#555555", "-", "fedhl"),
+    "flexlora, steps in W": ("#c2571a", "-", "flexlora"),
+    "fedhl_ef, steps in W": ("#1f5fa8", "-", "fedhl_ef"),
+    "fedhl, LoRA": ("#555555", "-", "fedhl"),
+    "flexlora, LoRA": ("#c2571a", "-", "flexlora"),
+    "fedhl_ef, LoRA from D": ("#d09a1e", "-", "fedhl_ef, start D"),
+    "fedhl_ef, LoRA from random, s = 1": ("#63a0dc", "--", "fedhl_ef, random start, one s"),
+    "fedhl_ef, LoRA from random": (
+        "#1f5fa8",
+        "-",
+        r"fedhl_ef, random start, $s \propto 1/\sqrt{r}$",
+    ),
 }
+"""Case -> colour, style, label."""
 
 
 def rate() -> None:
@@ -83,24 +90,14 @@ def rate() -> None:
     for one, (clients, local) in zip(axes, kinds, strict=True):
         for r in result["rows"]:
             if r["clients"] == clients and local in r["case"]:
-                colour, style = CASES[r["case"]]
-                label = r["case"].replace(", steps in W", "").replace(", LoRA", "")
-                label = label.replace(", s = 1", ", one s").replace("from random", "from random,")
-                line(
-                    one,
-                    T,
-                    r["gradient"],
-                    colour,
-                    linestyle=style,
-                    marker=".",
-                    label=label.strip(","),
-                )
+                colour, style, label = CASES[r["case"]]
+                line(one, T, r["gradient"], colour, linestyle=style, marker=".", label=label)
         one.plot(T, [0.25 * (T[0] / t) ** 0.5 for t in T], "k:", linewidth=1, label=r"$T^{-1/2}$")
         one.set(xscale="log", yscale="log", xlabel="T")
         one.set_xticks(T, [f"{t:,}" for t in T], minor=False)
         one.set_xticks([], minor=True)
         one.set_title(f"{local}, clients {clients}", fontsize=9)
-        one.legend(frameon=False, fontsize=7, loc="lower left")
+        one.legend(frameon=False, fontsize=7, loc="lower left", handlelength=3)
     axes[0].set_ylabel(r"mean over t < T of $\|\nabla F(W_t)\|^2$")
     finish(figure, axes, "rate")
 
@@ -151,7 +148,7 @@ def sums() -> None:
         one.set(ylim=(0, 1), xlabel="round")
         one.set_title(f"{data}, local epochs: {e}", fontsize=9)
     axes[0].set_ylabel("accuracy of the pair that is broadcast")
-    axes[2].legend(frameon=False, fontsize=7, loc="upper left")
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     finish(figure, axes, "sums")
 
 
