@@ -20,7 +20,7 @@ from fedhl.subspace import energy
 
 ROUNDS = 60
 RATES = (0.05, 0.15)
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2, 3, 4, 5, 6)
 OWN = 8
 """Inputs that clients of the lowest rank alone have."""
 WEIGHTS: dict[str, dict[str, Any]] = {
