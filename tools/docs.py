@@ -14,6 +14,7 @@ import card_tables  # noqa: E402
 from config_page import config_page  # noqa: E402
 from config_schema import config_schema  # noqa: E402
 from contraction_table import contraction_table  # noqa: E402
+from theory_tables import TABLES  # noqa: E402
 from wire_sizes import size_table  # noqa: E402
 
 from fedhl.methods.catalogue import markdown  # noqa: E402
@@ -42,6 +43,13 @@ def with_contraction(page: str) -> str:
     return replaced(page, "contraction", contraction_table())
 
 
+def with_theory(page: str) -> str:
+    """docs/theory.md with what the laboratory measured."""
+    for name, table in TABLES.items():
+        page = replaced(page, name, table())
+    return page
+
+
 def with_card(page: str) -> str:
     """README.md or docs/performance.md with the results of a graphics card."""
     return card_tables.written(page, card_tables.results())
@@ -52,6 +60,7 @@ PAGES: dict[str, Callable[[str], str]] = {
     "docs/config.schema.json": lambda page: config_schema(),
     "docs/maths.md": with_contraction,
     "docs/methods.md": with_methods,
+    "docs/theory.md": with_theory,
     "docs/wire.md": with_sizes,
     **dict.fromkeys(card_tables.PAGES, with_card),
 }
