@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,14 +66,30 @@ def test_every_part_reports_what_it_measured(
     assert not [p for p in tmp_path.iterdir() if p.name != "new"]  # what `disk` wrote is gone
 
 
+def test_a_part_that_is_stopped_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: object) -> Iterator[Row]:
+        yield {"row": 1}
+        raise KeyboardInterrupt
+
+    file = tmp_path / "figures.json"
+    file.write_text('{"growth": {"rows": [2]}, "remembering": {"rows": [3]}}')
+    monkeypatch.setattr(server, "remembering", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        server.bench_server(["remembering"], 1, "cpu", [], None, file, print)
+    kept = json.loads(file.read_text("utf-8"))
+    assert kept["growth"]["rows"] == [2] and kept["remembering"]["rows"] == [{"row": 1}]
+
+
 @pytest.mark.parametrize("part", [server.one_layer, remembering.remembering])
 def test_a_wrong_result_is_not_timed(
-    part: Callable[[int, Say, str], list[Row]], monkeypatch: pytest.MonkeyPatch
+    part: Callable[[int, Say, str], Iterable[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(problems, "SIDE", 256)
     monkeypatch.setattr(checks, "dense_step", lambda state, updates: state.W.double() * 1.001)
     with pytest.raises(AssertionError):
-        part(1, lambda line: None, "cpu")
+        list(part(1, lambda line: None, "cpu"))
 
 
 def test_an_increment_that_is_not_the_best_is_refused() -> None:

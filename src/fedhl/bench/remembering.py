@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -96,11 +96,10 @@ def layers(side: int) -> dict[str, Tensor]:
     return {name: with_spectrum(spectrum(j), bases) for name, spectrum in SPECTRA.items()}
 
 
-def remembering(repeats: int, say: Say, device: str) -> list[Row]:
+def remembering(repeats: int, say: Say, device: str) -> Iterator[Row]:
     """A step with one memory for each rank, for two numbers of clients, and for two at one total rank; the
     tails are checked on layers of half the side."""
     tails = {name: excess(*next_round(W, device)) for name, W in layers(problems.SIDE // 2).items()}
-    rows: list[Row] = []
     for name, W in layers(problems.SIDE).items():
         state, sent, held = some_rounds(W, device)
         cohorts = {f"{K} clients": draw_ranks(K) for K in (10, 100)}
@@ -132,6 +131,5 @@ def remembering(repeats: int, say: Say, device: str) -> list[Row]:
                 "side of the checked tails": problems.SIDE // 2,
                 "largest relative excess of a tail": tails[name],
             }
-            rows.append(row)
             say(describe(row))
-    return rows
+            yield row

@@ -6,7 +6,7 @@ import json
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -69,13 +69,12 @@ def literal(state: FullRank, updates: Sequence[Update]) -> Tensor:
     return total
 
 
-def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
+def one_layer(repeats: int, say: Say, device: str) -> Iterator[Row]:
     """A step against the bare product, the same with a full SVD, and the literal algorithm."""
     bases, j = (
         (orthogonal(problems.SIDE, 1), orthogonal(problems.SIDE, 2)),
         torch.arange(1, problems.SIDE + 1),
     )
-    rows = []
     for name, spectrum in SPECTRA.items():
         state = to(state_of(with_spectrum(spectrum(j), bases)), device)
         for clients in (10, 100):
@@ -114,12 +113,11 @@ def one_layer(repeats: int, say: Say, device: str) -> list[Row]:
                     **{"literal, s (once)": spent, "literal / step": spent / taken["step"]},
                     "relative difference from literal": off,
                 }
-            rows.append(row)
             say(describe(row))
-    return rows
+            yield row
 
 
-def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
+def accuracy(say: Say, runs: Sequence[Path]) -> Iterator[Row]:
     """The tail energy that truncation leaves against the optimum, for every rank, in float64."""
     side = problems.SIDE // 2
     bases, j = (orthogonal(side, 1), orthogonal(side, 2)), torch.arange(1, side + 1)
@@ -157,16 +155,15 @@ def accuracy(say: Say, runs: Sequence[Path]) -> list[Row]:
                 **{"from nothing, s": cold, "full SVD, s": full},
             }
         )
+        yield rows[-1]
     worst = max(rows, key=lambda row: row["largest relative excess of the tail"])
     say(f"{len(rows)} matrices, the worst: {describe(worst)}")
-    return rows
 
 
-def growth(repeats: int, say: Say, device: str) -> list[Row]:
+def growth(repeats: int, say: Say, device: str) -> Iterator[Row]:
     """Time against the number of clients at one total rank, against the total rank, and the side."""
-    rows = []
 
-    def measure(side: int, ranks: Sequence[int], what: str) -> None:
+    def measure(side: int, ranks: Sequence[int], what: str) -> Row:
         state, updates = states[side], cohort(states[side], ranks, len(ranks))
         method, after = FedHL(), FedHL().aggregate(states[side], updates)
         start = state.sent.A
@@ -179,26 +176,26 @@ def growth(repeats: int, say: Say, device: str) -> list[Row]:
             device,
         )
         difference(after.W, state, updates)
-        row = {"series": what, "side": side, "clients": len(ranks), "total rank": sum(ranks)}
-        rows.append(row | {f"{work}, s": value for work, value in taken.items()})
-        say(describe(rows[-1]))
+        row: Row = {"series": what, "side": side, "clients": len(ranks), "total rank": sum(ranks)}
+        row |= {f"{work}, s": value for work, value in taken.items()}
+        say(describe(row))
+        return row
 
     sides = (problems.SIDE // 4, problems.SIDE // 2, problems.SIDE)
     states = {side: to(state_of(harmonic(side, side)), device) for side in sides}
     for clients, rank in ((50, 64), (200, 16), (800, 4)):
-        measure(
+        yield measure(
             problems.SIDE, [rank] * clients + [TOP], f"{clients} of rank {rank}, and one of {TOP}"
         )
     for clients in (10, 30, 100, 300):
-        measure(problems.SIDE, draw_ranks(clients), "clients")
+        yield measure(problems.SIDE, draw_ranks(clients), "clients")
     for side in (problems.SIDE // 4, problems.SIDE // 2):
-        measure(side, draw_ranks(100), "side")
-    return rows
+        yield measure(side, draw_ranks(100), "side")
 
 
 def ceilings(
     repeats: int, say: Say, device: str, cohorts: Sequence[int] = (100,), side: int | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     """A step of each layer shape of Llama-2-7B, or of such a model with matrices of another side, against the
     product and the copy of W that no server can do without, for each number of clients in `cohorts`; last,
     the sum over all linear layers."""
@@ -231,7 +228,7 @@ def ceilings(
                 }
             )
             say(describe(rows[-1]))
-    wholes: list[Row] = []
+            yield rows[-1]
     for clients in cohorts:
         theirs = [row for row in rows if row["clients"] == clients]
         total = {
@@ -240,9 +237,9 @@ def ceilings(
         }
         count = sum(row["layers"] for row in theirs)
         whole: Row = {"model": "Llama-2-7B, all linear", "layers": count, "clients": clients}
-        wholes.append(whole | against_ceiling(total))
-        say(describe(wholes[-1]))
-    return rows + wholes
+        whole |= against_ceiling(total)
+        say(describe(whole))
+        yield whole
 
 
 def against_ceiling(taken: Mapping[str, float]) -> Row:
@@ -311,8 +308,8 @@ def bench_server(
     side: int | None = None,
 ) -> dict[str, Any]:
     """All figures of the server step, as data; see docs/performance.md. `file`: the file to which each part
-    is added when it is done; `cohorts`, `side`: for `ceilings`. Raises AssertionError if a result is not that
-    of the float64 reference."""
+    is added row by row, in place of what the file has of that part; `cohorts`, `side`: for `ceilings`. Raises
+    AssertionError if a result is not that of the float64 reference."""
     machine = {
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -320,7 +317,7 @@ def bench_server(
         **{"torch": torch.__version__, "fedhl": __version__, "commit": commit()},
         "repeats": repeats,
     }
-    works: dict[str, Callable[[], list[Row]]] = {
+    works: dict[str, Callable[[], Iterable[Row]]] = {
         "layer": lambda: one_layer(repeats, say, device),
         "remembering": lambda: remembering(repeats, say, device),
         "accuracy": lambda: accuracy(say, runs),
@@ -333,8 +330,11 @@ def bench_server(
     result: dict[str, Any] = json.loads(file.read_text("utf-8")) if file and known else {}
     for part in parts:
         say(f"# {part}")
-        result[part] = {"machine": machine, "rows": works[part]()}
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        rows: list[Row] = []
+        for row in works[part]():
+            rows.append(row)
+            result[part] = {"machine": machine, "rows": rows}
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
