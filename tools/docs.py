@@ -11,6 +11,7 @@ if __name__ == "__main__":
     sys.path.append(str(ROOT / "benchmarks"))
 
 import card_tables  # noqa: E402
+import result_tables  # noqa: E402
 from config_page import config_page  # noqa: E402
 from config_schema import config_schema  # noqa: E402
 from contraction_table import contraction_table  # noqa: E402
@@ -50,6 +51,13 @@ def with_theory(page: str) -> str:
     return page
 
 
+def with_results(page: str) -> str:
+    """docs/results.md with the tables of the comparisons."""
+    for name, table in result_tables.tables().items():
+        page = replaced(page, name, table)
+    return page
+
+
 def with_card(page: str) -> str:
     """README.md or docs/performance.md with the results of a graphics card."""
     return card_tables.written(page, card_tables.results())
@@ -60,6 +68,7 @@ PAGES: dict[str, Callable[[str], str]] = {
     "docs/config.schema.json": lambda page: config_schema(),
     "docs/maths.md": with_contraction,
     "docs/methods.md": with_methods,
+    "docs/results.md": with_results,
     "docs/theory.md": with_theory,
     "docs/wire.md": with_sizes,
     **dict.fromkeys(card_tables.PAGES, with_card),
