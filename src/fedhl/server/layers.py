@@ -26,7 +26,7 @@ ROUNDING = 1e-5
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One layer: its `state` after `round` rounds, the root `seed` of the draws for its clients, what they
-    hold, and the broadcasts to clients that remember, as far as they are `built`."""
+    hold, and the broadcasts that many clients are sent, as far as they are `built`."""
 
     method: Method[Any]
     name: str
@@ -68,7 +68,8 @@ class Layer:
 
     def sender(self) -> Callable[[Client], Broadcast]:
         """`broadcast`, but a broadcast that many clients are sent is built only once."""
-        built = self.built if remembers(self.method) else {}
+        # those of single clients would fill the memory
+        built = {} if self.method.per_client and not remembers(self.method) else self.built
 
         def send(client: Client) -> Broadcast:
             alike = alike_of(client), self.ledger.version(client.id)
@@ -137,8 +138,10 @@ class Layers:
 
     def of(self, name: str, state: Any) -> Layer:
         """The layer of this name with this state, which has been read already."""
-        known = self.state.ledger, self.state.built
-        return Layer(self.method, name, state, self.state.round, self.seed, *known)
+        built = self.state.built if remembers(self.method) else {}
+        return Layer(
+            self.method, name, state, self.state.round, self.seed, self.state.ledger, built
+        )
 
     def versions(self, clients: Iterable[Client]) -> dict[str, str]:
         """The version that each client holds once it has received its broadcast, by client id."""
