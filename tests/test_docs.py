@@ -11,9 +11,11 @@ import config_page
 import config_schema
 import jsonschema
 import pytest
+import result_tables
 import yaml
 from pydantic import Field, PositiveInt
 
+import docs
 import experiments
 from fedhl.config import Config, load_config
 from fedhl.config.conduct import TasksConfig
@@ -107,6 +109,26 @@ def test_the_examples_of_a_page_run(
     for code, expected in zip(codes, said, strict=True):
         exec(compile(code, page, "exec"), {"__name__": "example"})
         assert expected in capsys.readouterr().out
+
+
+def test_the_tables_of_results_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert page == docs.with_results(page), "write it anew: make docs"
+
+
+def test_differences_in_tables_are_paired_by_seed() -> None:
+    """Two methods that move together with the seed: each varies, their difference does not."""
+
+    def row(values: dict[int, float]) -> result_tables.Row:
+        runs = {seed: {"final": {"full": {"accuracy": x}}} for seed, x in values.items()}
+        return result_tables.Row({"variant": "x"}, "accuracy", 0.1, runs)
+
+    first, other = row({0: 0.1, 1: 0.5, 2: 0.9}), row({2: 0.92, 0: 0.12, 1: 0.53})
+    assert result_tables.score(first, first) == "50.0 ± 99.4%"  # t(0.975, 2) = 4.303, s = 40, n = 3
+    assert result_tables.difference(other, first) == "**+2.3 ± 1.4**"
+    assert result_tables.difference(first, first) == ""
+    with pytest.raises(ValueError, match="other seeds"):
+        result_tables.difference(row({0: 0.1, 1: 0.5}), first)
 
 
 def test_the_readme_counts_the_methods() -> None:
