@@ -167,7 +167,7 @@ def test_fedmomentum_equals_its_reference(rounds: int, problem: dict[str, Any]):
 
 def test_fedmomentum_trains_on_what_is_largest():
     """Against FedEx-LoRA: the sum is the same, and less of it is left in the base."""
-    methods = FedExLoRA(), FedMomentum()
+    methods: list[Method[Any]] = [FedExLoRA(), FedMomentum()]
     bases = []
     for method in methods:
         state = method.init(server(7, 5, top=2, scale=2.0))

@@ -27,7 +27,7 @@ for site, rank, alpha in (("a", 2, 8), ("b", 4, 4)):
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:  # in place of training
             nn.init.normal_(parameter, std=0.1)
-    trained.save_pretrained(folder / site)
+    trained.save_pretrained(str(folder / site))
 
 # %%
 sites = [str(folder / "a"), str(folder / "b")]
@@ -40,7 +40,7 @@ print(merge)
 # %%
 X = torch.eye(16)
 outputs = {
-    name: PeftModel.from_pretrained(base(), folder / name).get_base_model()[0](X)
+    name: PeftModel.from_pretrained(base(), folder / name).get_submodule("base_model.model.0")(X)
     for name in ("a", "b", "merged")
 }
 start = base()[0](X)

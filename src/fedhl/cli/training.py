@@ -90,7 +90,8 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
 
     The data is read and the model is loaded, so that every mistake shows now, and warnings of rows that are
     odd: rare labels, labels that look alike, blank texts, duplicates. Printed are the clients and their rows,
-    the parameters that are trained at each rank, the bytes per client and round, and the memory needed.
+    the parameters that are trained at each rank, the bytes per client and round, the time, from a few steps
+    that are tried, and the memory needed.
     """
     with friendly(), watching(quiet=False) as watcher:
         from fedhl.config import load_config
@@ -100,12 +101,14 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
         from fedhl.data.hygiene import remarks
         from fedhl.federation.prepare import prepare
         from fedhl.run import overview
+        from fedhl.run.estimate import duration
 
         prepared = prepare(load_config(config, set or ()), watcher, examined)
         for line in remarks(draft, examined[0]):
             watcher.say(line)
         tables = (overview.clients_table, overview.ranks_table, overview.memory_table)
-        lines, made = list(overview.overview(prepared)), [table(prepared) for table in tables]
+        lines = [*overview.overview(prepared), *duration(prepared)]
+        made = [table(prepared) for table in tables]
         console = stdout()
         for line in lines:
             console.print(line, markup=False)
