@@ -184,12 +184,12 @@ def named(
     if not isinstance(data, Mapping):
         width = len(str(len(data) - 1))
         data = {f"client-{k:0{width}}": rows for k, rows in enumerate(data)}
-    for id in data:
-        if known and id not in known:
-            raise UserError(f"{what}: {unknown('client', str(id), known)}")
     if not data:
         raise UserError(f"{what}: there are none; give the rows of each client")
     found = {str(id): listed(f"{what}: {id!r}", data[id]) for id in sorted(data, key=str)}
+    for id in found:
+        if known and id not in known:
+            raise UserError(f"{what}: {unknown('client', id, known)}")
     if empty := next((id for id, rows in found.items() if not len(rows)), None):
         raise UserError(f"{what}: {empty!r} has no rows; leave this client out")
     return found
@@ -233,7 +233,7 @@ def refuse_idle(config: Settings, everyone_keeps: bool, own: Mapping[str, Any]) 
     `everyone_keeps`: whether the method has no global model."""
     for setting, given, instead in (
         ("checkpoints", "checkpoints" in config.model_fields_set, "nothing is written"),
-        ("lora.start", config.lora.start, "load the adapter into the model before"),
+        ("lora.start", config.lora.start, "merge the adapter into the model before"),
         ("evaluation.client_fraction", config.evaluation.client_fraction, "give client_held_out"),
         ("participation.only", config.participation.only, "give the rows of these clients alone"),
         ("participation.pooled", config.participation.pooled, "give one client all rows"),
