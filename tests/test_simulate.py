@@ -202,7 +202,7 @@ def test_rows_may_be_anything_that_can_be_read():
             return iter(points(20, 1))
 
     lists = play(clients={"a": points(20, 1), "b": points(30, 2)}, ranks={"a": 2, "b": 4})
-    by_number = play(clients={1: points(20, 1)}, ranks=2, client_held_out={1: points(5, 3)})
+    by_number = play(clients={1: points(20, 1)}, ranks={1: 2}, client_held_out={1: points(5, 3)})
     assert [client.id for client in by_number.federation.clients] == ["1"]
     streams = play(
         clients={"b": (row for row in points(30, 2)), "a": Stream()}, ranks={"a": 2, "b": 4}

@@ -217,7 +217,7 @@ def read_settings(settings: Mapping[str, Any], ranks: Any, clients: Sequence[str
     if isinstance(lora, Mapping) and "ranks" in lora:
         raise UserError("lora.ranks: give the ranks as ranks=...")
     if isinstance(ranks, Mapping) and not {"clients", "shares"} & set(ranks):
-        ranks = {"clients": dict(ranks)}
+        ranks = {"clients": {str(id): rank for id, rank in ranks.items()}}
     given = {**settings, "lora": {**lora, "ranks": ranks} if isinstance(lora, Mapping) else lora}
     try:
         config = Settings.model_validate(given)
