@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fedhl
 from fedhl.config import load_config
+from fedhl.config.schema import Inputs
 from fedhl.errors import UserError
 from fedhl.federation.prepare import prepare
 from fedhl.lora import truncate
@@ -97,8 +98,8 @@ def test_it_is_the_command_lines_federation_to_the_bit(
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         return {"accuracy": (model(**inputs).logits.argmax(-1) == batch["labels"]).float()}
 
-    settings = config.model_dump(exclude={"name", "model", "task", "data", "partition", "tasks"})
-    del settings["federation"], settings["checkpoints"], settings["evaluation"]["client_fraction"]
+    settings = config.model_dump(exclude=set(Inputs.model_fields))
+    del settings["checkpoints"], settings["evaluation"]["client_fraction"]
     ranks = {client.id: client.rank for client in rows.clients}
     lora = {key: value for key, value in settings.pop("lora").items() if key != "ranks"}
     ours = fedhl.simulate(
@@ -264,6 +265,7 @@ def test_numbers_for_a_table_and_a_picture():
             "learning_rate: unknown key .*did you mean training.learning_rate",
         ),
         ({"data": {}}, "data: unknown key"),
+        ({"report_to": ["wandb"]}, "report_to: unknown key"),
         ({"training": {"steps": 0}}, "training.steps: "),
         ({"ranks": 7}, "rank 7 does not fit layer first"),
         (

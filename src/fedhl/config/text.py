@@ -180,7 +180,9 @@ def explain_one(item: dict[str, Any], model: type[Settings]) -> str:
 
 def siblings(location: tuple[int | str, ...], model: Any) -> list[str]:
     """The keys allowed beside the one at `location` (whose union members are named by their kind)."""
-    if location[0] == "report_to":  # report_to, its place in the list, its name, the key
+    if (
+        location[0] == "report_to" and len(location) > 2
+    ):  # report_to, its place in the list, its name, the key
         return list(TRACKERS[str(location[2])].model_fields)
     for part in location[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
