@@ -91,8 +91,8 @@ def losses_in_batches(loaded: Loaded, examples: list[Example], size: int) -> lis
     seen: list[float] = []
 
     class Seen(Texts):
-        def score(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            found = super().score(model, batch)
+        def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            found = super().score(outputs, batch)
             seen.extend(found["loss"].tolist())
             return found
 

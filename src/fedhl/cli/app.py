@@ -238,6 +238,13 @@ def stdout() -> Console:
     return console if console.is_terminal else Console(highlight=False, emoji=False, width=120)
 
 
+def say(line: str) -> None:
+    """Print a sentence. Only a terminal gets it wrapped: whoever reads a file or a pipe looks for whole
+    lines, and paths would be torn apart."""
+    console = stdout()
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+
+
 def parse_numbers(
     option: str, text: str, kind: Callable[[str], Number], example: str
 ) -> list[Number]:

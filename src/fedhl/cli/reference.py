@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedhl.cli.app import friendly, method_names, stdout, weighting_names
+from fedhl.cli.app import friendly, method_names, say, stdout, weighting_names
 from fedhl.errors import UserError
 
 commands = typer.Typer()
@@ -61,14 +61,13 @@ def methods(
         found = catalogue.rows()
         for title, columns in catalogue.SHEETS.items():
             show(title, [{column: row.facts[column] for column in columns} for row in found])
-            console.print(catalogue.NOTES[title], markup=False)
+            say(catalogue.NOTES[title])
         for law, meaning in LAWS.items():
-            console.print(f"{law}: {meaning}", markup=False)
+            say(f"{law}: {meaning}")
         show("Weightings", [catalogue.weighting(name) for name in WEIGHTINGS])
-        console.print(
+        say(
             "more on one: fedhl methods NAME; your own: method: package.module:Class, see "
-            "docs/adding-a-method.md",
-            markup=False,
+            "docs/adding-a-method.md"
         )
 
 

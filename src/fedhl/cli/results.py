@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedhl.cli.app import Places, Round, RunFolder, friendly, parse_numbers, stdout, watching
+from fedhl.cli.app import Places, Round, RunFolder, friendly, parse_numbers, say, stdout, watching
 from fedhl.errors import UserError
 
 commands = typer.Typer()
@@ -22,7 +22,7 @@ def report(run: RunFolder) -> None:
 
         path = write_report(run)
         stdout().print(final_table(run))
-        stdout().print(f"report: {path}", markup=False)
+        say(f"report: {path}")
 
 
 @commands.command(name="eval", rich_help_panel=PANEL)
@@ -134,23 +134,20 @@ def merge(
         result = merge_folders(adapters, given, rank, out, normalize=normalize, force=force)
         ranks = sorted(set(result.ranks.values()))
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        console = stdout()
         for folder, weight in zip(adapters, result.weights, strict=True):
-            console.print(f"{weight:.4f}  {folder}", markup=False)
-        console.print(
+            say(f"{weight:.4f}  {folder}")
+        say(
             f"merged {len(result.ranks)} layers at rank {shown} into {out}; truncation lost "
-            f"{100 * result.error:.3g}% of the squared norm",
-            markup=False,
+            f"{100 * result.error:.3g}% of the squared norm"
         )
         if result.unnamed:
-            console.print(
+            say(
                 f"warning: nothing says which labels the heads of {', '.join(result.unnamed)} have; their "
-                "mean is right only if all have the same labels in the same order",
-                markup=False,
+                "mean is right only if all have the same labels in the same order"
             )
         worst = max(result.errors, key=lambda name: result.errors[name])
         if result.errors[worst] > 0:
-            console.print(f"most in {worst}: {100 * result.errors[worst]:.3g}%", markup=False)
+            say(f"most in {worst}: {100 * result.errors[worst]:.3g}%")
 
 
 @commands.command(rich_help_panel=PANEL)

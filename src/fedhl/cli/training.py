@@ -21,6 +21,7 @@ from fedhl.cli.app import (
     friendly,
     method_names,
     parse_numbers,
+    say,
     stdout,
     watching,
     weighting_names,
@@ -109,12 +110,11 @@ def check(config: ConfigFile, set: Overrides = None) -> None:
         tables = (overview.clients_table, overview.ranks_table, overview.memory_table)
         lines = [*overview.overview(prepared), *duration(prepared)]
         made = [table(prepared) for table in tables]
-        console = stdout()
         for line in lines:
-            console.print(line, markup=False)
+            say(line)
         for table in made:
-            console.print(table)
-        console.print(f"nothing was trained; to train: fedhl run {config}", markup=False)
+            stdout().print(table)
+        say(f"nothing was trained; to train: fedhl run {config}")
 
 
 @commands.command(rich_help_panel=PANEL, cls=Configured)
@@ -375,7 +375,7 @@ def compare(
             stopped = True
         if not quiet:
             stdout().print(*comparison_tables(folder), sep="\n")
-            stdout().print(f"report: {folder / 'comparison.html'}", markup=False)
+            say(f"report: {folder / 'comparison.html'}")
         if stopped:
             done, planned = read_comparison(folder).finished
             print(
@@ -399,13 +399,9 @@ def finished(run: Path, quiet: bool) -> None:
         raise typer.Exit(3 if failed else 0)
     from fedhl.report import final_table
 
-    console = stdout()
-    console.print(final_table(run))
-    console.print(f"report: {run / 'report.html'}", markup=False)
+    stdout().print(final_table(run))
+    say(f"report: {run / 'report.html'}")
     if failed:
         raise typer.Exit(3)
     top = max(client["rank"] for client in summary["clients"])
-    console.print(
-        f"a PEFT adapter of rank {top}: fedhl export {run} --rank {top} --out {run.name}-rank{top}",
-        markup=False,
-    )
+    say(f"a PEFT adapter of rank {top}: fedhl export {run} --rank {top} --out {run.name}-rank{top}")

@@ -34,7 +34,8 @@ def evaluate(
     for part in objective.parts(rows, batch_size):
         batch = send_to_device(objective.batch(part), device)
         with autocast():
-            terms = objective.score(model, batch)
+            outputs = objective.outputs(model, batch)
+        terms = objective.score(outputs, batch)
         count += len(terms["loss"])
         for name, values in terms.items():
             totals[name] = totals.get(name, 0.0) + float(values.double().sum())

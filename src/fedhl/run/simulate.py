@@ -70,11 +70,13 @@ class Own:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         return self.loss_of(model, batch.inputs)
 
-    def score(self, model: Any, batch: Batch) -> Mapping[str, Tensor]:
-        found = {"loss": self.loss_of(model, batch.inputs), **self.metrics_of(model, batch.inputs)}
-        if self.metric not in found:
-            raise UserError(f"metric: {unknown('metric', self.metric, list(found))}")
-        return {name: self.by_row(name, values, batch.rows) for name, values in found.items()}
+    def outputs(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.loss_of(model, batch.inputs), **self.metrics_of(model, batch.inputs)}
+
+    def score(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        if self.metric not in outputs:
+            raise UserError(f"metric: {unknown('metric', self.metric, list(outputs))}")
+        return {name: self.by_row(name, values, batch.rows) for name, values in outputs.items()}
 
     @staticmethod
     def by_row(name: str, values: Any, rows: int) -> Tensor:

@@ -45,7 +45,11 @@ class Objective(Protocol):
         """The mean loss of a batch, with its graph."""
         ...
 
-    def score(self, model: Any, batch: Any) -> Mapping[str, Tensor]:
+    def outputs(self, model: Any, batch: Any) -> Any:
+        """What the metrics are made of, from a forward pass."""
+        ...
+
+    def score(self, outputs: Any, batch: Any) -> Mapping[str, Tensor]:
         """`loss` and the other metrics, one number for each term: vectors whose means over all batches are
         reported."""
         ...
@@ -86,14 +90,11 @@ class Texts:
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**batch).loss
 
-    def score(self, model: Any, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        import torch
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
-        inputs = dict(batch)
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        with torch.autocast(logits.device.type, enabled=False):
-            return self.kind.score(logits.float(), labels)
+    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.kind.score(outputs.float(), batch["labels"])
 
     def parts(self, rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
         """Longest rows first, so that a batch too large for the memory fails at once."""
