@@ -152,7 +152,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         participation={"fraction": 1.0},
         training={"steps": 2},
         evaluation={"client_fraction": 0.0, "every": 100},
-        federation={"clients": 2, "minimum": 3, "deadline": 40},
+        federation={"clients": 2, "minimum": 3, "deadline": 60},
     )
     settings = load_config(tiny.write_config(project / "faults.yaml", config))
     run, network = tmp_path / "run", tmp_path / "network"
@@ -204,7 +204,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         # round 1: client-1 never answers
         until(lambda: len(lines()) == 2)
         assert accepted(lines()[1]) == {"client-0"}
-        assert "no reply within 40 seconds" in refused(lines()[1])["client-1"]
+        assert "no reply within 60 seconds" in refused(lines()[1])["client-1"]
         assert all(intruder.poll() for intruder in intruders)  # both have given up
 
         # it is started again, another joins; in round 2 the server is killed
@@ -234,7 +234,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         shutil.rmtree(next((tmp_path / "cache" / "clients").glob("*/client-0")))
 
         # Flower misses its heartbeat after a minute. Until then a round does without it, once its
-        # deadline of 40 seconds is over: round 4 and perhaps 5. The last round waits for it.
+        # deadline of 60 seconds is over: round 4 and perhaps 5. The last round waits for it.
         until(lambda: (run / "report.html").exists() or back(2))
 
     assert accepted(lines()[6]) == {"client-0", "client-1", "client-2"}
