@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedhl.report.files import dig
+
 MODELS = {
     "full W": ("full",),
     "cut to the top rank": ("truncated",),
@@ -24,10 +26,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], name: str) -> Figure:
     for label, path in MODELS.items():
         points = []
         for line in metrics:
-            found: Any = line["evaluation"]
-            for key in path:
-                found = (found or {}).get(key)
-            if found:
+            if found := dig(line, "evaluation", *path):
                 points.append((line["round"], found[name]))
         if points:
             ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
