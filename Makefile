@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm federation test check bench docs release clean
+.PHONY: help install demo demo-llm demo-images federation test check bench docs release clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,8 +48,14 @@ demo: .venv/minilm ## MiniLM on movie reviews: 10 clients, ranks 4 to 64, a few 
 demo-llm: .venv/smollm2 build/stdlib.jsonl ## SmolLM2-135M on Python source: each standard-library package a client
 	$(call train,stdlib-functions,configs/demo-llm.yaml)
 
+demo-images: .venv/installed build/digits ## a vision transformer on handwritten digits: 10 clients, two minutes
+	$(call train,digits,configs/digits.yaml)
+
 federation: .venv/minilm ## the demo over TLS on this machine, compared with one process; writes runs/federation/
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/deployment/federation.py configs/federation.yaml --out runs/federation
+
+build/digits: examples/digits.py .venv/installed
+	$(BIN)/python examples/digits.py $@
 
 build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	@mkdir -p build

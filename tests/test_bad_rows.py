@@ -216,8 +216,11 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_place(kind: str) -> None:
     from support.styles import style
 
     task = KINDS[kind].model_validate({"kind": kind})
-    rows = [Row({"text": "", "label": "a", "prompt": 1, "completion": 1}, 41, 57)]
-    with pytest.raises(UserError, match=r"f\.jsonl: row 41 \(counted from 0, line 57\): the "):
+    wrong = {"text": "", "label": "a", "labels": ["a"], "prompt": 1, "completion": 1, "image": b"a"}
+    rows = [Row(wrong, 41, 57)]
+    with pytest.raises(
+        UserError, match=r"f\.jsonl: row 41 \(counted from 0, line 57\): (the|field) "
+    ):
         task.encode([*rows], "f.jsonl", style("byte-level"), ["a", "b"])
 
 

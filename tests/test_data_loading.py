@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhl.data.loading import fingerprint, hold_out, load_rows
-from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.locate import locate
 from fedhl.task.rows import column
 
 ROWS = [{"text": "good film", "label": "1"}, {"text": 'a "bad",\nlong one', "label": "0"}]

@@ -50,6 +50,15 @@ TABLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], type, str | None]]
         IIDPartition,
         None,
     ),
+    "images in folders of clients": (
+        [
+            {"image": f"c{k % 3}/{r['label']}/{k}.png", "label": r["label"], "client": f"c{k % 3}"}
+            for k, r in enumerate(sentences(200))
+        ],
+        {"image": "image", "label": "label"},
+        ColumnPartition,
+        "client",
+    ),
     "chats": (rows(120), {"messages": "messages"}, ColumnPartition, "site"),
     "a label that is the user's name": (
         [

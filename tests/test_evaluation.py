@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fedhl.model.evaluation import Metrics, evaluate
 from fedhl.task import CausalTask, ClassificationTask, objective
 from fedhl.task.examples import IGNORED, Example
-from fedhl.task.objective import Texts
+from fedhl.task.texts import Texts
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -34,7 +34,9 @@ def measure(model: PreTrainedModel, examples: list[Example], batch_size: int = 4
 def naive(model: PreTrainedModel, examples: list[Example]) -> tuple[list[float], list[bool]]:
     """Every term of the loss in float64 from unpadded single rows, and whether it was predicted."""
     losses, hits = [], []
-    for ids, labels in examples:
+    for example in examples:
+        ids, labels = example.input_ids, example.labels
+        assert not isinstance(labels, tuple)
         logits = model(input_ids=torch.tensor([ids])).logits[0].double()
         if not isinstance(labels, list):
             losses.append(-float(logits.log_softmax(-1)[int(labels)]))

@@ -584,7 +584,7 @@ def test_the_code_of_a_card_runs_in_a_new_process(tmp_path: Path) -> None:
                 card = model_card(summary, "merged", rank, base=base, **about)
                 fresh = base_of_a_stranger(name, tmp_path / name)
                 export_merged(out, fresh, deltas, head, card)
-                rows = fresh.tokenizer(TEXTS, padding=True, return_tensors="pt")
+                rows = fresh.processor(TEXTS, padding=True, return_tensors="pt")
                 with torch.no_grad():
                     expected[name] = fresh.model.eval()(**rows).logits
             (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)

@@ -22,7 +22,7 @@ import fedhl
 SOURCE = Path(fedhl.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "lazy", "seeds", "names", "files", "watch", "record", "strict"}),
+    frozenset({"errors", "lazy", "seeds", "names", "files", "watch", "record", "strict", "locate"}),
     frozenset({"lora", "subspace", "weighting", "weightings", "method"}),
     frozenset({"methods", "server", "shelf", "task"}),
     frozenset({"config"}),

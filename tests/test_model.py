@@ -29,7 +29,7 @@ from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
 from fedhl.model import loading
-from fedhl.model.loading import load_model, load_tokenizer
+from fedhl.model.loading import load_model, load_processor
 
 
 def save(model: PreTrainedModel, folder: Path, **tokenizer: bool) -> str:
@@ -85,8 +85,8 @@ def test_the_head_comes_from_the_seed_alone(bert: str) -> None:
 def test_a_decoder_as_classifier_knows_its_padding(llama: str) -> None:
     loaded = load_model(llama, "sequence-classification", labels=["a", "b"])
     assert loaded.head == ("score.weight",)
-    assert loaded.tokenizer.pad_token == "[EOS]"
-    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == 2
+    assert loaded.processor.pad_token == "[EOS]"
+    assert loaded.model.config.pad_token_id == loaded.processor.pad_token_id == 2
 
 
 def test_causal_lm_has_no_head(llama: str) -> None:
@@ -198,7 +198,7 @@ def test_a_model_folder_without_tokenizer(config: PreTrainedConfig, tmp_path: Pa
     ):
         load_model(str(tmp_path), "sequence-classification")
     with pytest.raises(UserError, match=r"the tokenizer (is missing|of)"):
-        load_tokenizer(str(tmp_path))
+        load_processor(str(tmp_path), "sequence-classification")
 
 
 def test_a_tokenizer_of_which_the_model_knows_no_token(tmp_path: Path) -> None:
@@ -336,12 +336,12 @@ def test_smollm2_is_converted_once(
     )
     assert first.source_for_adapter == str(tmp_path / "gguf" / first.hash[:16])
     assert sum(p.numel() for p in first.model.parameters()) == 134_515_008
-    assert first.tokenizer.chat_template is not None
-    batch = first.tokenizer("The capital of France is", return_tensors="pt")
+    assert first.processor.chat_template is not None
+    batch = first.processor("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         logits = first.model(**batch).logits
         assert torch.equal(again.model(**batch).logits, logits)
-    assert str(first.tokenizer.decode([int(logits[0, -1].argmax())])).strip() == "Paris"
+    assert str(first.processor.decode([int(logits[0, -1].argmax())])).strip() == "Paris"
 
 
 def test_dropout_can_be_switched_off(bert: str) -> None:

@@ -24,7 +24,7 @@ from fedhl.federation.federation import at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
 from fedhl.method import Broadcast, flatten, remembers
-from fedhl.model.loading import tokenizer_hash
+from fedhl.model.processors import processor_hash
 from fedhl.network import node, wire
 from fedhl.network.memory import Holdings, Kept
 from fedhl.network.message import Malformed
@@ -228,7 +228,7 @@ class Post:
     @property
     def run(self) -> wire.Run:
         loaded = self.prepared.loaded
-        return wire.Run("run", loaded.hash, tokenizer_hash(loaded.tokenizer))
+        return wire.Run("run", loaded.hash, processor_hash(loaded.processor))
 
     def sent(self, state: ServerState, client: Client) -> dict[str, Broadcast]:
         return server.broadcast(self.prepared.federation.method, state, client, self.config.seed)

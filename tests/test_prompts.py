@@ -13,11 +13,11 @@ from support.characters import characters
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.locate import locate
 from fedhl.task.causal import encode_chat, encode_completion
-from fedhl.task.classification import encode_classification
 from fedhl.task.examples import IGNORED, Encoded, Example, collate
+from fedhl.task.labelled import encode_texts
 from fedhl.task.labels import label_ids
 
 TEMPLATE = (
@@ -124,7 +124,7 @@ def test_a_first_token_alone_is_nothing_to_learn() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     assert encode_completion(CHAT, [], [], 9) == Encoded([], [], 0)
-    assert encode_classification(PLAIN, [], [], 9) == Encoded([], [], 0)
+    assert encode_texts(PLAIN, [[]], [], 9) == Encoded([], [], 0)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
@@ -173,15 +173,15 @@ def test_bad_prompts() -> None:
 
 def test_classification() -> None:
     tokenizer = characters(adds_bos=True)
-    encoded = encode_classification(tokenizer, ["xyz", "", "xxxxxxx"], [1, 0, 1], 4)
+    encoded = encode_texts(tokenizer, [["xyz", "", "xxxxxxx"]], [1, 0, 1], 4)
     tokens = [tokenizer.convert_ids_to_tokens(e.input_ids) for e in encoded.examples]
     assert tokens == [["<bos>", "x", "y", "z"], ["<bos>"], ["<bos>", "x", "x", "x"]]
     assert [e.labels for e in encoded.examples] == [1, 0, 1]
     assert (encoded.rows, encoded.truncated) == ([0, 1, 2], 1)
     with pytest.raises(UserError, match=r"row 1 .*has no tokens"):
-        encode_classification(PLAIN, ["x", ""], [0, 1], 4)
+        encode_texts(PLAIN, [["x", ""]], [0, 1], 4)
     with pytest.raises(UserError, match=r"row 0 .*the text is NoneType"):
-        encode_classification(PLAIN, [None], [0], 4)  # pyright: ignore[reportArgumentType]
+        encode_texts(PLAIN, [[None]], [0], 4)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_text_that_is_cut_keeps_the_token_at_its_end() -> None:
@@ -189,7 +189,7 @@ def test_a_text_that_is_cut_keeps_the_token_at_its_end() -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    encoded = encode_classification(tokenizer, ["xyzxyz", "xy", "xyz"], [0, 1, 0], 4)
+    encoded = encode_texts(tokenizer, [["xyzxyz", "xy", "xyz"]], [0, 1, 0], 4)
     tokens = [tokenizer.convert_ids_to_tokens(e.input_ids) for e in encoded.examples]
     assert tokens == [["<bos>", "x", "y", "<eos>"]] * 3
     assert encoded.truncated == 2  # the second is as long without a cut

@@ -24,8 +24,8 @@ from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import InRange, check_rows, padding_id
 from fedhl.task import KINDS
 from fedhl.task.examples import Encoded, Example
-from fedhl.task.objective import Texts
 from fedhl.task.rows import located
+from fedhl.task.texts import Texts
 
 LABELS = ["animal", "plant"]
 SIZE: dict[str, Any] = {
@@ -99,7 +99,7 @@ def losses_in_batches(loaded: Loaded, examples: list[Example], size: int) -> lis
     evaluate(
         loaded.model,
         examples,
-        objective=Seen(KINDS[loaded.task], padding_id(loaded.tokenizer)),
+        objective=Seen(KINDS[loaded.task], padding_id(loaded.processor)),
         batch_size=size,
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
@@ -132,7 +132,7 @@ def test_the_loss_of_a_row_does_not_depend_on_its_batch(
     labels = [k % 2 for k in range(8)]
     expected = losses_alone(folder, texts, labels).tolist()
     loaded = load_model(folder, "sequence-classification", labels=LABELS)
-    ids = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    ids = [loaded.processor(text)["input_ids"] for text in texts]
     examples: Any = [Example(row, label) for row, label in zip(ids, labels, strict=True)]
     assert {len(row) for row in ids} == set(range(2, 10)) and loaded.batches
     for size in (8, 3, 1):
@@ -190,7 +190,7 @@ def refusal(loaded: Loaded, rows: list[list[int]], max_length: int = 128) -> str
     encoded = Encoded([Example(ids, k % 2) for k, ids in enumerate(rows)], [*range(len(rows))], 0)
     try:
         with located([], "rows.jsonl"):
-            check_rows(loaded.model, loaded.tokenizer, encoded, max_length)
+            check_rows(loaded.model, loaded.processor, encoded, max_length)
     except UserError as error:
         return str(error)
     return ""
@@ -243,7 +243,7 @@ def test_a_token_beyond_the_embedding(name: str, tmp_path: Path) -> None:
     tokenizer.add_tokens(["yew", "gnu"])
     tokenizer.save_pretrained(folder)
     loaded = load_model(folder, "sequence-classification", labels=LABELS)
-    rows = [loaded.tokenizer(text)["input_ids"] for text in ("cat", "dog", "a gnu")]
+    rows = [loaded.processor(text)["input_ids"] for text in ("cat", "dog", "a gnu")]
     assert refusal(loaded, rows[:2]) == ""
     said = refusal(loaded, rows)
     last = len(WORDS)
@@ -269,7 +269,7 @@ def test_a_table_of_any_kind_is_looked_up_within_it() -> None:
 
 def test_rows_without_a_known_token(tmp_path: Path) -> None:
     loaded = load_model(save(tmp_path, CONFIGS["BERT"]()), "sequence-classification", labels=LABELS)
-    rows = [loaded.tokenizer(text)["input_ids"] for text in ("gato", "perro y zorro", "cat")]
+    rows = [loaded.processor(text)["input_ids"] for text in ("gato", "perro y zorro", "cat")]
     assert refusal(loaded, rows) == ""
     assert "no token of any row is known to the model's tokenizer" in refusal(loaded, rows[:2])
 

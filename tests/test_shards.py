@@ -15,7 +15,7 @@ from fedhl.config import Config
 from fedhl.data import shards
 from fedhl.data.shards import Shards
 from fedhl.errors import UserError
-from fedhl.task.examples import IGNORED
+from fedhl.task.examples import IGNORED, Example
 
 TOKENIZER = characters()
 
@@ -217,10 +217,10 @@ def test_tokenised_rows_are_those_of_the_shards(source: str) -> None:
     got = shards.tokenise(settings, data, TOKENIZER)
     labels = data.labels or []
 
-    def expected(row: dict[str, Any]) -> tuple[list[int], int]:
+    def expected(row: dict[str, Any]) -> Example:
         ids = TOKENIZER(row["text"])["input_ids"]
         assert isinstance(ids, list)
-        return ids[:6], labels.index(row["label"])
+        return Example(ids[:6], labels.index(row["label"]))
 
     for parts, tokenised in (
         (data.clients, got.train),

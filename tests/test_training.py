@@ -18,7 +18,7 @@ from fedhl.model.training import SHORT, Trained, batches, learning_rate, train
 from fedhl.seeds import generator
 from fedhl.task import ClassificationTask
 from fedhl.task.examples import IGNORED, Example
-from fedhl.task.objective import Texts
+from fedhl.task.texts import Texts
 
 # PEFT asks transformers for a property that a newer transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedhl.data.image_folder import ENDINGS
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.names import listed, plural
+from fedhl.task.images import file_of
 from fedhl.task.rows import Rows
 
 LOOK = 20_000
@@ -44,6 +46,7 @@ OWNERS = (
 """Fields that say whom a row belongs to, or what sets clients apart."""
 MOST_LABELS, MOST_CLIENTS, FEWEST_ROWS = 200, 1000, 20
 MODELS = {
+    "image-classification": "google/vit-base-patch16-224-in21k",
     "sequence-classification": "sentence-transformers/all-MiniLM-L6-v2",
     "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
@@ -61,10 +64,14 @@ class Guess:
 
 
 def guess(rows: Rows) -> Guess:
-    """What the rows are. Raises UserError if they have neither chats, nor prompts with completions, nor texts
-    with labels."""
+    """What the rows are. Raises UserError if they have neither images with labels, nor chats, nor prompts
+    with completions, nor texts with labels."""
     names = list(rows[0])
     lower = {name.lower(): name for name in names}
+    image = next((name for name in names if is_image(rows[0][name])), None)
+    label = next((lower[name] for name in LABELS if name in lower), None)
+    if image is not None and label is not None:
+        return with_owner(rows, "image-classification", {"image": image, "label": label})
     for chat in CHATS:
         if chat in lower and isinstance(rows[0][lower[chat]], list):
             return with_owner(rows, "causal-lm", {"messages": lower[chat]})
@@ -87,6 +94,14 @@ def guess(rows: Rows) -> Guess:
             "(docs/config.md)"
         )
     return with_owner(rows, "sequence-classification", {"text": text, "label": labels[0]})
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is the path of an image, or the bytes of a file, which a table has of nothing else."""
+    file = file_of(value)
+    return isinstance(file, bytes) or (
+        isinstance(file, str) and file.lower().endswith(ENDINGS) and len(file.split()) == 1
+    )
 
 
 def with_owner(rows: Rows, kind: str, fields: dict[str, str]) -> Guess:
@@ -122,7 +137,9 @@ def draft(source: str, model: str | None = None) -> str:
         re.sub(r"[^A-Za-z0-9]+", "-", Path(source.rpartition(":")[2]).stem).strip("-") or "my-run"
     )
     fields = "".join(f", {setting}: {quoted(field)}" for setting, field in found.fields.items())
-    classify = found.kind == "sequence-classification"
+    classify = found.kind != "causal-lm"
+    texts = found.kind != "image-classification"
+    most = f", max_length: {128 if classify else 512}" if texts else ""
     seen = plural(len(rows), "row") if len(rows) < LOOK else f"the first {LOOK:,} rows"
     used = {*found.fields.values(), found.owner}
     unused = [field for field in rows[0] if field not in used]
@@ -132,7 +149,7 @@ def draft(source: str, model: str | None = None) -> str:
         f"name: {name}",
         "",
         f"model: {{source: {quoted(model or MODELS[found.kind])}}} # a hub id, or a folder",
-        f"task: {{kind: {found.kind}{fields}, max_length: {128 if classify else 512}}}",
+        f"task: {{kind: {found.kind}{fields}{most}}}",
         *([f"# not used: {listed(json.dumps(field) for field in unused)}"] if unused else []),
         f"data: {{source: {quoted(source)}, held_out: {{fraction: 0.1}}}} # held out: to evaluate on",
         "",

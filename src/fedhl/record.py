@@ -141,6 +141,12 @@ def training_loss(line: Mapping[str, Any]) -> float | None:
     return sum(client["loss"] * client["examples"] for client in clients) / rows
 
 
+# --- metrics ------------------------------------------------------------------------------------
+
+SHARES = frozenset({"accuracy", "f1"})
+"""The metrics that are shares of 1, which people read in percent."""
+
+
 # --- which round is best ------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from fedhl.config import Config
 from fedhl.federation.federation import Federation
 from fedhl.model import peft
 from fedhl.server import Client, ServerState
-from fedhl.task.objective import Texts
+from fedhl.task.texts import Texts
 from support.small_models import HEADS, TARGETS, build, rows
 
 RANKS = {"ada": 2, "bob": 4, "cyd": 2, "dan": 3}

@@ -21,7 +21,7 @@ from fedhl.model import peft
 from fedhl.seeds import generator
 from fedhl.server import Client, ServerState
 from fedhl.task.examples import Example
-from fedhl.task.objective import Texts
+from fedhl.task.texts import Texts
 from support.small_models import LONGEST, SIZE, TARGETS, VOCABULARY
 
 TASKS = [[1, 4], [0, 2, 3]]

@@ -40,7 +40,7 @@ def evaluate(
     """Evaluate a run again: the full-rank update, and its truncation to every rank of a client."""
     with friendly(), watching(quiet=False) as watcher:
         which = parse_round(round)
-        from fedhl.data.locate import locate
+        from fedhl.locate import locate
         from fedhl.run.folder import refuse_other
 
         refuse_other(run)

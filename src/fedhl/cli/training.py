@@ -40,7 +40,7 @@ def first_look(draft: Config) -> Examined:
     """The rows and the ranks of the clients, before torch is imported. Raises UserError for a mistake in
     them, and first of all for a package, a model or a data file that is not there."""
     from fedhl.config.tracking import check_installed
-    from fedhl.data.locate import locate
+    from fedhl.locate import locate
 
     check_installed(draft.report_to)
     for source in (draft.model.source, draft.data.source):
@@ -167,7 +167,7 @@ def demo(
     with friendly():
         from fedhl import demo as example
         from fedhl.config import load_config
-        from fedhl.data.locate import locate
+        from fedhl.locate import locate
 
         config = example.demo_config()
         draft = load_config(config, (), draft=True)

@@ -357,13 +357,16 @@ def finish(study: Study, jobs: Sequence[Job], first: int, watcher: Watcher) -> N
 
 
 def best_rate(comparison: Comparison, variant: str, grid: Sequence[Trial]) -> float:
-    """The rate whose final model is best on the rows of the choice: by accuracy if there is one, then by
-    loss, then the smaller rate. Raises UserError if no loss is finite."""
+    """The rate whose final model is best on the rows of the choice: by the metric of the task, then by loss,
+    then the smaller rate. Raises UserError if no loss is finite."""
 
     def quality(trial: Trial) -> tuple[float, ...]:
         metrics, rate = comparison.validation(trial), trial.rate or 0.0
         loss = metrics.get("loss")
-        return () if loss is None else (metrics.get("accuracy") or 0.0, -loss, -rate)
+        if loss is None or trial.run is None:
+            return ()
+        value = metrics.get(trial.run.metric) or 0.0
+        return (value if trial.run.greater else -value, -loss, -rate)
 
     best = max(grid, key=quality)
     if not quality(best) or best.rate is None:

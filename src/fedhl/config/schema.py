@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from fedhl.config.conduct import FederationConfig, TasksConfig
 from fedhl.config.inputs import (
@@ -17,7 +25,19 @@ from fedhl.config.inputs import (
 from fedhl.config.settings import Settings
 from fedhl.config.tracking import AnyTracker, listed
 from fedhl.strict import Strict
-from fedhl.task import KINDS, Task
+from fedhl.task import KINDS, Kind, Task, kind_named
+
+
+def of_kind(value: Any, handler: ValidatorFunctionWrapHandler) -> Kind:
+    """The task, of a kind of fedhl's or of `package.module:Class`."""
+    name = value.get("kind") if isinstance(value, dict) else None
+    if not (isinstance(name, str) and ":" in name):
+        return handler(value)
+    try:
+        return kind_named(name).model_validate(value)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ValueError("; ".join(wrong)) from None
 
 
 class Inputs(Strict):
@@ -26,8 +46,11 @@ class Inputs(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The name of the run, which is also the name of its folder: runs/NAME."""
     model: ModelConfig
-    task: Annotated[Task, Field(discriminator="kind")]
-    """What the model learns: the labels of texts, or completions of prompts."""
+    task: Annotated[
+        SerializeAsAny[Annotated[Task, Field(discriminator="kind")]], WrapValidator(of_kind)
+    ]
+    """What the model learns: a label, several labels or a number for each text, completions of prompts, the
+    label of an image, or [a kind of one's own](adding-a-kind.md), `kind: package.module:Class`."""
     data: DataConfig
     partition: Annotated[
         IIDPartition | DirichletPartition | ColumnPartition, Field(discriminator="kind")

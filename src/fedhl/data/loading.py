@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhl.data.files import read_file, reader_of
-from fedhl.data.locate import locate
+from fedhl.data.image_folder import hash_images, images_in, read_images
 from fedhl.errors import UserError, in_one_line
 from fedhl.files import sha256
+from fedhl.locate import locate
 from fedhl.task.rows import Row, Rows
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ def load_rows(
     """The rows of a data source as dictionaries, in the order of the file.
 
     Files: .jsonl, .ndjson, .json (an array of objects), .csv and .tsv (with a header), all of them
-    also with .gz, and .parquet. Anything in a CSV is text; an empty cell is None. A hub id
+    also with .gz, and .parquet. Anything in a CSV is text; an empty cell is None. A folder of images has a
+    row for each of them, as `fedhl.data.image_folder` says. A hub id
     (`owner/name` or `owner/name:config`) is read with `datasets`; `split` defaults to "train".
     `limit` keeps the first rows only, which are no random sample; `encoding` is that of text files.
 
@@ -40,6 +42,8 @@ def load_rows(
         raise UserError(
             f"{source}: a local file has no splits; remove split: {split!r}, or name another file"
         )
+    if path.is_dir() and images_in(path):
+        return read_images(path, source, most)
     rows = read_file(path, source, most, encoding)
     if not rows:
         raise UserError(f"{source}: no rows in this file")
@@ -47,10 +51,13 @@ def load_rows(
 
 
 def fingerprint(source: str) -> str:
-    """The identity of the data: "sha256:..." of a local file, "hub:" and the revision for a hub id."""
+    """The identity of the data: "sha256:..." of a local file or a folder of images, "hub:" and the revision
+    for a hub id. Of a table that names images by their paths it is that of the table alone."""
     path = locate(source)
     if path is None:
         return f"hub:{hub_revision(source)}"
+    if path.is_dir() and (images := images_in(path)):
+        return f"sha256:{hash_images(path, images)}"
     reader_of(path, source)
     return f"sha256:{sha256(path)}"
 
@@ -120,6 +127,11 @@ def read_hub(source: str, split: str, limit: int | None) -> Rows:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if not len(dataset):
         raise UserError(f"{source}: split {split!r} has no rows")
+    for name, feature in dataset.features.items():
+        if isinstance(
+            feature, datasets.Image
+        ):  # as the bytes of its file, to be decoded by the task
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
     try:
         rows = dataset.to_list()
     except Exception as error:  # of a value that Python cannot hold

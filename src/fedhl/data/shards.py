@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +16,9 @@ from fedhl.data.partition import by_column, dirichlet, iid
 from fedhl.errors import UserError
 from fedhl.names import listed, plural, unknown
 from fedhl.seeds import derive
-from fedhl.task.examples import Encoded, Example
-from fedhl.task.labels import label_names, named_labels, sorted_labels
+from fedhl.task.examples import Encoded
+from fedhl.task.labels import labels_of, named_labels, sorted_labels
 from fedhl.task.rows import Rows, column, located
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 CLIENTS_OWN = "clients' own"
 """The begin of the hash of data that the clients have, and that the server does not know."""
@@ -55,11 +51,11 @@ class Tokenised:
     """The rows of `Shards` as model inputs; `rows`: the indices in `Shards.rows` of those in `train`. Of all
     `count` rows, `dropped` had no room for a completion, and `truncated` lost their end."""
 
-    train: dict[str, list[Example]]
+    train: dict[str, list[Any]]
     rows: dict[str, Indices]
-    client_held_out: dict[str, list[Example]]
-    held_out: list[Example]
-    validation: list[Example]
+    client_held_out: dict[str, list[Any]]
+    held_out: list[Any]
+    validation: list[Any]
     count: int
     dropped: int
     truncated: int
@@ -95,10 +91,10 @@ def read(config: Config) -> Shards:
     validation: Indices = np.arange(0)
     if data.validation is not None:
         training, validation = hold_out_validation(config, training, classes)
-    labels = None
-    if classes is not None:
-        ids, names = named_labels(classes, rows, data.source)
-        labels = [names[k] for k in sorted({ids[j] for j in training})]
+    labels, names = None, config.task.labels(rows, data.source)
+    if names is not None:
+        with located(rows, data.source):
+            labels = labels_of(names, training)
     clients = {
         name: training[part] for name, part in partition_training(config, rows, training).items()
     }
@@ -129,12 +125,8 @@ def client_shards(
     part, held = np.arange(len(rows)), {}
     if config.evaluation.client_fraction:
         part, held[client] = hold_out_client(config, client, part)
-    labels = None
-    classes = config.task.classes(rows, source)
-    if classes is not None:
-        with located(rows, source):
-            names = label_names(classes)
-        labels = sorted_labels({names[k] for k in part})
+    names = config.task.labels(rows, source)
+    labels = None if names is None else sorted_labels({name for k in part for name in names[k]})
     return Shards(rows, {client: part}, held, [], np.arange(0), labels, fingerprint(source))
 
 
@@ -288,7 +280,7 @@ def hold_out_client(config: Config, client: str, part: Indices) -> tuple[Indices
 def tokenise(
     config: Config,
     shards: Shards,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     check: Callable[[Encoded], None] = lambda encoded: None,
 ) -> Tokenised:
     """Model inputs for all rows, each tokenised once. `check` is given the model inputs with the numbers of
@@ -299,7 +291,7 @@ def tokenise(
     encoded = Encoded([], [], 0)
     if len(used):
         encoded = config.task.encode(
-            [shards.rows[k] for k in used], source, tokenizer, shards.labels
+            [shards.rows[k] for k in used], source, processor, shards.labels
         )
     encoded = replace(encoded, rows=[int(used[j]) for j in encoded.rows])
     with located(shards.rows, source):
@@ -308,13 +300,13 @@ def tokenise(
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)
     if shards.held_out:
-        held = config.task.encode(shards.held_out, held_source, tokenizer, shards.labels)
+        held = config.task.encode(shards.held_out, held_source, processor, shards.labels)
         with located(shards.held_out, held_source):
             check(held)
         if not held.examples:
             raise UserError(
                 f"data.held_out: none of the rows of {held_source} fits task.max_length = "
-                f"{config.task.max_length} tokens; raise task.max_length"
+                f"{config.task.longest} tokens; raise task.max_length"
             )
     train = {
         name: [by_row[k] for k in part if k in by_row] for name, part in shards.clients.items()
@@ -323,7 +315,7 @@ def tokenise(
         if not examples:
             raise UserError(
                 f"client {name!r} has no row left: the prompts of all its {len(shards.clients[name])} "
-                f"rows fill task.max_length = {config.task.max_length} tokens; raise task.max_length"
+                f"rows fill task.max_length = {config.task.longest} tokens; raise task.max_length"
             )
     own = {
         name: [by_row[k] for k in part if k in by_row]
@@ -333,7 +325,7 @@ def tokenise(
         if not examples:
             raise UserError(
                 f"evaluation.client_fraction: none of the {len(shards.client_held_out[name])} rows held "
-                f"out of client {name!r} fits task.max_length = {config.task.max_length} tokens; raise "
+                f"out of client {name!r} fits task.max_length = {config.task.longest} tokens; raise "
                 "the fraction or task.max_length"
             )
     validation = [by_row[k] for k in shards.validation if k in by_row]
@@ -347,7 +339,7 @@ def tokenise(
 
 def losses(config: Config, tokenised: Tokenised) -> Iterator[str]:
     """What the rows lose by `task.max_length`, in words; nothing where they lose nothing."""
-    length = f"task.max_length = {config.task.max_length}"
+    length = f"task.max_length = {config.task.longest}"
     cut, count = tokenised.truncated, tokenised.count
     if cut:
         yield f"{cut:,} of {plural(count, 'row')} ({cut / count:.0%}) cut to {length} tokens"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fedhl.task import KINDS
+from fedhl.task import kind_named
 
 Kind = Literal["adapter", "merged"]
 FOLDER, BASE = "path/to/this/folder", "path/to/the/base/model"
@@ -23,17 +23,17 @@ def model_card(
     rank: int | None,
     *,
     base: str,
-    max_length: int,
+    max_length: int | None,
     labels: Sequence[str] = (),
     licence: str | None = None,
 ) -> str:
     """The README.md of an export: metadata, how to load it, and how it was made.
 
     `summary`: the content of a run's summary.json; `rank`: the rank of an adapter; `base`: the base model's
-    hub id, or a folder, which is not named; `max_length`: the most tokens of a row; `labels`: the labels of a
-    classifier, in order; `licence`: that of the base model, if it is known.
+    hub id, or a folder, which is not named; `max_length`: the most tokens of a row, None if rows are not
+    texts; `labels`: the labels of a classifier, in order; `licence`: that of the base model, if it is known.
     """
-    hub, task = hub_id(base), KINDS[summary["task"]]
+    hub, task = hub_id(base), kind_named(summary["task"])
     what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
     of = f"for `{hub}`" if hub else "for a base model that was a local folder"
     scores = own_scores(summary, rank)
@@ -101,21 +101,23 @@ def how_to_load(
     classes: int | None = None,
     tokenizer: str = "folder",
 ) -> list[str]:
-    """The section of a card that loads the export and runs it on a text.
+    """The section of a card that loads the export and runs it on a row.
 
     `max_length`: the most tokens of a row in training, None if nobody knows it; `classes`: how many a
     classifier has whose labels nobody has named; `tokenizer`: the variable that names where the tokenizer
     is, `folder` or `base`.
     """
-    auto, head = KINDS[task].auto, KINDS[task].head
-    base = hub or BASE
+    learnt, base = kind_named(task), hub or BASE
+    auto, loader = learnt.auto, learnt.processor
     config = "AutoConfig, " if labels and kind == "adapter" else ""
-    code = [f"from transformers import {config}{auto}, AutoTokenizer", "", f'folder = "{FOLDER}"']
+    code = [f"from transformers import {config}{auto}, {loader}", "", f'folder = "{FOLDER}"']
     if kind == "merged":
         code += [f"model = {auto}.from_pretrained(folder)"]
     else:
         code[:0] = ["from peft import PeftModel"]
-        named = ", config=config" if labels else f", num_labels={classes}" if classes else ""
+        settings = {"num_labels": classes} if classes else learnt.model_settings(None)
+        said = "".join(f", {key}={value!r}" for key, value in settings.items())
+        named = ", config=config" if labels else said
         named += ", ignore_mismatched_sizes=True" if named else ""
         code += [
             f"base = {json.dumps(base)}{'' if hub else '  # replace this'}",
@@ -123,22 +125,12 @@ def how_to_load(
             f"model = {auto}.from_pretrained(base{named})",
             "model = PeftModel.from_pretrained(model, folder)",
         ]
-    at_most = f", max_length={max_length}" if max_length else ""
+    name = "tokenizer" if loader == "AutoTokenizer" else "processor"
     code += [
-        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
+        f"{name} = {loader}.from_pretrained({tokenizer})",
         "",
-        f'inputs = tokenizer(["A text."], truncation=True{at_most}, return_tensors="pt")',
+        *learnt.usage(bool(labels), max_length),
     ]
-    if head:
-        code += ["outputs = model.eval()(**inputs)"]
-        name = "model.config.id2label[{}]" if labels else "{}"
-        code += [f"print({name.format('int(outputs.logits.argmax())')})"]
-    else:
-        code += [
-            "tokens = model.eval().generate(**inputs, max_new_tokens=20, "
-            "pad_token_id=tokenizer.pad_token_id)",
-            "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
-        ]
     lines = ["```python", *code, "```", ""]
     if max_length:
         lines += [f"It was trained on texts of at most {max_length} tokens (`max_length`).", ""]
@@ -162,7 +154,7 @@ def eval_results(
     summary: Mapping[str, Any], scores: Mapping[str, Any] | None
 ) -> list[EvalResult] | None:
     """The metrics for the model index of the hub."""
-    task = KINDS[summary["task"]]
+    task = kind_named(summary["task"])
     found = [(name, scores.get(name)) for name in task.metrics[::-1]] if scores else []
     return [
         EvalResult(task.pipeline, "private", "held-out rows of the federation", name, value)
@@ -185,7 +177,7 @@ def run_facts(
         "training examples": f"{sum(client['examples'] for client in clients)}",
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
     }
-    names = KINDS[summary["task"]].metrics[::-1]
+    names = kind_named(summary["task"]).metrics[::-1]
     full = (summary.get("final") or {}).get("full")
     here = {} if rank is None else {f"this adapter, rank {rank}": scores}
     for what, measured in (here | {"full-rank update": full}).items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedhl.data.locate import locate
 from fedhl.errors import UserError
+from fedhl.locate import locate
 
 
 def adapter_folder(source: str) -> Path:

@@ -19,7 +19,7 @@ from fedhl.model.adapters import save_adapter
 from fedhl.model.loading import Loaded, quiet
 from fedhl.model.peft import shifted
 from fedhl.model.targets import is_conv1d
-from fedhl.task import KINDS
+from fedhl.task import kind_named
 
 
 def export_adapter(
@@ -36,13 +36,13 @@ def export_adapter(
             adapter,
             head,
             base=loaded.source_for_adapter,
-            task_type=KINDS[loaded.task].peft_type,
+            task_type=kind_named(loaded.task).peft_type,
             fan_in_fan_out=is_conv1d(loaded.model, list(adapter)),
             revision=loaded.revision,
         )
-        if KINDS[loaded.task].head:
+        if kind_named(loaded.task).head:
             save_config(loaded, staging)
-        loaded.tokenizer.save_pretrained(staging)
+        loaded.processor.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -74,7 +74,7 @@ def export_merged(
             model.config.use_cache = True
         with quiet():
             model.save_pretrained(staging)
-        loaded.tokenizer.save_pretrained(staging)
+        loaded.processor.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 

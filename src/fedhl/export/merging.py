@@ -298,7 +298,9 @@ def merge_card(
     ranks = sorted(set(merge.ranks.values()))
     base = config.base_model_name_or_path or None
     hub = base and hub_id(base)
-    kind = next((name for name, kind in KINDS.items() if kind.peft_type == config.task_type), None)
+    kind = next(
+        (n for n, k in KINDS.items() if k.peft_type == config.task_type and k.peft_type), None
+    )
     front = ModelCardData(
         base_model=hub,
         license=base_licence(base) if base else None,

@@ -23,14 +23,15 @@ from fedhl.lora import LoRA, initial
 from fedhl.method import Method
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
-from fedhl.model.reading import check_rows, padding_id
+from fedhl.model.reading import check_first, check_rows
 from fedhl.names import listed
 from fedhl.server import Client, ServerState, accounting
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
 from fedhl.task.examples import Encoded
-from fedhl.task.objective import Objective, Texts
+from fedhl.task.objective import Objective
+from fedhl.task.texts import TextKind
 from fedhl.watch import SILENT, Watcher
 
 
@@ -86,10 +87,8 @@ def load_federation(
         seed=config.seed,
     )
     refuse_padding(config, loaded)
-    objective = Texts(
-        type(config.task),
-        padding_id(loaded.tokenizer),
-        getattr(loaded.model.config, "vocab_size", 1),
+    objective = config.task.objective(
+        loaded.processor, getattr(loaded.model.config, "vocab_size", 1)
     )
     return loaded, federate(config, loaded.model, loaded.head, ranks, objective, device)
 
@@ -232,7 +231,7 @@ def assemble(
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
     tokenised = shards.tokenise(
-        config, data, loaded.tokenizer, readable(config, federation, loaded)
+        config, data, loaded.processor, readable(config, federation, loaded)
     )
     if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
         watcher.say(remark)
@@ -261,9 +260,14 @@ def readable(config: Config, federation: Federation, loaded: Loaded) -> Callable
     """Raises RowError unless the model can read the rows."""
 
     def check(encoded: Encoded) -> None:
-        longest = config.task.max_length
+        task = config.task
         with federation.autocast():
-            check_rows(loaded.model, loaded.tokenizer, encoded, longest)
+            if not isinstance(task, TextKind):
+                check_first(loaded.model, federation.objective, encoded)
+                return
+            for part in zip(*map(task.sequences, encoded.examples), strict=True):
+                read = Encoded([*part], encoded.rows, encoded.truncated)
+                check_rows(loaded.model, loaded.processor, read, task.max_length)
 
     return check
 

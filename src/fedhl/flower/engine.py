@@ -40,7 +40,7 @@ from fedhl.flower.records import EVALUATE, TRAIN, pack
 from fedhl.flower.roster import Roster
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model.evaluation import Metrics
-from fedhl.model.loading import tokenizer_hash
+from fedhl.model.processors import processor_hash
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
 from fedhl.record import read_summary
@@ -153,7 +153,7 @@ class OverNetwork:
     def run(self) -> wire.Run:
         """The facts on which both ends of a message must agree."""
         loaded = self.prepared.loaded
-        return wire.Run(run_id(self.folder), loaded.hash, tokenizer_hash(loaded.tokenizer))
+        return wire.Run(run_id(self.folder), loaded.hash, processor_hash(loaded.processor))
 
     def present(self, federation: Federation, round: int) -> Federation:
         """The federation with the clients that are connected now, or were when this round began before a

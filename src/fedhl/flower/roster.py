@@ -17,7 +17,8 @@ from fedhl.federation.prepare import Prepared
 from fedhl.files import file_name
 from fedhl.flower.mailbox import Mailbox, pause
 from fedhl.flower.records import HELLO, pack
-from fedhl.model.loading import load_tokenizer, tokenizer_hash
+from fedhl.model.loading import load_processor
+from fedhl.model.processors import processor_hash
 from fedhl.names import listed, one_line
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown
@@ -67,7 +68,8 @@ class Roster:
     @cached_property
     def tokenizer(self) -> str:
         """The hash of the tokenizer that every client must have."""
-        return tokenizer_hash(load_tokenizer(self.config.model.source, self.config.model.revision))
+        model = self.config.model
+        return processor_hash(load_processor(model.source, self.config.task.kind, model.revision))
 
     def wait(self, number: int, what: str, seconds: float = math.inf) -> None:
         """Wait until this number of clients is connected, or the time has passed. `what`: the next step, for

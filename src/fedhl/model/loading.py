@@ -7,31 +7,29 @@ on it loads like any other folder, whose files are checked against their sha256 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
-from fedhl.data.locate import locate
-from fedhl.errors import UserError, in_one_line
+from fedhl.errors import UserError
 from fedhl.files import SUMS, cache, intact, sha256, sha256_of, sums, whole_folder
+from fedhl.locate import locate
 from fedhl.model import classes
 from fedhl.model.adapters import is_finite
 from fedhl.model.dropout import refuse_random, set_dropout
-from fedhl.model.reading import logits, padding_id, sample_rows, settle_padding
-from fedhl.names import listed
+from fedhl.model.processors import cannot_load, quiet, read_processor
+from fedhl.model.reading import sample_logits, settle_padding
 from fedhl.seeds import seeded
-from fedhl.task import KINDS
+from fedhl.task import kind_named
 from fedhl.task.kind import Kind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +45,15 @@ HEAD_MODULES = (
 class Loaded(NamedTuple):
     """A frozen base model, and the facts about it that a run needs.
 
-    `task` is the name of its kind; `head` are the names of the parameters that are trained whole;
-    `source_for_adapter` is the name of the base model in an exported adapter; `hash` identifies the
-    weights: the sha256 of the files, or the commit on the hub; `use_cache` is the model's setting
-    before it was switched off for training; `batches`: whether rows of different lengths may share a batch.
+    `processor` is its tokenizer or its image processor; `task` is the name of its kind; `head` are the names
+    of the parameters that are trained whole; `source_for_adapter` is the name of the base model in an
+    exported adapter; `hash` identifies the weights: the sha256 of the files, or the commit on the hub;
+    `use_cache` is the model's setting before it was switched off for training; `batches`: whether rows of
+    different lengths may share a batch.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     task: str
     head: tuple[str, ...]
     source_for_adapter: str
@@ -78,7 +77,7 @@ def load_model(
     fresh_head: bool = False,
     seed: int = 0,
 ) -> Loaded:
-    """The base model with its tokenizer, every parameter frozen, in eval mode, on `device`.
+    """The base model with its processor, every parameter frozen, in eval mode, on `device`.
 
     `source` is a path (a folder or a `.gguf` file), `package:import_name/inner/path` or a hub id,
     at `revision`; `task` is the name of a kind. A classification head that the checkpoint lacks, or
@@ -87,14 +86,14 @@ def load_model(
     drawn anew with `fresh_head`. `dropout` replaces every dropout probability of the model; None leaves them.
     Raises UserError for a source, device or setting that cannot work, and for a head of other labels.
     """
-    kind, target = KINDS[task], device_named(device)
+    kind, target = kind_named(task), device_named(device)
     if four_bit:
         require_four_bit(target)
     path = locate(source)
     folder, digest = find_weights(source)
     if path is not None and digest is None:
         digest = hash_folder(path)
-    tokenizer = read_tokenizer(folder, source, revision)
+    processor = read_processor(kind, folder, source, revision)
     kwargs: dict[str, Any] = {"revision": revision} if path is None and revision else {}
     kwargs |= kind.model_settings(labels)
     if four_bit:
@@ -129,32 +128,21 @@ def load_model(
     # Some models of narrow numbers can only be run with autocast; whether this run has it shows later.
     narrow = torch.autocast(target.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
     with quiet(), seeded(seed, target), narrow:
-        batches = settle_padding(model, tokenizer, source, kind.head)
+        texts = kind.processor == "AutoTokenizer"
+        batches = settle_padding(model, processor, source, kind.head) if texts else True
         if dropout == 0:
-            rows, pad_id = sample_rows(model, tokenizer, source), padding_id(tokenizer)
-            refuse_random(model, lambda: logits(model, rows, pad_id, source), source)
+            refuse_random(model, sample_logits(model, processor, source), source)
     if gradient_checkpointing:
         enable_checkpointing(model, source)
     if digest is None:
         digest = str(getattr(model.config, "_commit_hash", None) or "unknown")
     pinned = revision if path is None else None
-    return Loaded(model, tokenizer, task, head, folder, pinned, digest, use_cache, batches)
+    return Loaded(model, processor, task, head, folder, pinned, digest, use_cache, batches)
 
 
-def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of a model. Raises UserError as `load_model` does."""
-    return read_tokenizer(find_weights(source)[0], source, revision)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256 of everything that decides the tokens of a text: vocabulary, special tokens, chat template,
-    and the rules of a fast tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {} if backend is None else json.loads(backend.to_str())
-    rules = {key: rules[key] for key in rules if key not in ("truncation", "padding")}  # set by use
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    known = [tokenizer.get_vocab(), special, str(tokenizer.chat_template), rules]
-    return sha256_of(json.dumps(known, sort_keys=True))
+def load_processor(source: str, task: str, revision: str | None = None) -> Any:
+    """The tokenizer or image processor alone of a model. Raises UserError as `load_model` does."""
+    return read_processor(kind_named(task), find_weights(source)[0], source, revision)
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -193,40 +181,6 @@ def labels_of(folder: str, source: str, revision: str | None) -> list[str]:
         except Exception as error:  # the library raises nearly everything here
             raise UserError(cannot_load("model", source, error)) from error
     return [str(names[i]) for i in sorted(names)]
-
-
-def read_tokenizer(folder: str, source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    kwargs = {} if revision is None or Path(folder).exists() else {"revision": revision}
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-        except Exception as error:  # the library raises nearly everything here
-            raise UserError(cannot_load("tokenizer", source, error)) from error
-    # One without any of its files is made up of special tokens and blanks.
-    special = set(tokenizer.all_special_tokens)
-    if not any(token.strip("▁ ") for token in tokenizer.get_vocab() if token not in special):
-        raise UserError(
-            f"model {source!r}: the tokenizer is missing, or empty: it knows no word, only special "
-            f"tokens ({listed(tokenizer.all_special_tokens, 5)}); put its files (tokenizer.json, or what the "
-            "model was published with) beside the weights"
-        )
-    return tokenizer
-
-
-def cannot_load(what: str, source: str, error: Exception) -> str:
-    if locate(source) is None:
-        advice = (
-            "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
-            "the name, the revision and the connection, or give the path of a folder"
-        )
-    else:
-        advice = (
-            "expected a folder in the Hugging Face format (config.json, weights, tokenizer) of an "
-            "architecture that the installed transformers knows"
-        )
-    return f"cannot load the {what} of {source!r}: {in_one_line(error)} ({advice})"
 
 
 def head_names(model: PreTrainedModel, missing: set[str], source: str) -> tuple[str, ...]:
@@ -271,23 +225,6 @@ def enable_checkpointing(model: PreTrainedModel, source: str) -> None:
     # The first is its name in newer transformers. Non-reentrant: gradients pass frozen inputs.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block transformers prints no loading report and no progress bars; its errors are raised
-    here."""
-    from transformers.utils import logging as noise
-
-    verbosity, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(verbosity)
-        if bars:
-            noise.enable_progress_bar()
 
 
 # --- devices and quantisation -------------------------------------------------------------------

@@ -8,16 +8,19 @@ passes of a few tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedhl.errors import UserError, in_one_line
+from fedhl.seeds import generator
 from fedhl.task.examples import Encoded, Example, collate
+from fedhl.task.objective import Objective
 from fedhl.task.rows import RowError
 
 if TYPE_CHECKING:
@@ -91,7 +94,8 @@ def pad_left(model: nn.Module) -> RemovableHandle:
         if mask is None:  # nothing is padded
             return args, kwargs
         order = mask.argsort(dim=1, stable=True)
-        moved = {name: kwargs[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+        padded = {"input_ids", "attention_mask", "token_type_ids"} & kwargs.keys()
+        moved = {name: kwargs[name].gather(1, order) for name in sorted(padded)}
         if positions:
             moved["position_ids"] = (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return args, kwargs | moved
@@ -161,6 +165,23 @@ def check_rows(
             ) from error
 
 
+@torch.no_grad()
+def check_first(model: PreTrainedModel, objective: Objective, encoded: Encoded) -> None:
+    """Raises RowError unless the model can read the first of these rows and computes a loss."""
+    if not encoded.examples:
+        return
+    batch = send_to_device(objective.batch(encoded.examples[:1]), model.device)
+    try:
+        with InRange():
+            objective.loss(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the library raises nearly everything here
+        raise RowError(
+            encoded.rows[0], f"a {type(model).__name__} cannot read it: {in_one_line(error)}"
+        ) from error
+
+
 def refuse_unreadable(model: PreTrainedModel, example: Example, row: int, max_length: int) -> None:
     """Raises RowError if the model cannot read a row, with the longest that it can read, if there is one."""
     error = unreadable(model, [example])
@@ -186,10 +207,11 @@ def refuse_unreadable(model: PreTrainedModel, example: Example, row: int, max_le
 
 def cut(example: Example, length: int) -> Example:
     """A row without its middle: special tokens at its ends stay."""
-    ids, labels = example
+    ids, labels, kinds = example
     if isinstance(labels, list):
         labels = [*labels[: length - 1], labels[-1]]
-    return Example([*ids[: length - 1], ids[-1]], labels)
+    kinds = kinds and [*kinds[: length - 1], kinds[-1]]
+    return Example([*ids[: length - 1], ids[-1]], labels, kinds)
 
 
 @torch.no_grad()
@@ -255,6 +277,19 @@ def sample_rows(
         around = [*around, tokenizer.eos_token_id]  # where BART and T5 read a class
     short, long = ([*around[:-1], *part, *around[-1:]] for part in (words[:4], words[4:]))
     return Example(short, 0), Example(long, 0)
+
+
+def sample_logits(model: PreTrainedModel, processor: Any, source: str) -> Callable[[], Tensor]:
+    """A forward pass over two short texts, or, with an image processor, over a small image of noise."""
+    if hasattr(processor, "get_vocab"):
+        rows, pad_id = sample_rows(model, processor, source), padding_id(processor)
+        return lambda: logits(model, rows, pad_id, source)
+    channels = getattr(model.config, "num_channels", 3)
+    noise = torch.randint(256, (32, 32, channels), generator=generator(0, "image"))
+    image = noise.to(torch.uint8).numpy()
+    found = processor(image, input_data_format="channels_last", return_tensors="pt")
+    pixels = found["pixel_values"].to(model.device)
+    return torch.no_grad()(lambda: model(pixel_values=pixels).logits)
 
 
 @torch.no_grad()

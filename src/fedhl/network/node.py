@@ -27,7 +27,8 @@ from fedhl.federation.prepare import check_config, load_federation, readable
 from fedhl.files import cache, file_name
 from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
-from fedhl.model.loading import Loaded, load_tokenizer, tokenizer_hash
+from fedhl.model.loading import Loaded, load_processor
+from fedhl.model.processors import processor_hash
 from fedhl.names import unknown
 from fedhl.network import wire
 from fedhl.network.memory import Holdings, Kept
@@ -115,9 +116,9 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
     """A node's introduction to the server. Raises UserError if it cannot take part."""
     data, rank = rows_of(config, node)
     source = node.model or config.model.source
-    tokenizer = load_tokenizer(source, config.model.revision)
+    processor = load_processor(source, config.task.kind, config.model.revision)
     with unquoted(node):
-        tokenised = shards.tokenise(own_config(config, node), data, tokenizer)
+        tokenised = shards.tokenise(own_config(config, node), data, processor)
     for line in shards.losses(config, tokenised):
         logger.info("%s", line)
     return {
@@ -127,7 +128,7 @@ def introduce(config: Config, node: Node) -> dict[str, Any]:
         "examples": len(tokenised.train[node.client]),
         "labels": data.labels,
         "own": node.data != SHARED,
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": processor_hash(processor),
     }
 
 
@@ -239,12 +240,12 @@ def participant(
     data = replace(data, labels=list(labels) or None)
     with unquoted(node):
         check = readable(settings, federation, loaded)
-        own = shards.tokenise(own_config(settings, node), data, loaded.tokenizer, check)
+        own = shards.tokenise(own_config(settings, node), data, loaded.processor, check)
     clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings
     )
-    return Participant(federation, loaded, tokenizer_hash(loaded.tokenizer), node.client)
+    return Participant(federation, loaded, processor_hash(loaded.processor), node.client)
 
 
 def partition(config: Config) -> tuple[shards.Shards, dict[str, int]]:

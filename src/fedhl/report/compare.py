@@ -35,7 +35,7 @@ def results(comparison: Comparison) -> Json:
                 "weighting": variant.weighting,
                 "ranks": variant.ranks,
                 "finished": len(variant.finished),
-                "scores": score_statistics(variant),
+                "scores": score_statistics(variant, comparison.metric),
                 "difference": interval_facts(comparison.differences(variant)),
                 "bytes": {way: variant.cost("bytes", way) for way in ("down", "up")},
                 "seconds": {way: variant.cost("seconds", way) for way in ("train", "total")},
@@ -82,9 +82,10 @@ def interval_facts(values: Sequence[float | None]) -> Json:
     return {"mean": mean, "half": half, "values": list(values)}
 
 
-def score_statistics(variant: Variant) -> Json:
+def score_statistics(variant: Variant, metric: str) -> Json:
+    names = dict.fromkeys((metric, "loss"))
     found = {
-        kind: {m: interval_facts(v) for m in ("accuracy", "loss") if (v := variant.values(kind, m))}
+        kind: {name: interval_facts(v) for name in names if (v := variant.values(kind, name))}
         for kind in KINDS
     }
     return {kind: statistics for kind, statistics in found.items() if statistics}

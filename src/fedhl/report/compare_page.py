@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from urllib.parse import quote
 
+from fedhl.record import SHARES
 from fedhl.report import plots
 from fedhl.report.colours import CATEGORIES
 from fedhl.report.files import dig, series
@@ -49,6 +50,7 @@ def comparison_page(comparison: Comparison) -> str:
         {
             "title": f"{comparison.name}: comparison",
             "metric": comparison.metric,
+            "greater": comparison.greater,
             "score": partial(metric_text, comparison.metric),
             "kinds": KINDS,
             "common": comparison.common,
@@ -160,7 +162,7 @@ def overview(comparison: Comparison) -> View:
 def final(comparison: Comparison) -> View | None:
     """Every seed's final model as a dot, and its bytes; None before the first finished run."""
     metric, kind = comparison.metric, comparison.common
-    percent, rows, groups = metric == "accuracy", [], []
+    percent, rows, groups = metric in SHARES, [], []
     for i, variant in enumerate(comparison.variants):
         mean, half = mean_interval(variant.values(kind, metric))
         values = [value for value in variant.values(kind, metric) if value is not None]
@@ -196,7 +198,7 @@ def bytes_moved(trial: Trial) -> float | None:
 def curves(comparison: Comparison) -> list[View]:
     """The headline metric per round, for every kind of model: the mean over seeds with their range."""
     metric, variants = comparison.metric, comparison.variants
-    percent = metric == "accuracy"
+    percent = metric in SHARES
     shown = []
     for kind in comparison.kinds:
         if kind == "worst":  # it is another client from round to round

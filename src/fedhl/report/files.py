@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhl.errors import UserError
-from fedhl.record import FAILED, FINISHED, Json, better, read_metrics, read_summary
+from fedhl.record import FAILED, FINISHED, Json, better, more_is_better, read_metrics, read_summary
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Run:
     config: str | None
     clients: list[Client]
     metric: str
+    greater: bool
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -62,16 +63,17 @@ def read_run(run: Path) -> Run:
     summary = read_summary(run) if (run / "summary.json").is_file() else None
     config = run / "config.yaml"
     name = dig(summary, "name") or run.resolve().name
-    metric = dig(summary, "metric") or next(
-        (m for line in rounds if (m := dig(line, "evaluation", "metric"))), "loss"
-    )
+    judged = next((e for line in rounds if dig(e := line.get("evaluation"), "metric")), None) or {
+        "metric": dig(summary, "metric") or "loss"
+    }
     return Run(
         name=str(name),
         rounds=rounds,
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         clients=clients_of(rounds, summary),
-        metric=str(metric),
+        metric=str(dig(summary, "metric") or judged["metric"]),
+        greater=more_is_better(judged),
     )
 
 

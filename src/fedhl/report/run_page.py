@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from fedhl.names import size
+from fedhl.record import SHARES
 from fedhl.report import plots
 from fedhl.report.clients import clients, rank_steps
 from fedhl.report.colours import step
@@ -135,7 +136,7 @@ def quality(run: Run) -> View:
         curves = [curve for curve in curves if curve.points]
         if any(len(curve.points) > 1 for curve in curves):
             title = f"{metric.capitalize()} per round"
-            draw = plots.lines(curves, percent=metric == "accuracy")
+            draw = plots.lines(curves, percent=metric in SHARES)
             shown.append(
                 {
                     "title": title,

@@ -72,16 +72,21 @@ class Trial:
 
     @cached_property
     def scores(self) -> dict[str, dict[str, float | None]]:
-        """Loss and accuracy at the end, by the kinds that were measured."""
+        """The loss and the metric at the end, by the kinds that were measured."""
         final = final_evaluation(self.run)[1] if self.run else {}
         ranks = dig(final, "ranks") or {}
         found = {name: dig(final, *keys) for name, keys in CURVES.items()}
         found["smallest"] = ranks[min(ranks, key=int)] if ranks else None
         return {
-            kind: {name: num(found[kind], name) for name in ("loss", "accuracy") if name in value}
+            kind: {name: num(found[kind], name) for name in self.names if name in value}
             for kind in KINDS
             if isinstance(value := found[kind], dict)
         }
+
+    @property
+    def names(self) -> list[str]:
+        """The loss, and the metric by which the run is judged."""
+        return list(dict.fromkeys(("loss", self.run.metric if self.run else "loss")))
 
     def score(self, kind: str, metric: str) -> float | None:
         return self.scores.get(kind, {}).get(metric)
@@ -157,6 +162,11 @@ class Comparison:
         return next((run.metric for v in self.variants for run in v.finished), "loss")
 
     @property
+    def greater(self) -> bool:
+        """Whether more of the metric is better."""
+        return any(run.greater for v in self.variants for run in v.finished)
+
+    @property
     def kinds(self) -> list[str]:
         """The kinds to show: of the global model, and of the clients if some variant has no global model."""
         done = [variant for variant in self.variants if variant.finished]
@@ -186,11 +196,11 @@ class Comparison:
         return next((values for values in found if values), [])
 
     def validation(self, trial: Trial) -> dict[str, float | None]:
-        """Loss and accuracy for the choice of a learning rate: of the full W on the server's validation rows,
-        or the mean over the clients on their held-out rows."""
+        """The loss and the metric for the choice of a learning rate: of the full W on the server's validation
+        rows, or the mean over the clients on their held-out rows."""
         final = final_evaluation(trial.run)[1] if trial.run else {}
         found = dig(final, "validation") or dig(final, "clients", "mean") or {}
-        return {name: num(found, name) for name in ("loss", "accuracy") if name in found}
+        return {name: num(found, name) for name in trial.names if name in found}
 
     def differences(self, variant: Variant) -> list[float | None]:
         """Its metric minus the first variant's, seed by seed where both have finished."""

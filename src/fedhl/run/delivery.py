@@ -62,7 +62,7 @@ def export_run(
     config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
-    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.tokenizer)})
+    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     known = server.deltas(federation.method, state)
     refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
@@ -75,7 +75,7 @@ def export_run(
     base = loaded.source_for_adapter
     about: dict[str, Any] = {
         "base": base,
-        "max_length": config.task.max_length,
+        "max_length": config.task.longest,
         "labels": summary["labels"] or (),
         "licence": base_licence(base),
     }
@@ -166,8 +166,8 @@ def evaluate_run(
     federation = prepared.federation
     if source is not None:
         rows = load_rows(source, encoding=config.data.encoding)
-        tokenizer, labels = prepared.loaded.tokenizer, prepared.data.labels
-        encoded = config.task.encode(rows, source, tokenizer, labels)
+        processor, labels = prepared.loaded.processor, prepared.data.labels
+        encoded = config.task.encode(rows, source, processor, labels)
         with located(rows, source):
             readable(config, federation, prepared.loaded)(encoded)
         federation = replace(federation, held_out=encoded.examples, own={})
@@ -184,9 +184,9 @@ def evaluate_on(
     config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
-    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.tokenizer)})
+    check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
     rows = load_rows(source)
-    encoded = config.task.encode(rows, source, loaded.tokenizer, summary["labels"])
+    encoded = config.task.encode(rows, source, loaded.processor, summary["labels"])
     federation = replace(federation, held_out=encoded.examples)
     state, _ = load_checkpoint(run, initial_state(federation), which, watcher)
     return table(evaluate_round(federation, state, every_rank=True), state)

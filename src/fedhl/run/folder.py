@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from fedhl.config import Config, load_config
-from fedhl.data.locate import PACKAGE, locate
 from fedhl.errors import UserError
 from fedhl.files import json_text, write_text
+from fedhl.locate import PACKAGE, locate
 from fedhl.names import listed
 from fedhl.record import read_metrics, read_summary, rounds_in
 from fedhl.watch import SILENT, Watcher

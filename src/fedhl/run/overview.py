@@ -36,7 +36,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
     layers, count = peft.layers(federation.slots), parameters(prepared)
     cohort = config.participation.size(len(federation.clients))
     steps = [federation.steps_for(client.examples) for client in federation.clients]
-    tokens = [len(ex.input_ids) for rows in prepared.tokenised.train.values() for ex in rows]
+    rows = [row for of_client in prepared.tokenised.train.values() for row in of_client]
     yield f"{config.name}: {config.task.kind} on {config.model.source}, device {federation.device}"
     yield (
         f"method {config.method.name}, weighting {config.weighting_used.name}: {config.rounds} rounds, "
@@ -49,9 +49,8 @@ def overview(prepared: Prepared) -> Iterator[str]:
         + f" of {config.training.batch_size} rows each"
     )
     yield (
-        f"{sum(len(rows) for rows in prepared.tokenised.train.values()):,} training rows of "
-        f"{sum(tokens) / len(tokens):.0f} tokens on average (longest {max(tokens)}), "
-        f"{len(federation.held_out):,} held out by the server"
+        f"{len(rows):,} training rows{config.task.sizes(rows)}, {len(federation.held_out):,} held out by the "
+        "server"
     )
     if federation.validation:
         yield f"{len(federation.validation):,} validation rows, for the choice of settings"
@@ -286,7 +285,7 @@ def activations(prepared: Prepared) -> int:
     slots = federation.slots
     rows = sorted(
         (example for rows in prepared.tokenised.train.values() for example in rows),
-        key=lambda example: -len(example.input_ids),
+        key=lambda row: -config.task.length(row),
     )[: config.training.batch_size // config.training.accumulation]
     objective = federation.objective
     batch = send_to_device(objective.batch(rows), federation.device)

@@ -23,8 +23,9 @@ from fedhl.data.shards import CLIENTS_OWN
 from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
 from fedhl.files import json_text, sha256, write_text
-from fedhl.model.loading import tokenizer_hash
+from fedhl.model.processors import processor_hash
 from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
+from fedhl.task.examples import classes_of
 
 
 def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
@@ -33,13 +34,13 @@ def hashes(prepared: Prepared, folder: Path) -> dict[str, str]:
     return {
         "config": sha256(folder / "config.yaml"),
         "model": loaded.hash,
-        "tokenizer": hash_once(loaded.tokenizer),
+        "tokenizer": hash_once(loaded.processor),
         "data": prepared.data.hash,
     }
 
 
-hash_once = lru_cache(maxsize=4)(tokenizer_hash)
-"""`tokenizer_hash`, which reads the whole vocabulary, once for each tokenizer."""
+hash_once = lru_cache(maxsize=4)(processor_hash)
+"""`processor_hash`, which reads the whole vocabulary, once for each tokenizer."""
 
 
 def hash_before(folder: Path, round: int) -> str:
@@ -125,13 +126,13 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def label_counts(prepared: Prepared, client: str) -> dict[str, int] | None:
-    """The number of a client's training rows by label; None for language models, and if only the client
-    knows it."""
+    """The number of a client's training rows with each label; None if the model has no labels, and if only
+    the client knows it."""
     names = prepared.data.labels
     rows = prepared.tokenised.train.get(client)
     if names is None or rows is None:
         return None
-    counts = Counter(example.labels for example in rows)
+    counts = Counter(k for example in rows for k in classes_of(example.labels))
     return {name: counts[k] for k, name in enumerate(names) if counts[k]}
 
 

@@ -15,9 +15,9 @@ from pydantic import PositiveInt
 from fedhl.errors import UserError
 from fedhl.names import listed
 from fedhl.task.examples import IGNORED, Encoded, Example, check_texts
-from fedhl.task.kind import Kind
 from fedhl.task.pieces import tokenize
 from fedhl.task.rows import RowError, Rows, column, located, refuse, shown, text_column
+from fedhl.task.texts import TextKind, tokenised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +27,17 @@ Message = Mapping[str, str]
 Span = tuple[int, int]
 
 
-class CausalTask(Kind):
+class CausalTask(TextKind):
     """A language model that learns completions of prompts, or the assistant's turns in chats."""
 
     auto: ClassVar[str] = "AutoModelForCausalLM"
-    peft_type: ClassVar[str] = "CAUSAL_LM"
+    peft_type: ClassVar[str | None] = "CAUSAL_LM"
     pipeline: ClassVar[str] = "text-generation"
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     metric: ClassVar[str] = "loss"
 
-    kind: Literal["causal-lm"]
+    kind: Literal["causal-lm"]  # pyright: ignore[reportIncompatibleVariableOverride]
     prompt: str = "prompt"
     """The field that holds the prompt. The loss does not count the prompt's tokens."""
     completion: str = "completion"
@@ -55,6 +55,15 @@ class CausalTask(Kind):
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         asked = labels != IGNORED
         return {"loss": cross_entropy(logits[asked], labels[asked], reduction="none")}
+
+    @classmethod
+    def usage(cls, named: bool, max_length: int | None) -> list[str]:
+        return [
+            tokenised(max_length),
+            "tokens = model.eval().generate(**inputs, max_new_tokens=20, "
+            "pad_token_id=tokenizer.pad_token_id)",
+            "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        ]
 
     def check(self, rows: Rows, source: str) -> None:
         if self.messages is not None:
@@ -77,17 +86,17 @@ class CausalTask(Kind):
         self,
         rows: Rows,
         source: str,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: PreTrainedTokenizerBase,
         labels: Sequence[str] | None,
     ) -> Encoded:
         if self.messages is not None:
             conversations = column(rows, self.messages, source)
             with located(rows, source):
-                return encode_chat(tokenizer, conversations, self.max_length)
+                return encode_chat(processor, conversations, self.max_length)
         prompts = column(rows, self.prompt, source)
         completions = column(rows, self.completion, source)
         with located(rows, source):
-            return encode_completion(tokenizer, prompts, completions, self.max_length)
+            return encode_completion(processor, prompts, completions, self.max_length)
 
 
 def encode_completion(

@@ -15,17 +15,20 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 
 
 class Example(NamedTuple):
-    """One row: its tokens, and its class, its number, or a label for every token."""
+    """One row: its tokens, and its class, its number, a 0 or 1 for each class, or (a list) a label for every
+    token. `token_types`: which text of a pair each token belongs to, for models that want to know."""
 
     input_ids: list[int]
-    labels: int | float | list[int]
+    labels: int | float | tuple[float, ...] | list[int]
+    token_types: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised rows: `examples[j]` is row `rows[j]`; `truncated` of them lost their end."""
+    """Rows as the model reads them, texts as tokens: `examples[j]` is row `rows[j]`; `truncated` of them lost
+    their end."""
 
-    examples: list[Example]
+    examples: list[Any]
     rows: list[int]
     truncated: int
 
@@ -33,9 +36,9 @@ class Encoded:
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """A batch, padded on the right to its longest row.
 
-    input_ids and attention_mask are (batch, tokens); labels is (batch,) for classes and numbers, and
-    (batch, tokens), padded with -100, for a label per token. All int64, but for numbers, which are
-    float32.
+    input_ids, attention_mask and, for pairs, token_type_ids are (batch, tokens); labels is (batch,) for
+    classes and numbers, (batch, classes) for a 0 or 1 each, and (batch, tokens), padded with -100, for a
+    label per token. All int64, but numbers as labels, and 0s and 1s, are float32.
     """
     import torch
 
@@ -47,13 +50,24 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     ]
     labels = [
         label + [IGNORED] * (width - len(label)) if isinstance(label, list) else label
-        for _, label in examples
+        for _, label, _ in examples
     ]
-    return {
+    batch = {
         "input_ids": torch.tensor(ids),
         "attention_mask": torch.tensor(mask),
         "labels": torch.tensor(labels),
     }
+    if examples[0].token_types is not None:
+        kinds = [e.token_types or [] for e in examples]
+        batch["token_type_ids"] = torch.tensor([k + [0] * (width - len(k)) for k in kinds])
+    return batch
+
+
+def classes_of(labels: Any) -> set[int]:
+    """The ids of the classes that an encoded row, or any of its tokens, has."""
+    if isinstance(labels, list):
+        return {k for k in labels if k != IGNORED}
+    return {k for k, has in enumerate(labels) if has} if isinstance(labels, tuple) else {labels}
 
 
 def check_texts(texts: Sequence[Any], what: str) -> None:

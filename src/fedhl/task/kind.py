@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhl.strict import Strict
 from fedhl.task.examples import Encoded
-from fedhl.task.rows import Rows, column
+from fedhl.task.labels import label_names
+from fedhl.task.objective import Objective
+from fedhl.task.rows import Rows, column, located
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 
 class Kind(Strict, ABC):
     """A kind of task. Its fields are the settings in a config: beside its own every kind has `kind`, its
-    name, and `max_length`, the most tokens of a row. Its class variables are what it is to the libraries."""
+    name. Its class variables are what it is to the libraries."""
 
     auto: ClassVar[str]
     """The class of transformers that loads the base model with the right output layer."""
-    peft_type: ClassVar[str]
-    """PEFT's name for the kind, a `peft.TaskType`."""
+    processor: ClassVar[str] = "AutoTokenizer"
+    """The class of transformers that loads what makes model inputs of a row; or AutoImageProcessor."""
+    peft_type: ClassVar[str | None]
+    """PEFT's name for the kind, a `peft.TaskType`; None if PEFT has none."""
     pipeline: ClassVar[str]
     """The pipeline of transformers that uses such a model; the tag on its card."""
     head: ClassVar[bool]
@@ -34,7 +37,14 @@ class Kind(Strict, ABC):
     greater: ClassVar[bool] = False
     """Whether more of this metric is better."""
     class_setting: ClassVar[str | None] = None
-    """The setting that names the field of a row's class; None where rows have no class."""
+    """The setting that names the field of a row's class; None where a row has no class, or several."""
+
+    kind: str  # the name of the kind, or `package.module:Class` of one from elsewhere
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a row; None if rows are not texts."""
+        return None
 
     @staticmethod
     def model_settings(labels: Sequence[str] | None) -> dict[str, Any]:
@@ -53,13 +63,22 @@ class Kind(Strict, ABC):
 
     @abstractmethod
     def encode(
-        self,
-        rows: Rows,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str] | None,
+        self, rows: Rows, source: str, processor: Any, labels: Sequence[str] | None
     ) -> Encoded:
-        """Tokenised rows; `labels` are the names of the classes. Raises UserError as `check` does."""
+        """Rows as the model reads them; `labels` are the names of the classes. Raises UserError as `check`
+        does."""
+
+    @abstractmethod
+    def objective(self, processor: Any, vocabulary: int) -> Objective:
+        """How the model learns from encoded rows; `vocabulary`: the number of logits of a token."""
+
+    def length(self, example: Any) -> int:
+        """The number of tokens of an encoded row; 1 if rows are not texts."""
+        return 1
+
+    def sizes(self, examples: Sequence[Any]) -> str:
+        """How large these encoded rows are, for a sentence about them: " of 12 tokens on average"."""
+        return ""
 
     @abstractmethod
     def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -70,6 +89,13 @@ class Kind(Strict, ABC):
         """Those of the texts that should not be blank."""
         return self.texts(row)
 
+    @classmethod
+    @abstractmethod
+    def usage(cls, named: bool, max_length: int | None) -> list[str]:
+        """Lines of Python for a model card, which use the variables `model` and `tokenizer` (or `processor`)
+        on one row. `named`: whether the model's config names the labels; `max_length`: the most tokens of a
+        row, None if nobody knows it."""
+
     @property
     def class_field(self) -> str | None:
         """The field of a row's class, by which rows are told apart; None where rows have no class."""
@@ -78,3 +104,11 @@ class Kind(Strict, ABC):
     def classes(self, rows: Rows, source: str) -> list[Any] | None:
         """The class of every row as the data has it; None where rows have no class."""
         return None if self.class_field is None else column(rows, self.class_field, source)
+
+    def labels(self, rows: Rows, source: str) -> list[tuple[str, ...]] | None:
+        """The names of the labels of every row; None where the model has no labels."""
+        classes = self.classes(rows, source)
+        if classes is None:
+            return None
+        with located(rows, source):
+            return [(name,) for name in label_names(classes)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedhl.names import listed, meant, one_line
@@ -76,3 +76,30 @@ def problem_of_label(value: Any) -> str:
     if not one_line(label_name(value)):
         return f"the label {value!r:.60} has a control character or a line break; clean the data"
     return ""
+
+
+def class_settings(labels: Sequence[str], problem: str) -> dict[str, Any]:
+    """What the config of a classifier must say: the names of its classes by id, and for transformers the kind
+    of `problem`, which decides the loss."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": problem,
+    }
+
+
+def print_class(named: bool) -> str:
+    """The line of a model card that prints the class of the first row."""
+    best = "int(outputs.logits.argmax())"
+    return f"print(model.config.id2label[{best}])" if named else f"print({best})"
+
+
+def labels_of(names: Sequence[tuple[str, ...]], training: Iterable[int]) -> list[str]:
+    """The labels that the rows `training` have, in the order of all labels. `names`: the labels of every row.
+    Raises RowError if all rows together have fewer than two."""
+    known = sorted_labels({name for row in names for name in row})
+    if len(known) < 2:
+        have = f"have the same label {known}" if known else "are without a label"
+        raise RowError([], f"all {len(names)} rows {have}; need two or more")
+    trained = {name for k in training for name in names[k]}
+    return [name for name in known if name in trained]

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-
-from fedhl.task.examples import Example, collate
-from fedhl.task.kind import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LOGITS_AT_ONCE = 2**27
-"""The most logits in one forward pass (half a GiB in float32): a large vocabulary fills the memory."""
 
 
 class Objective(Protocol):
@@ -61,52 +54,3 @@ class Objective(Protocol):
     def tokens(self, batch: Any) -> int | None:
         """The length of the longest row of this batch in tokens; None if rows are not texts."""
         ...
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokenised texts of one kind of task, for a model of transformers. `vocabulary`: the number of logits of
-    a token."""
-
-    kind: type[Kind]
-    pad_id: int
-    vocabulary: int = 1
-
-    @property
-    def metric(self) -> str:
-        return self.kind.metric
-
-    @property
-    def greater(self) -> bool:
-        return self.kind.greater
-
-    def batch(self, rows: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(rows, self.pad_id)
-
-    def terms(self, batch: Mapping[str, Tensor]) -> int:
-        labels = batch["labels"]
-        return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
-
-    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**batch).loss
-
-    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
-
-    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.kind.score(outputs.float(), batch["labels"])
-
-    def parts(self, rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-        """Longest rows first, so that a batch too large for the memory fails at once."""
-        ordered = sorted(rows, key=lambda example: -len(example.input_ids))
-        at = 0
-        while at < len(ordered):
-            count = size
-            if isinstance(ordered[at].labels, list):
-                most = LOGITS_AT_ONCE // (self.vocabulary * len(ordered[at].input_ids))
-                count = max(1, min(size, most))
-            yield ordered[at : at + count]
-            at += count
-
-    def tokens(self, batch: Mapping[str, Tensor]) -> int:
-        return batch["input_ids"].shape[-1]
