@@ -196,13 +196,16 @@ def test_the_schema_knows_every_config_and_refuses_a_slip() -> None:
         {"roundz": 3},
         {"training": {"learning_rate": "fast"}},
         {"lora": {"ranks": {"shares": 3}}},
-        {"task": {"kind": "regression"}},
+        {"task": {"kind": "translation"}},
+        {"task": {"kind": "regression", "labl": "stars"}},
         {"report_to": ["tensorbord"]},
         {"report_to": {"name": "wandb", "mode": "on"}},
     ):
         assert not check.is_valid(raw | slip), slip
     for right in (
         {"method": "package.module:Class"},
+        {"task": {"kind": "regression", "label": "stars"}},
+        {"task": {"kind": "tags:TagTask", "words": "tokens"}},
         {"method": {"name": "fedsvd", "period": 4}},
         {"weighting": None},
         {"weighting": {"name": "balanced", "lam": 0.1}},

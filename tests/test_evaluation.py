@@ -11,7 +11,7 @@ from support.small_models import CLASSES, LONGEST, VOCABULARY, both, build, rows
 from transformers import PreTrainedModel
 
 from fedhl.model.evaluation import Metrics, evaluate
-from fedhl.task import CausalTask, ClassificationTask, objective
+from fedhl.task import CausalTask, ClassificationTask, texts
 from fedhl.task.examples import IGNORED, Example
 from fedhl.task.texts import Texts
 
@@ -95,7 +95,7 @@ def test_few_logits_at_once(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) 
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     budget = rows_at_once * VOCABULARY * LONGEST
-    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", budget)
+    monkeypatch.setattr(texts, "LOGITS_AT_ONCE", budget)
     got = measure(model, examples, batch_size=8)
     hook.remove()
     assert got["loss"] == close(want["loss"]) and got["examples"] == 23

@@ -41,6 +41,10 @@ ROWS: dict[str, Rows] = {
     ],
     "regression": [{"text": "warm", "label": 0.5}, {"text": "ice", "label": -2}],
     "causal-lm": [{"prompt": "warm", "completion": "yes"}, {"prompt": "ice", "completion": "no"}],
+    "preference": [
+        {"prompt": "warm", "chosen": "yes", "rejected": "ice"},
+        {"prompt": "ice", "chosen": "no", "rejected": "warm"},
+    ],
     "image-classification": [{"image": drawn(0), "label": "a"}, {"image": drawn(1), "label": "b"}],
 }
 """Two rows for each kind, whose fields have the names that they have by default."""
@@ -112,11 +116,10 @@ def test_its_rows_are_checked_and_encoded_and_its_predictions_scored(name: str) 
     objective = task.objective(processor, len(TOKENIZER))
     assert (objective.metric, objective.greater) == (task.metric, task.greater)
     batch = objective.batch(encoded.examples)
-    assert {len(values) for values in batch.values()} == {2}
+    assert {len(values) for values in batch.values()} <= {2, 4}  # of a pair, two sequences
     assert [e for part in objective.parts(encoded.examples, 1) for e in part] != []
-    per_token = isinstance(encoded.examples[0].labels, list)
-    outputs = len(TOKENIZER) if per_token else len(labels or ["a number"])
-    shape = (*batch["input_ids"].shape, outputs) if per_token else (2, outputs)
+    shapes = {"causal-lm": (*batch.get("labels").shape, len(TOKENIZER)), "preference": (2,)}
+    shape = shapes.get(name, (2, len(labels or ["a number"])))
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     scores = objective.score(logits, batch)
     assert tuple(scores) == task.metrics
@@ -163,12 +166,15 @@ def tiny_models() -> dict[str, Any]:
 def test_long_rows_are_cut(name: str) -> None:
     rows = ROWS[name]
     labels = labels_of(build(name), rows)
-    whole = build(name).encode(rows, "rows.jsonl", TOKENIZER, labels).examples
-    room = max(len(example.input_ids) for example in whole) - 1
+    task = build(name)
+    whole = task.encode(rows, "rows.jsonl", TOKENIZER, labels).examples
+    room = max(task.length(example) for example in whole) - 1
     cut = build(name, max_length=room).encode(rows, "rows.jsonl", TOKENIZER, labels)
     assert cut.rows == [0, 1]
-    assert [e.input_ids for e in cut.examples] == [e.input_ids[:room] for e in whole]
-    assert cut.truncated == sum(len(example.input_ids) > room for example in whole) > 0
+    for got, wanted in zip(cut.examples, whole, strict=True):
+        parts = zip(task.sequences(got), task.sequences(wanted), strict=True)
+        assert all(part.input_ids == of.input_ids[:room] for part, of in parts)
+    assert cut.truncated == sum(task.length(example) > room for example in whole) > 0
 
 
 @every_field

@@ -28,6 +28,12 @@ from fedhl.strict import Strict
 from fedhl.task import KINDS, Kind, Task, kind_named
 
 
+def with_own_kinds(schema: Any) -> None:
+    """Have the schema for editors accept kinds from elsewhere, whose settings nobody here knows."""
+    name = {"type": "string", "pattern": ":"}
+    schema["oneOf"].append({"type": "object", "properties": {"kind": name}, "required": ["kind"]})
+
+
 def of_kind(value: Any, handler: ValidatorFunctionWrapHandler) -> Kind:
     """The task, of a kind of fedhl's or of `package.module:Class`."""
     name = value.get("kind") if isinstance(value, dict) else None
@@ -47,10 +53,13 @@ class Inputs(Strict):
     """The name of the run, which is also the name of its folder: runs/NAME."""
     model: ModelConfig
     task: Annotated[
-        SerializeAsAny[Annotated[Task, Field(discriminator="kind")]], WrapValidator(of_kind)
+        SerializeAsAny[Annotated[Task, Field(discriminator="kind")]],
+        WrapValidator(of_kind),
+        Field(json_schema_extra=with_own_kinds),
     ]
-    """What the model learns: a label, several labels or a number for each text, completions of prompts, the
-    label of an image, or [a kind of one's own](adding-a-kind.md), `kind: package.module:Class`."""
+    """What the model learns: a label, several labels or a number for each text, completions of prompts,
+    which of two answers is better, the label of an image, or [a kind of one's own](adding-a-kind.md),
+    `kind: package.module:Class`."""
     data: DataConfig
     partition: Annotated[
         IIDPartition | DirichletPartition | ColumnPartition, Field(discriminator="kind")

@@ -281,10 +281,11 @@ def tokenise(
     config: Config,
     shards: Shards,
     processor: Any,
-    check: Callable[[Encoded], None] = lambda encoded: None,
+    complete: Callable[[Encoded], Encoded] = lambda encoded: encoded,
 ) -> Tokenised:
-    """Model inputs for all rows, each tokenised once. `check` is given the model inputs with the numbers of
-    their rows, and raises RowError if the model cannot read a row."""
+    """Model inputs for all rows, each tokenised once. `complete` is given the model inputs with the numbers
+    of their rows, and returns them, with what the base model has to add. It raises RowError if the model
+    cannot read a row."""
     wanted = [*shards.clients.values(), *shards.client_held_out.values(), shards.validation]
     used = np.sort(np.concatenate(wanted))
     source = config.data.source
@@ -295,14 +296,14 @@ def tokenise(
         )
     encoded = replace(encoded, rows=[int(used[j]) for j in encoded.rows])
     with located(shards.rows, source):
-        check(encoded)
+        encoded = complete(encoded)
     by_row = dict(zip(encoded.rows, encoded.examples, strict=True))
     held_source = (config.data.held_out and config.data.held_out.source) or source
     held = Encoded([], [], 0)
     if shards.held_out:
         held = config.task.encode(shards.held_out, held_source, processor, shards.labels)
         with located(shards.held_out, held_source):
-            check(held)
+            held = complete(held)
         if not held.examples:
             raise UserError(
                 f"data.held_out: none of the rows of {held_source} fits task.max_length = "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from fedhl.config import Config
@@ -231,7 +232,7 @@ def assemble(
         names = "; ".join(", ".join(data.labels[k] for k in task) for task in data.tasks)
         watcher.say(f"{len(data.tasks)} tasks of {config.period} rounds: {names}")
     tokenised = shards.tokenise(
-        config, data, loaded.processor, readable(config, federation, loaded)
+        config, data, loaded.processor, readable(config, federation, loaded, watcher)
     )
     if isinstance(config.lora.ranks, RankShares) and (remark := config.lora.ranks.remark()):
         watcher.say(remark)
@@ -256,20 +257,38 @@ def assemble(
     return Prepared(config, data, tokenised, loaded, federation, start, head)
 
 
-def readable(config: Config, federation: Federation, loaded: Loaded) -> Callable[[Encoded], None]:
-    """Raises RowError unless the model can read the rows."""
+def readable(
+    config: Config, federation: Federation, loaded: Loaded, watcher: Watcher = SILENT
+) -> Callable[[Encoded], Encoded]:
+    """A function that completes encoded rows by what the base model says of them, where the kind of task
+    wants to know. It raises RowError unless the model can read the rows."""
+    task, objective, model = config.task, federation.objective, federation.slots.model
 
-    def check(encoded: Encoded) -> None:
-        task = config.task
+    @torch.no_grad()
+    def outputs(rows: Sequence[Any]) -> Tensor:
+        return objective.outputs(model, send_to_device(objective.batch(rows), federation.device))
+
+    def complete(encoded: Encoded) -> Encoded:
+        done = 0
+
+        def counted(rows: Sequence[Any]) -> Tensor:
+            nonlocal done
+            watcher.step("reading the rows with the base model", done, len(encoded.examples))
+            done += len(rows)
+            return outputs(rows)
+
         with federation.autocast():
-            if not isinstance(task, TextKind):
-                check_first(loaded.model, federation.objective, encoded)
-                return
-            for part in zip(*map(task.sequences, encoded.examples), strict=True):
-                read = Encoded([*part], encoded.rows, encoded.truncated)
-                check_rows(loaded.model, loaded.processor, read, task.max_length)
+            if isinstance(task, TextKind):
+                for part in zip(*map(task.sequences, encoded.examples), strict=True):
+                    read = Encoded([*part], encoded.rows, encoded.truncated)
+                    check_rows(loaded.model, loaded.processor, read, task.max_length)
+            else:
+                check_first(loaded.model, objective, encoded)
+            with peft.base_only(federation.slots):
+                examples = task.with_base(encoded.examples, counted)
+        return replace(encoded, examples=[*examples])
 
-    return check
+    return complete
 
 
 def trained_layers(config: Settings, layers: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -239,8 +239,8 @@ def participant(
     loaded, federation = base(config, node.model, labels, tuple(sorted(ranks.items())))
     data = replace(data, labels=list(labels) or None)
     with unquoted(node):
-        check = readable(settings, federation, loaded)
-        own = shards.tokenise(own_config(settings, node), data, loaded.processor, check)
+        complete = readable(settings, federation, loaded)
+        own = shards.tokenise(own_config(settings, node), data, loaded.processor, complete)
     clients = [replace(c, examples=len(own.train.get(c.id, ()))) for c in federation.clients]
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings

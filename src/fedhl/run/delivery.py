@@ -169,7 +169,7 @@ def evaluate_run(
         processor, labels = prepared.loaded.processor, prepared.data.labels
         encoded = config.task.encode(rows, source, processor, labels)
         with located(rows, source):
-            readable(config, federation, prepared.loaded)(encoded)
+            encoded = readable(config, federation, prepared.loaded, watcher)(encoded)
         federation = replace(federation, held_out=encoded.examples, own={})
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")
@@ -187,6 +187,8 @@ def evaluate_on(
     check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
     rows = load_rows(source)
     encoded = config.task.encode(rows, source, loaded.processor, summary["labels"])
+    with located(rows, source):
+        encoded = readable(config, federation, loaded, watcher)(encoded)
     federation = replace(federation, held_out=encoded.examples)
     state, _ = load_checkpoint(run, initial_state(federation), which, watcher)
     return table(evaluate_round(federation, state, every_rank=True), state)

@@ -9,12 +9,20 @@ from fedhl.task.causal import CausalTask
 from fedhl.task.classification import ClassificationTask
 from fedhl.task.images import ImageTask
 from fedhl.task.kind import Kind
+from fedhl.task.preferences import PreferenceTask
 from fedhl.task.regression import RegressionTask
 from fedhl.task.several_labels import SeveralLabelsTask
 
 __all__ = ["KINDS", "CausalTask", "ClassificationTask", "ImageTask", "Kind", "Task", "kind_named"]
 
-Task = ClassificationTask | SeveralLabelsTask | RegressionTask | CausalTask | ImageTask
+Task = (
+    ClassificationTask
+    | SeveralLabelsTask
+    | RegressionTask
+    | CausalTask
+    | PreferenceTask
+    | ImageTask
+)
 """The kinds, and the only list of them: a further kind is a file beside these and a member here."""
 
 KINDS: dict[str, type[Kind]] = {

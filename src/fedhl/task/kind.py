@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhl.strict import Strict
@@ -71,6 +71,13 @@ class Kind(Strict, ABC):
     @abstractmethod
     def objective(self, processor: Any, vocabulary: int) -> Objective:
         """How the model learns from encoded rows; `vocabulary`: the number of logits of a token."""
+
+    def with_base(
+        self, examples: Sequence[Any], outputs: Callable[[Sequence[Any]], Tensor]
+    ) -> Sequence[Any]:
+        """Encoded rows with what the base model says of them before any training, for kinds that compare with
+        that. `outputs`: those of the objective, for some of the rows."""
+        return examples
 
     def length(self, example: Any) -> int:
         """The number of tokens of an encoded row; 1 if rows are not texts."""

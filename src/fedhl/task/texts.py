@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedhl.task.examples import Example, collate
 from fedhl.task.kind import Kind
+from fedhl.task.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class TextKind(Kind):
         """What the model reads of an encoded row, as it reads it."""
         return (example,)
 
-    def objective(self, processor: Any, vocabulary: int) -> Texts:
+    def objective(self, processor: Any, vocabulary: int) -> Objective:
         return Texts(type(self), processor.pad_token_id, vocabulary)
 
 
