@@ -208,10 +208,11 @@ def test_metrics_are_those_of_the_task(project: Path, settings: Config):
         *(None, 3, [], {}, {"loss": 0.1}, GOOD | {"more": 2}),
         *(GOOD | {"loss": x} for x in (math.nan, math.inf, True, "0", None, 10**400, [0])),
         *(GOOD | {"accuracy": x} for x in (math.nan, 1.01, -0.5, 9e15, True)),
+        *(GOOD | {"examples": x} for x in (0, -3, 0.5)),
     ],
 )
 def test_wrong_metrics_are_malformed(settings: Config, metrics: Any):
-    with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy)"):
+    with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy|examples)"):
         metrics_of({"metrics": metrics}, settings)
 
 

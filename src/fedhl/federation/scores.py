@@ -18,6 +18,7 @@ from fedhl.lora import LoRA, dense, prefix, truncate
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
 from fedhl.server import ServerState, side_by_side
+from fedhl.task.intervals import SHARES, wilson
 
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
@@ -77,17 +78,28 @@ def evaluate_clients(
 
 def over_clients(by_client: Mapping[str, Metrics], metric: str, greater: bool) -> dict[str, Any]:
     """The mean of each metric over the clients, and the worst client by `metric`, of which more is better if
-    `greater`."""
+    `greater`: the client that may be the least good, as `at_best` judges it."""
     names = [name for name in next(iter(by_client.values())) if name != "examples"]
     mean = {name: sum(m[name] for m in by_client.values()) / len(by_client) for name in names}
 
     def good(id: str) -> tuple[float, float]:
         """The metric, and the loss among equals; nothing is worse than NaN."""
-        value, loss = by_client[id][metric] * (1 if greater else -1), -by_client[id]["loss"]
+        value, loss = at_best(by_client[id], metric, greater), -by_client[id]["loss"]
         return tuple(-math.inf if math.isnan(x) else x for x in (value, loss))  # pyright: ignore
 
     worst = min(by_client, key=good)
     return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
+
+
+def at_best(metrics: Metrics, metric: str, greater: bool) -> float:
+    """How good a client may be, the larger the better: the better end of the Wilson interval of an accuracy,
+    since one wrong row of one is no evidence; any other metric as it was measured, with the sign of
+    `greater`."""
+    value = metrics[metric]
+    if metric in SHARES and 0 <= value <= 1:  # a metric of one's own may be anything of that name
+        low, high = wilson(value, metrics["examples"])
+        return high if greater else -low
+    return value if greater else -value
 
 
 def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any] | None:
