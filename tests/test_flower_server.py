@@ -26,6 +26,7 @@ from flwr.app import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
 from safetensors.torch import load_file
 from support import tiny
 from support.in_process import Answers, InProcessGrid
@@ -752,7 +753,8 @@ def test_a_run_of_clients_with_their_own_rows_is_evaluated_and_not_resumed_here(
     with pytest.raises(UserError, match="other processes, with rows or factors of their own"):
         resume_run(torn)
     rows = str(tiny.write_rows(tmp_path / "test.jsonl", tiny.rows(20, seed=9)))
-    table = evaluate_run(torn, "last", rows)
+    (table,) = evaluate_run(torn, "last", rows)
+    assert isinstance(table, Table)
     assert table.title == "after round 1"
     assert table.row_count == 4  # the full update, and three ranks
 

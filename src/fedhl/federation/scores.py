@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,12 @@ from fedhl.task.intervals import SHARES, wilson
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
     """Metrics of the model with the full-rank update; None without a global model, or without held-out
     rows."""
-    full = {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
-    return evaluate_change(federation, state, full)
+    return evaluate_change(federation, state, full_update(federation, state))
+
+
+def full_update(federation: Federation, state: ServerState) -> dict[str, Tensor]:
+    """W of every layer; {} if there is no global model."""
+    return {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
 
 
 def evaluate_rank(
@@ -60,10 +65,19 @@ def evaluate_change(
     without rows."""
     if not change or not federation.held_out:
         return None
+    with changed(federation, state, change):
+        return evaluate_rows(federation, federation.held_out)
+
+
+@contextmanager
+def changed(
+    federation: Federation, state: ServerState, change: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Inside the block the model is the base with this change, and with the head of `state`."""
     slots = federation.slots
     with peft.offset(slots, change), peft.base_only(slots):
         peft.write_head(slots, state.head)
-        return evaluate_rows(federation, federation.held_out)
+        yield
 
 
 def evaluate_clients(
