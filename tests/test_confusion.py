@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fedhl.task.confusion import by_class, calibration, confusion, confusions, macro_f1
 
-A, B = TypeVar("A"), TypeVar("B")
 K = 4
 outcomes = st.lists(
     st.tuples(st.integers(0, K - 1), st.integers(0, K - 1)), min_size=1, max_size=40
@@ -21,7 +20,7 @@ outcomes = st.lists(
 confident = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
 
 
-def apart(rows: Sequence[tuple[A, B]]) -> tuple[list[A], list[B]]:
+def apart(rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return [a for a, _ in rows], [b for _, b in rows]
 
 

@@ -70,8 +70,8 @@ def evaluate(
         typer.Option(
             "--rank",
             metavar="R",
-            help="Of the update truncated to rank R: predictions, classes and samples. Default: of the "
-            "full-rank update.",
+            help="The model of predictions, classes and samples: the update truncated to rank R. "
+            "Default: the full-rank update.",
         ),
     ] = None,
     set: Places = None,

@@ -110,10 +110,11 @@ def greedy(
     """Greedy decoding to an end token of the tokenizer or of the model, without what a checkpoint may say of
     sampling and of penalties."""
     of_model: Any = theirs.eos_token_id
-    ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id}
+    own: Any = tokenizer.eos_token_id
+    ends = {own, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
     return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
-        eos_token_id=sorted(ends - {None}) or None,  # pyright: ignore[reportArgumentType]
+        eos_token_id=sorted(ends) or None,  # pyright: ignore[reportArgumentType]
         pad_token_id=tokenizer.pad_token_id,
     )
