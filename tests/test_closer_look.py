@@ -243,9 +243,11 @@ def test_samples_are_spread_evenly():
 
 
 def test_long_texts_and_control_characters_do_not_reach_the_terminal():
-    texts = [Completion("a" * 500 + "\tend", "[bold]b", "c\x1b[31m" + "d" * 500)]
+    texts = [Completion("\n" + "a" * 500 + "\tend\n\n", "[bold]b", "c\x1b[31m" + "d" * 500)]
     said: list[Said] = [of_samples([Row({}, 3, 4)], texts, "full-rank update", 64)]
     assert max(map(len, printed(said, PAGE).splitlines())) == PAGE
+    lines = [line.split("│") for line in printed(said, PAGE).splitlines() if line[0] == "│"]
+    assert all(line[2].strip() for line in lines)  # nothing of empty lines at the ends
     out = printed(said, 1000)
     assert "\x1b" not in out and "\t" not in out and "[bold]b" in out
     assert "… aaa" in out and "a    end" in out and "d …" in out

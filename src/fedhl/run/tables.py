@@ -115,8 +115,8 @@ def of_samples(
 
 
 def readable(text: str) -> str:
-    """A text without what would move the cursor of a terminal."""
-    text = text.replace("\t", "    ")
+    """A text without what would move the cursor of a terminal, and without empty lines at its ends."""
+    text = text.replace("\t", "    ").strip("\n")
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
