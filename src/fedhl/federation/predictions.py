@@ -39,11 +39,11 @@ def predictions(federation: Federation, rows: Sequence[Any]) -> list[Predicted]:
             outputs = objective.outputs(model, batch)
         counts = [objective.terms(objective.batch([row])) for row in part]
         terms = {
-            name: values.double().cpu().split(counts)
+            name: values.cpu().double().split(counts)
             for name, values in objective.score(outputs, batch).items()
         }
         vector = isinstance(outputs, Tensor) and outputs.ndim == 2
-        vectors = outputs.double().cpu() if vector else [None] * len(part)
+        vectors = outputs.cpu().double() if vector else [None] * len(part)
         for k, row in enumerate(part):
             of_row = {name: values[k] for name, values in terms.items()}
             # parts have an order of their own, but their rows are the same objects
@@ -89,7 +89,7 @@ def completions(
                 tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt))
         finally:
             model.generation_config = theirs
-        texts = (ids[:start], ids[start:end], tokens[0, start:].tolist())
+        texts = (ids[:start], ids[start:end], tokens[0, start:].cpu().tolist())
         found.append(
             Completion(*(str(tokenizer.decode(t, skip_special_tokens=True)) for t in texts))
         )
