@@ -360,7 +360,7 @@ def test_eval_takes_other_rows(runs: Path, bad: Path) -> None:
     look = ["--classes", "--rank", "2", "--predictions", "fresh.csv"]
     done = fedhl(bad, "eval", "runs/tiny", "--data", "fresh.jsonl", *look)
     assert (done.code, done.err) == (0, "")
-    assert "classes, update truncated to rank 2" in done.out and "\nmacro-F1 0." in done.out
+    assert "classes by F1, update truncated to rank 2" in done.out and "\nmacro-F1 0." in done.out
     assert "\npredictions of the update truncated to rank 2 for 50 rows: fresh.csv\n" in done.out
     assert len((bad / "fresh.csv").read_text("utf-8").splitlines()) == 51
     row = next(text for text in done.out.splitlines() if "full-rank update" in text)

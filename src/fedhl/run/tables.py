@@ -36,7 +36,7 @@ def of_classes(
     C = confusion(classes, [ids[line["predicted"]] for line in lines], len(labels))
     scores = by_class(C)
     known = [k for k, each in enumerate(scores) if each.f1 is not None]
-    table = titled(f"classes, {model}: the lowest F1 first", "class")
+    table = titled(f"classes by F1, {model}", "class")
     for name in ("rows", "precision", "recall", "F1"):
         table.add_column(name, justify="right")
     for k in sorted(range(len(labels)), key=lambda k: (k not in known, scores[k].f1 or 0)):
