@@ -357,8 +357,12 @@ def test_report_is_written_anew(runs: Path, bad: Path) -> None:
 
 def test_eval_takes_other_rows(runs: Path, bad: Path) -> None:
     write_rows(bad / "fresh.jsonl", rows(50, seed=7))
-    done = fedhl(bad, "eval", "runs/tiny", "--data", "fresh.jsonl")
+    look = ["--classes", "--rank", "2", "--predictions", "fresh.csv"]
+    done = fedhl(bad, "eval", "runs/tiny", "--data", "fresh.jsonl", *look)
     assert (done.code, done.err) == (0, "")
+    assert "classes by F1, update truncated to rank 2" in done.out and "\nmacro-F1 0." in done.out
+    assert "\npredictions of the update truncated to rank 2 for 50 rows: fresh.csv\n" in done.out
+    assert len((bad / "fresh.csv").read_text("utf-8").splitlines()) == 51
     row = next(text for text in done.out.splitlines() if "full-rank update" in text)
     assert " 50 " in row and float(row.split("│")[2]) > 0.8
     assert "new-label.jsonl: row 3" in refused(

@@ -25,7 +25,8 @@ from fedhl import METHODS, WEIGHTINGS, Method, dense, get_method, get_weighting,
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
 from fedhl.federation.local import evaluate_rows as metrics
-from fedhl.federation.scores import evaluate_round
+from fedhl.federation.predictions import predictions
+from fedhl.federation.scores import changed, evaluate_round, full_update
 from fedhl.lora import LoRA, initial
 from fedhl.model import peft
 from fedhl.server import Outcome, Rules, ServerState
@@ -283,6 +284,9 @@ def a_federation(device: str, kind: str, name: str) -> None:
         evaluated = evaluate_round(federation, state, every_rank=True)
         losses = [evaluated[key]["loss"] for key in ("full", "truncated") if evaluated[key]]
         losses.append(evaluated["clients"]["mean"]["loss"])
+        with changed(federation, state, full_update(federation, state)):
+            rows = predictions(federation, federation.held_out)
+            losses += [float(row.terms["loss"].mean()) for row in rows]
         if kind == "bert":
             with peft.only_labels(federation.slots, [0, 1]):
                 rows = [example for example in federation.held_out if example.labels != 2]

@@ -26,6 +26,7 @@ from flwr.app import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
 from safetensors.torch import load_file
 from support import tiny
 from support.in_process import Answers, InProcessGrid
@@ -208,10 +209,11 @@ def test_metrics_are_those_of_the_task(project: Path, settings: Config):
         *(None, 3, [], {}, {"loss": 0.1}, GOOD | {"more": 2}),
         *(GOOD | {"loss": x} for x in (math.nan, math.inf, True, "0", None, 10**400, [0])),
         *(GOOD | {"accuracy": x} for x in (math.nan, 1.01, -0.5, 9e15, True)),
+        *(GOOD | {"examples": x} for x in (0, -3, 0.5)),
     ],
 )
 def test_wrong_metrics_are_malformed(settings: Config, metrics: Any):
-    with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy)"):
+    with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy|examples)"):
         metrics_of({"metrics": metrics}, settings)
 
 
@@ -751,7 +753,8 @@ def test_a_run_of_clients_with_their_own_rows_is_evaluated_and_not_resumed_here(
     with pytest.raises(UserError, match="other processes, with rows or factors of their own"):
         resume_run(torn)
     rows = str(tiny.write_rows(tmp_path / "test.jsonl", tiny.rows(20, seed=9)))
-    table = evaluate_run(torn, "last", rows)
+    (table,) = evaluate_run(torn, "last", rows)
+    assert isinstance(table, Table)
     assert table.title == "after round 1"
     assert table.row_count == 4  # the full update, and three ranks
 

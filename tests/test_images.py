@@ -21,6 +21,7 @@ from fedhl.data.loading import fingerprint, load_rows
 from fedhl.errors import UserError
 from fedhl.record import read_metrics, read_summary
 from fedhl.run import start_run
+from fedhl.run.asked import Asked
 from fedhl.run.delivery import evaluate_run, export_run
 from fedhl.task.images import Images, ImageTask
 
@@ -193,7 +194,15 @@ def test_a_run_on_images_is_judged_by_its_accuracy(run: Path) -> None:
     assert last["metric"] == "accuracy" and last["greater"]
     assert last["full"]["examples"] == 40 and set(last["ranks"]) == {"1", "2", "4"}
     assert read_summary(run)["labels"] == [str(digit) for digit in range(10)]
-    assert "accuracy" in str(evaluate_run(run, "last", None).columns[1].header)
+
+
+def test_its_predictions_are_shown_row_by_row(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    evaluate_run(run, "last", None, asked=Asked(predictions=file, classes=True))
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    last = read_metrics(run)[-1]["evaluation"]["full"]
+    assert len(lines) == 40 and all(line["image"].endswith(".png") for line in lines)
+    assert sum(line["right"] for line in lines) / 40 == pytest.approx(last["accuracy"])
 
 
 def test_what_it_has_learnt_is_used_by_transformers_and_peft(run: Path, tmp_path: Path) -> None:

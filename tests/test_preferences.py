@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedhl.errors import UserError
 from fedhl.federation.prepare import prepare
 from fedhl.record import read_metrics
 from fedhl.run import start_run
+from fedhl.run.asked import Asked
 from fedhl.run.delivery import evaluate_run
 from fedhl.task.causal import encode_completion
 from fedhl.task.examples import IGNORED
@@ -200,5 +202,18 @@ def test_a_federation_learns_a_preference(tmp_path: Path) -> None:
     first, last = lines[0]["evaluation"]["full"], lines[-1]["evaluation"]["full"]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert last["loss"] < 0.5 and last["accuracy"] > 0.7
-    again = evaluate_run(run, "last", str(write_rows(tmp_path / "more.jsonl", made[:20])))
-    assert again.row_count
+    file = tmp_path / "predictions.jsonl"
+    asked = Asked(predictions=file, samples=2, new_tokens=4)
+    evaluate_run(run, "last", None, asked=asked)
+    written = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert sum(line["loss"] for line in written) / 40 == pytest.approx(last["loss"], rel=1e-4)
+    assert sum(line["generated"] is not None for line in written) == 2
+    more = str(write_rows(tmp_path / "more.jsonl", made[:20]))
+    file.unlink()
+    evaluate_run(run, "last", more, asked=Asked(predictions=file))
+    again = [json.loads(line)["loss"] for line in file.read_text(encoding="utf-8").splitlines()]
+    known = {line["prompt"]: line["loss"] for line in written}
+    same = [
+        (known[r["prompt"]], x) for r, x in zip(made, again, strict=False) if r["prompt"] in known
+    ]
+    assert same and all(a == pytest.approx(b, rel=1e-4) for a, b in same)

@@ -228,7 +228,10 @@ def test_without_server_data_the_clients_are_the_headline(tmp_path: Path) -> Non
     html = report(run)
     worst = last["evaluation"]["clients"]["worst"]["accuracy"]
     assert tiles(html)["Accuracy, worst client"].numbers()[0] == worst
-    assert "Own accuracy" in html
+    assert "Own accuracy" in html and "Own rows" in html
+    assert "95% intervals (Wilson)" in html and "worst mean" not in html
+    assert all(m["examples"] == 500 for m in last["evaluation"]["clients"]["by_client"].values())
+    assert Page(html).numbers().count(500) == len(last["evaluation"]["clients"]["by_client"])
     assert "mean client" in str(final_table(run).columns[2].header)
 
 

@@ -407,6 +407,7 @@ def test_clients_on_their_own_rows(trained: tuple[str, Federation, ServerState])
     assert got["mean"] == {
         m: pytest.approx(sum(row[m] for row in table.values()) / len(RANKS)) for m in metrics
     }
+    # all clients have the same number of rows, so that the order of the intervals is that of the accuracies
     key = (lambda n: (-table[n]["accuracy"], table[n]["loss"])) if kind == "bert" else None
     worst = max(table, key=key or (lambda n: table[n]["loss"]))
     assert got["worst"] == {"client": worst, **table[worst]}

@@ -143,7 +143,7 @@ def training_loss(line: Mapping[str, Any]) -> float | None:
 
 # --- metrics ------------------------------------------------------------------------------------
 
-SHARES = frozenset({"accuracy", "f1"})
+IN_PERCENT = frozenset({"accuracy", "f1"})
 """The metrics that are shares of 1, which people read in percent."""
 
 

@@ -35,21 +35,68 @@ def evaluate(
             "--data", metavar="SOURCE", help="Other rows than those that the run has held out."
         ),
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions",
+            metavar="FILE",
+            help="Write every held-out row with its prediction into a new .jsonl or .csv file.",
+        ),
+    ] = None,
+    classes: Annotated[
+        bool,
+        typer.Option(
+            "--classes",
+            help="Show scores by class, confusions, and whether probabilities are right.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            help="Show what a language model writes after N held-out prompts.",
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--new-tokens", metavar="N", min=1, help="The most tokens of a sample. Default: 64."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            metavar="R",
+            help="The model of predictions, classes and samples: the update truncated to rank R. "
+            "Default: the full-rank update.",
+        ),
+    ] = None,
     set: Places = None,
 ) -> None:
-    """Evaluate a run again: the full-rank update, and its truncation to every rank of a client."""
+    """Evaluate a run again: the full-rank update, and its truncation to every rank of a client. Look closer,
+    at the predictions of single rows, at classes, or at texts."""
     with friendly(), watching(quiet=False) as watcher:
         which = parse_round(round)
+        check_rank(rank)
         from fedhl.locate import locate
-        from fedhl.run.folder import refuse_other
+        from fedhl.run.asked import Asked
+        from fedhl.run.folder import load_run_config, refuse_other
 
         refuse_other(run)
         if data is not None:
             locate(data)
+        asked = Asked(predictions, classes, samples, new_tokens, rank)
+        asked.check(load_run_config(run, set or (), draft=True), data)
         from fedhl.run.delivery import evaluate_run
 
-        table = evaluate_run(run, which, data, watcher, set or ())
-        stdout().print(table)
+        for said in evaluate_run(run, which, data, watcher, set or (), asked):
+            if isinstance(said, str):
+                say(said)
+            else:
+                stdout().print(said)
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,18 @@ from fedhl.lora import LoRA, dense, prefix, truncate
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
 from fedhl.server import ServerState, side_by_side
+from fedhl.task.intervals import SHARES, wilson
 
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
     """Metrics of the model with the full-rank update; None without a global model, or without held-out
     rows."""
-    full = {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
-    return evaluate_change(federation, state, full)
+    return evaluate_change(federation, state, full_update(federation, state))
+
+
+def full_update(federation: Federation, state: ServerState) -> dict[str, Tensor]:
+    """W of every layer; {} if there is no global model."""
+    return {name: dense(delta) for name, delta in server.deltas(federation.method, state).items()}
 
 
 def evaluate_rank(
@@ -59,10 +65,19 @@ def evaluate_change(
     without rows."""
     if not change or not federation.held_out:
         return None
+    with changed(federation, state, change):
+        return evaluate_rows(federation, federation.held_out)
+
+
+@contextmanager
+def changed(
+    federation: Federation, state: ServerState, change: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Inside the block the model is the base with this change, and with the head of `state`."""
     slots = federation.slots
     with peft.offset(slots, change), peft.base_only(slots):
         peft.write_head(slots, state.head)
-        return evaluate_rows(federation, federation.held_out)
+        yield
 
 
 def evaluate_clients(
@@ -77,17 +92,28 @@ def evaluate_clients(
 
 def over_clients(by_client: Mapping[str, Metrics], metric: str, greater: bool) -> dict[str, Any]:
     """The mean of each metric over the clients, and the worst client by `metric`, of which more is better if
-    `greater`."""
+    `greater`: the client that may be the least good, as `at_best` judges it."""
     names = [name for name in next(iter(by_client.values())) if name != "examples"]
     mean = {name: sum(m[name] for m in by_client.values()) / len(by_client) for name in names}
 
     def good(id: str) -> tuple[float, float]:
         """The metric, and the loss among equals; nothing is worse than NaN."""
-        value, loss = by_client[id][metric] * (1 if greater else -1), -by_client[id]["loss"]
+        value, loss = at_best(by_client[id], metric, greater), -by_client[id]["loss"]
         return tuple(-math.inf if math.isnan(x) else x for x in (value, loss))  # pyright: ignore
 
     worst = min(by_client, key=good)
     return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
+
+
+def at_best(metrics: Metrics, metric: str, greater: bool) -> float:
+    """How good a client may be, the larger the better: the better end of the Wilson interval of an accuracy,
+    since one wrong row of one is no evidence; any other metric as it was measured, with the sign of
+    `greater`."""
+    value = metrics[metric]
+    if metric in SHARES and 0 <= value <= 1:  # a metric of one's own may be anything of that name
+        low, high = wilson(value, metrics["examples"])
+        return high if greater else -low
+    return value if greater else -value
 
 
 def evaluate_tasks(federation: Federation, state: ServerState) -> dict[str, Any] | None:

@@ -365,4 +365,6 @@ def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
             raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
     if not 0 <= metrics.get("accuracy", 0) <= 1:
         raise Malformed(f"its accuracy is {shown(metrics['accuracy'])}, expected 0 to 1")
+    if not metrics["examples"] >= 1:
+        raise Malformed(f"its examples are {shown(metrics['examples'])}, expected at least 1")
     return metrics

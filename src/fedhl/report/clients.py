@@ -67,6 +67,7 @@ def client_rows(run: Run, labels: dict[str, list[str]], scores: View) -> list[Vi
                 "segments": label_segments(client, labels),
                 "first_share": first_share(client, labels),
                 "score": num(scores, client.id, run.metric),
+                "held_out": num(scores, client.id, "examples"),
             }
         )
     return rows

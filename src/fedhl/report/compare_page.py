@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from urllib.parse import quote
 
-from fedhl.record import SHARES
+from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.colours import CATEGORIES
 from fedhl.report.files import dig, series
@@ -162,7 +162,7 @@ def overview(comparison: Comparison) -> View:
 def final(comparison: Comparison) -> View | None:
     """Every seed's final model as a dot, and its bytes; None before the first finished run."""
     metric, kind = comparison.metric, comparison.common
-    percent, rows, groups = metric in SHARES, [], []
+    percent, rows, groups = metric in IN_PERCENT, [], []
     for i, variant in enumerate(comparison.variants):
         mean, half = mean_interval(variant.values(kind, metric))
         values = [value for value in variant.values(kind, metric) if value is not None]
@@ -198,7 +198,7 @@ def bytes_moved(trial: Trial) -> float | None:
 def curves(comparison: Comparison) -> list[View]:
     """The headline metric per round, for every kind of model: the mean over seeds with their range."""
     metric, variants = comparison.metric, comparison.variants
-    percent = metric in SHARES
+    percent = metric in IN_PERCENT
     shown = []
     for kind in comparison.kinds:
         if kind == "worst":  # it is another client from round to round

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedhl.record import SHARES
+from fedhl.record import IN_PERCENT
 
 MINUS = "\u2212"
 
@@ -53,12 +53,12 @@ def seconds(value: float) -> str:
 
 
 def metric_text(metric: str, value: float) -> str:
-    return percent(value) if metric in SHARES else three_decimals(value)
+    return percent(value) if metric in IN_PERCENT else three_decimals(value)
 
 
 def change_text(metric: str, change: float) -> str:
     sign = "+" if change >= 0 else MINUS
-    points = metric in SHARES
+    points = metric in IN_PERCENT
     return f"{sign}{100 * abs(change):.1f} points" if points else f"{sign}{abs(change):.3f}"
 
 
@@ -66,7 +66,7 @@ def spread_text(metric: str, mean: float | None, half: float | None) -> str:
     """77.7 ± 0.8% or 0.459 ± 0.065; a dash for what was not measured."""
     if mean is None:
         return "–"
-    factor, digits, unit = (100, 1, "%") if metric in SHARES else (1, 3, "")
+    factor, digits, unit = (100, 1, "%") if metric in IN_PERCENT else (1, 3, "")
     spread = "" if half is None else f" ± {factor * half:.{digits}f}"
     return f"{factor * mean:.{digits}f}{spread}{unit}".replace("-", MINUS)
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from fedhl.names import size
-from fedhl.record import SHARES
+from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.clients import clients, rank_steps
 from fedhl.report.colours import step
@@ -136,7 +136,7 @@ def quality(run: Run) -> View:
         curves = [curve for curve in curves if curve.points]
         if any(len(curve.points) > 1 for curve in curves):
             title = f"{metric.capitalize()} per round"
-            draw = plots.lines(curves, percent=metric in SHARES)
+            draw = plots.lines(curves, percent=metric in IN_PERCENT)
             shown.append(
                 {
                     "title": title,

@@ -18,7 +18,7 @@ from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.export.cards import base_licence
-from fedhl.federation.federation import initial_state
+from fedhl.federation.federation import Federation, initial_state
 from fedhl.federation.prepare import (
     clients_keep,
     load_federation,
@@ -31,9 +31,13 @@ from fedhl.lora import LoRA, dense
 from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
 from fedhl.record import FAILED, measured, read_summary
+from fedhl.run.asked import METRICS, Asked
+from fedhl.run.closer_look import HeldOut, closer_look
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
 from fedhl.run.summary import check_same, clients_own_data, hash_once
+from fedhl.run.tables import Said
 from fedhl.server import ServerState
+from fedhl.task.intervals import SHARES, wilson
 from fedhl.task.rows import located
 from fedhl.watch import SILENT, Watcher
 
@@ -142,17 +146,20 @@ def evaluate_run(
     source: str | None,
     watcher: Watcher = SILENT,
     places: Sequence[str] = (),
-) -> Table:
+    asked: Asked = METRICS,
+) -> list[Said]:
     """The metrics of a checkpoint on the run's held-out rows, or, without the data of the run, on the rows
-    of `source`, as a table. `places`: where model and data are now, as in `load_run_config`."""
+    of `source`, as a table; and tables and sentences of what else is asked for. `places`: where model and
+    data are now, as in `load_run_config`."""
     config = load_run_config(run, places)
+    asked.check(config, source)
     if networked(run) and clients_keep(config):
         raise UserError(
             f"only the clients of {run} can evaluate, since {config.method.name} has them keep factors for "
             "themselves; their reported metrics are in metrics.jsonl"
         )
     if source is not None and config.tasks is None:
-        return evaluate_on(run, which, source, watcher, places)
+        return evaluate_on(run, which, source, watcher, places, asked)
     own = clients_own_data(run)
     config = load_run_config(
         run, places, [key for key in PLACES if not (own and key == "data.source")]
@@ -163,10 +170,10 @@ def evaluate_run(
         else prepare(config, watcher)
     )
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
-    federation = prepared.federation
+    federation, rows = prepared.federation, prepared.data.held_out
+    processor, labels = prepared.loaded.processor, prepared.data.labels
     if source is not None:
         rows = load_rows(source, encoding=config.data.encoding)
-        processor, labels = prepared.loaded.processor, prepared.data.labels
         encoded = config.task.encode(rows, source, processor, labels)
         with located(rows, source):
             encoded = readable(config, federation, prepared.loaded, watcher)(encoded)
@@ -174,28 +181,43 @@ def evaluate_run(
     if not federation.held_out and not federation.own:
         raise UserError(f"{run} has no held-out rows; name a file of rows with --data")
     state, _ = load_checkpoint(run, prepared.initial_state(), which, watcher)
-    return table(evaluate_round(federation, state, every_rank=True), state)
+    said: list[Said] = [
+        table(evaluate_round(federation, state, every_rank=True), federation, state)
+    ]
+    if asked.anything:
+        place = source or (config.data.held_out and config.data.held_out.source)
+        encoded = config.task.encode(rows, place or config.data.source, processor, labels)
+        encoded = readable(config, federation, prepared.loaded, watcher)(encoded)
+        held_out = HeldOut(rows, encoded)
+        said += closer_look(asked, config.task, federation, state, held_out, labels, processor)
+    return said
 
 
 def evaluate_on(
-    run: Path, which: Which, source: str, watcher: Watcher, places: Sequence[str]
-) -> Table:
-    """The metrics of a checkpoint on the rows of `source`, without the data of the run."""
+    run: Path, which: Which, source: str, watcher: Watcher, places: Sequence[str], asked: Asked
+) -> list[Said]:
+    """`evaluate_run` on the rows of `source`, without the data of the run."""
     config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
-    rows = load_rows(source)
+    rows = load_rows(source, encoding=config.data.encoding)
     encoded = config.task.encode(rows, source, loaded.processor, summary["labels"])
     with located(rows, source):
         encoded = readable(config, federation, loaded, watcher)(encoded)
     federation = replace(federation, held_out=encoded.examples)
     state, _ = load_checkpoint(run, initial_state(federation), which, watcher)
-    return table(evaluate_round(federation, state, every_rank=True), state)
+    said: list[Said] = [
+        table(evaluate_round(federation, state, every_rank=True), federation, state)
+    ]
+    if asked.anything:
+        known = (HeldOut(rows, encoded), summary["labels"], loaded.processor)
+        said += closer_look(asked, config.task, federation, state, *known)
+    return said
 
 
-def table(evaluation: dict[str, Any], state: ServerState) -> Table:
-    """The metrics of one evaluation, a row per model."""
+def table(evaluation: dict[str, Any], federation: Federation, state: ServerState) -> Table:
+    """The metrics of one evaluation, a row per model, with an interval for each share of rows."""
     rows: dict[str, Mapping[str, Any]] = {}
     if evaluation["full"]:
         rows["full-rank update"] = evaluation["full"]
@@ -205,8 +227,13 @@ def table(evaluation: dict[str, Any], state: ServerState) -> Table:
         rows["clients on their own rows, mean"] = evaluation["clients"]["mean"]
         worst = evaluation["clients"]["worst"]
         rows[f"worst client, {worst['client']}"] = worst
-    for k, accuracy in enumerate((evaluation.get("tasks") or {}).get("accuracy", ()), start=1):
-        rows[f"task {k}, among the labels so far"] = {"accuracy": accuracy}
+    accuracies = (evaluation.get("tasks") or {}).get("accuracy", ())
+    for k, (accuracy, labels) in enumerate(
+        zip(accuracies, federation.tasks, strict=False), start=1
+    ):
+        examples = sum(example.labels in labels for example in federation.held_out)
+        of_task = {"accuracy": accuracy, "examples": examples}
+        rows[f"task {k}, among the labels so far"] = of_task
     if not rows:
         raise UserError(
             "there is no global model to evaluate on these rows, and no client has held-out rows of its own"
@@ -217,9 +244,30 @@ def table(evaluation: dict[str, Any], state: ServerState) -> Table:
     result.add_column("model")
     for name in names:
         result.add_column(name, justify="right")
+        if name in SHARES:
+            result.add_column("95%", justify="right")
+            result.caption = Text(caption(bool(evaluation["clients"])))
+            result.caption_justify = "left"
     for what, metrics in rows.items():
-        cells = [metrics.get(name) for name in names]
-        result.add_row(
-            Text(what), *(f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in cells)
-        )
+        cells = []
+        for name in names:
+            value = metrics.get(name)
+            cells.append(f"{value:.4f}" if isinstance(value, float) else str(value or ""))
+            if name in SHARES:
+                cells.append(interval(value, metrics.get("examples")))
+        result.add_row(Text(what), *cells)
     return result
+
+
+def caption(clients: bool) -> str:
+    said = "95%: Wilson's interval, from the number of examples"
+    more = "; a mean over clients has none. Of the worst client it ends lowest." if clients else "."
+    return said + more
+
+
+def interval(share: float | None, examples: float | None) -> str:
+    """The interval of a share of this number of rows; nothing without a number."""
+    if share is None or not examples:
+        return ""
+    low, high = wilson(share, examples)
+    return f"{low:.3f}–{high:.3f}"
