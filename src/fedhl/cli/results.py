@@ -25,6 +25,22 @@ def report(run: RunFolder) -> None:
         say(f"report: {path}")
 
 
+@commands.command(rich_help_panel=PANEL)
+def watch(run: RunFolder) -> None:
+    """Follow a run that another process works on: its rounds as they come, and a report.html that a browser
+    loads again by itself. Ctrl-C ends the watching, not the run."""
+    with friendly(), watching(quiet=False) as watcher:
+        from fedhl.run.folder import refuse_other
+
+        refuse_other(run)
+        from fedhl.run.follow import follow
+
+        try:
+            follow(run, watcher.say)
+        except KeyboardInterrupt:
+            watcher.say("no longer watching; the run is left as it is")
+
+
 @commands.command(name="eval", rich_help_panel=PANEL)
 def evaluate(
     run: RunFolder,

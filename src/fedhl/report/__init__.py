@@ -21,8 +21,9 @@ __all__ = ["final_table", "write_report"]
 # Modules that import matplotlib are imported in the functions: a folder that is no run is refused without it.
 
 
-def write_report(run: Path) -> Path:
-    """Write `run`/report.html from the files beside it, and return its path.
+def write_report(run: Path, refresh: int | None = None) -> Path:
+    """Write `run`/report.html from the files beside it, and return its path. `refresh`: seconds after which a
+    browser loads the page again, for a run that goes on.
 
     Raises UserError when metrics.jsonl is missing, or when it or summary.json is malformed; an incomplete
     last line of metrics.jsonl, left by a killed process, is ignored.
@@ -30,7 +31,7 @@ def write_report(run: Path) -> Path:
     read = read_run(run)
     from fedhl.report.run_page import run_page
 
-    write_text(run / "report.html", run_page(read))
+    write_text(run / "report.html", run_page(read, refresh))
     return run / "report.html"
 
 

@@ -49,6 +49,7 @@ def comparison_page(comparison: Comparison) -> str:
         "comparison.html",
         {
             "title": f"{comparison.name}: comparison",
+            "refresh": None,
             "metric": comparison.metric,
             "greater": comparison.greater,
             "score": partial(metric_text, comparison.metric),

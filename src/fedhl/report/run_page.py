@@ -44,12 +44,13 @@ DIAGNOSTICS = {
 """Diagnostics of a round, with the titles of their plots."""
 
 
-def run_page(run: Run) -> str:
-    """The whole page."""
+def run_page(run: Run, refresh: int | None = None) -> str:
+    """The whole page, to be loaded again after `refresh` seconds."""
     return render(
         "run.html",
         {
             "title": run.name,
+            "refresh": refresh,
             "metric": run.metric,
             "score": partial(metric_text, run.metric),
             "change": partial(change_text, run.metric),
