@@ -19,10 +19,10 @@ from fedhl.config import load_config
 from fedhl.lora import LoRA
 from fedhl.record import read_metrics
 from fedhl.run import resume_run, start_run
-from fedhl.run.signatures import ROUNDS, agreement, beyond, first_seen
+from fedhl.run.signatures import ROUNDS, agreement, beyond, first_seen, losses
 from fedhl.seeds import generator
 from fedhl.server import Reply
-from fedhl.watch import Watcher
+from fedhl.watch import SILENT, Watcher
 
 SIDE, RANKS = 12, [2, 2, 2, 2, 4, 8]
 WORDS = {
@@ -130,6 +130,29 @@ def test_nothing_is_named_where_nothing_fails() -> None:
     for lines, said in (linear("fedhl_ef", 0.1), linear("fedhl", 0.02), classes(0.02)):
         assert not any("signatures" in line for line in lines)
         assert not any(words in line for line in said for words in WORDS.values())
+
+
+def test_forgetting_is_no_explosion() -> None:
+    """A class for each client, and half of them in a round: after many steps the model knows only these,
+    and the loss of the others is a multiple of their first one, while no weight explodes."""
+    g = generator(0, "forgetting")
+    X = torch.randn(240, 16, generator=g)
+    labels = X[:, :4].argmax(dim=1)
+    torch.manual_seed(0)
+    result = simulate(
+        nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)),
+        [[(x, y) for x, y in zip(X, labels, strict=True) if y == k] for k in range(4)],
+        ranks=[2, 2, 4, 4],
+        loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+        watcher=SILENT,
+        rounds=10,
+        method="fedhl",
+        participation={"count": 2},
+        training={"steps": 40, "batch_size": 32, "learning_rate": 0.02},
+    )
+    seen = [losses(result.metrics[1 : t + 1]) for t in range(2, 11)]
+    assert max(now / then for now, then in seen if then) > 2
+    assert not any("signatures" in line for line in result.metrics)
 
 
 @pytest.mark.parametrize("name", PROVOKED)
