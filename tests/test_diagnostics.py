@@ -133,6 +133,19 @@ def test_moved(updates: list[Update]) -> None:
 # Per layer
 
 
+@given(st.integers(0, 10**6), st.integers(1, 7), st.floats(1e-3, 1))
+def test_step(seed: int, rank: int, far: float) -> None:
+    """Of adapters, dense matrices and one of each; also of a step that is short beside W."""
+    before = lora(seed, 9, 7, rank, 1.5)
+    moved = lora(seed + 5, 9, 7, rank, 1.5)
+    after = LoRA(before.A + far * moved.A, before.B + far * moved.B, 1.5)
+    want = float((exact(after) - exact(before)).square().sum())
+    off = 10 * EPS32 * sum(x.scale * norm(x.A) * norm(x.B) for x in (before, after))
+    for b, a in ((before, after), (before.delta(), after.delta()), (before.delta(), after)):
+        assert abs(diagnostics.step(b, a) - want) <= 2 * want**0.5 * off + off**2
+        assert diagnostics.step(a, b) == pytest.approx(diagnostics.step(b, a))
+
+
 @given(cohorts(), st.sampled_from(["fedhl", "flexlora"]))
 def test_aggregation_error(updates: list[Update], name: str) -> None:
     """0 to rounding for FedHL; `||Σ p_i (W - T_{r_i}(W))||_F` for FlexLoRA: all that truncation took."""

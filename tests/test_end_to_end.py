@@ -61,7 +61,8 @@ CLIENT = {
     *("bytes_down", "bytes_up", "layers"),
 }
 DIAGNOSTICS = {
-    *("aggregation_error", "product_gap", "effective_clients", "chi2", "weighted_error"),
+    *("aggregation_error", "step", "product_gap"),
+    *("effective_clients", "chi2", "weighted_error"),
     *("energy", "tail_share", "effective_rank", "spectrum", "layers"),
 }
 PHASES = {"broadcast", "train", "compute", "aggregate", "diagnostics", "evaluate", "checkpoint"}

@@ -125,6 +125,9 @@ def test_a_round_whose_loss_is_not_finite_is_undone(project: Path) -> None:
         assert line["evaluation"]["full"] == first["evaluation"]["full"]
         assert line["diagnostics"]["energy"] == 0 and line["bytes"]["up"] > 0
     assert f"warning: client 'client-0' does not count: {reason}" in done.out
+    said = "the weights explode: round 1 was undone, since the loss of its model was not finite; "
+    assert rounds[0]["signatures"]["explosion"].startswith(said) and "signatures" not in rounds[1]
+    assert done.out.replace("\n", " ").count(said) == 1
     # and whatever a run writes, nobody else may read
     for path in (run, *run.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path

@@ -243,13 +243,14 @@ def test_what_a_round_reports(state: ServerState) -> None:
     q = torch.tensor([c.examples for c in CLIENTS]).double() / 125
     error = torch.tensor([c["error"] for c in outcome.clients], dtype=torch.float64)
     numbers = dict(outcome.diagnostics)
-    squares = {"aggregation_error": 0.0, "product_gap": 0.0}
+    squares = {"aggregation_error": 0.0, "step": 0.0, "product_gap": 0.0}
     for name in SHAPES:
         updates = Layers(FEDHL, state, SEED).layer(name).updates(replies, p)
         before, after = state.layers[name].W, following.layers[name].W
         products = diagnostics.of_products(updates)
         lost = diagnostics.aggregation_error(before, after, updates, products)
         squares["aggregation_error"] += lost
+        squares["step"] += float((after.double() - before.double()).square().sum())
         squares["product_gap"] += diagnostics.product_gap(updates, products)
     for name, square in squares.items():
         assert numbers.pop(name) == pytest.approx(square**0.5)
@@ -259,7 +260,7 @@ def test_what_a_round_reports(state: ServerState) -> None:
     assert outcome.refused == [] and set(outcome.seconds) == {"aggregate", "diagnostics"}
 
 
-def test_there_is_no_aggregation_error_without_a_global_model() -> None:
+def test_what_is_known_of_the_step_needs_a_global_model() -> None:
     for name, known in (("fedsa_lora", False), ("fedit", True)):
         method = get_method(name)
         adapter = {layer: initial(*shape, TOP, 2.0, seed=0) for layer, shape in SHAPES.items()}
@@ -269,7 +270,8 @@ def test_there_is_no_aggregation_error_without_a_global_model() -> None:
         unmoved = {layer: b.lora for layer, b in sent.items()}
         outcome = play(state, [Reply(client, 1, unmoved, {}, loss=0.5, steps=3)], method)[1]
         assert not outcome.refused
-        assert ("aggregation_error" in outcome.diagnostics) == known
+        for number in ("aggregation_error", "step"):
+            assert (number in outcome.diagnostics) == known
         assert "product_gap" in outcome.diagnostics
 
 

@@ -156,6 +156,20 @@ def signatures() -> str:
     return table(["case", *parts.values()], rows)
 
 
+def named() -> str:
+    parts = {"agreement": "agreement", "cut": "cut", "starts lack": "starts lack"}
+    rows = []
+    for r in read("signatures")["rows"]:
+        early, late = r["rounds"][1], r["rounds"][-1]
+        cells = [f"{number(early[p]['mean'])} → {pair(late[p])}" for p in parts]
+        names = [
+            f"{name}: {', '.join('–' if t is None else str(t) for t in rounds)}"
+            for name, rounds in r["named"].items()
+        ]
+        rows.append([r["case"], *cells, "; ".join(names) or "nothing"])
+    return table(["case", *parts.values(), "named in round, by seed"], rows)
+
+
 TABLES = {
     "optimum": optimum,
     "optimum why": optimum_why,
@@ -165,5 +179,6 @@ TABLES = {
     "lora_plus": lora_plus,
     "sums": sums,
     "signatures": signatures,
+    "signatures named": named,
 }
 """Name of the place in the page -> its table."""

@@ -181,6 +181,7 @@ def _round(
         else [],
         "diagnostics": {
             "aggregation_error": rng.uniform(1e-7, 3e-7) if t else None,
+            "step": math.hypot(*(c["weight"] * c["drift"] for c in cohort)) if t else None,
             "product_gap": 0.4 * progress * rng.uniform(0.9, 1.1) if t else None,
             "effective_clients": 1 / math.fsum(w * w for w in weights) if t else None,
             "chi2": math.fsum((p - q) ** 2 / q for p, q in zip(weights, shares, strict=True))

@@ -39,6 +39,7 @@ DIAGNOSTICS = {
     "effective_clients": "Effective clients",
     "chi2": "Weights against data shares",
     "aggregation_error": "Aggregation error",
+    "step": "Step of W",
     "product_gap": "Product gap",
 }
 """Diagnostics of a round, with the titles of their plots."""
@@ -79,6 +80,7 @@ def header(run: Run) -> View:
         "status": str(dig(run.summary, "status") or "no summary"),
         "reason": dig(run.summary, "reason"),
         "stopped": dig(run.summary, "stopped"),
+        "signatures": signatures(run),
         "model": dig(run.summary, "model"),
         "task": str(dig(run.summary, "task") or "").replace("-", " "),
         "data": dig(run.summary, "data"),
@@ -93,6 +95,15 @@ def header(run: Run) -> View:
         if epsilon is None or delta is None
         else {"epsilon": epsilon, "delta": delta},
     }
+
+
+def signatures(run: Run) -> list[View]:
+    """The failures that the metrics have shown, each with the round in which it was first seen."""
+    return [
+        {"round": line["round"], "text": str(text)}
+        for line in run.rounds
+        for text in (dig(line, "signatures") or {}).values()
+    ]
 
 
 def tiles(run: Run) -> View:
@@ -219,6 +230,10 @@ def diagnostics(run: Run) -> View:
             found[key] = None
             continue
         curves = [Curve("", points, plots.FULL)]
+        if key == "step":
+            known = unrelated(run)
+            curves = [Curve("W", points, plots.FULL)]
+            curves += [Curve("unrelated updates", known, plots.MUTED, True)] if known else []
         if key == "effective_clients":
             cohort = [(float(r["round"]), float(len(items(r, "clients")))) for r in run.rounds]
             cohort = [(t, count) for t, count in cohort if count]
@@ -229,6 +244,17 @@ def diagnostics(run: Run) -> View:
         found[key] = {"title": title, "last": points[-1][1], "plot": drawn}
     missing = [title.lower() for key, title in DIAGNOSTICS.items() if found[key] is None]
     return {"found": found, "missing": missing}
+
+
+def unrelated(run: Run) -> list[tuple[float, float]]:
+    """`√(Σ p_i² d_i²)` of each round: how far W moves if the updates are orthogonal to each other."""
+    found = []
+    for line in run.rounds:
+        moved = [(num(c, "weight"), num(c, "drift")) for c in items(line, "clients")]
+        parts = [p * d for p, d in moved if p is not None and d is not None]
+        if parts and len(parts) == len(moved):
+            found.append((float(line["round"]), math.hypot(*parts)))
+    return found
 
 
 def costs(run: Run) -> View:

@@ -147,22 +147,24 @@ def run_rounds(
         if state is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         write_summary(prepared, folder, "running", best)
+        lines = read_metrics(folder)
     with tracked(config, folder, watcher) as track:
         try:
             if state is None:
                 done = untrained(prepared.federation, prepared.initial_state(), watcher, engine)
                 state, best = keep(prepared, done, folder, watcher)
+                lines.append(done.line)
                 track()
             while state.round < config.rounds and not stopped(folder):
                 here = engine.present(prepared.federation, state.round + 1)
                 prepared = prepared.joined_by(here.clients)
-                before = read_metrics(folder) if config.stop else []
                 on_step = steps(here, state, watcher)
                 following, outcome = run_round(here, state, on_step, engine)
                 done = finish(
-                    prepared.federation, following, state, outcome, before, best, watcher, engine
+                    prepared.federation, following, state, outcome, lines, best, watcher, engine
                 )
                 state, best = keep(prepared, done, folder, watcher)
+                lines.append(done.line)
                 track()
         except KeyboardInterrupt:
             with writing(folder):

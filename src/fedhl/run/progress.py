@@ -76,3 +76,5 @@ def told(line: dict[str, Any], config: Settings) -> Iterator[str]:
             f"warning: the weights of {len(line['clients'])} clients amount to {effective:.1f} effective "
             f"ones; {advice}"
         )
+    for text in line.get("signatures", {}).values():
+        yield f"warning: {text}"

@@ -14,6 +14,7 @@ from fedhl.federation.federation import Federation
 from fedhl.federation.scores import evaluate_round
 from fedhl.model.training import learning_rate
 from fedhl.record import better, sound
+from fedhl.run.signatures import UNDONE, first_seen
 from fedhl.run.stop import why
 from fedhl.server import Outcome, ServerState
 from fedhl.watch import SILENT, Watcher
@@ -52,7 +53,8 @@ def finish(
     """Evaluate `state`, to which a round with this outcome led from `previous`, and sum the round up. A round
     after which the loss is not finite is undone, if it is finite for `previous`.
 
-    `before`: the lines of the rounds so far, by which `stop` decides; `best`: the best round so far.
+    `before`: the lines of the rounds so far, by which `stop` decides, and which show whether the federation
+    fails; `best`: the best round so far.
     """
     config, round = federation.config, state.round
     seconds = {**outcome.seconds}
@@ -102,6 +104,8 @@ def finish(
         },
         "seconds": seconds,
     } | ({} if reason is None else {"stopped": reason})
+    signatures = first_seen(before, line, config.period)
+    line |= {"signatures": signatures} if signatures else {}
     return Done(state, line, best)
 
 
@@ -112,9 +116,8 @@ def undone(
     round = before.round + 1
     if federation.tasks and begins(round, federation.config.period):
         before = server.next_task(federation.method, before)
-    reason = "the round was undone, since the loss of its model was not finite"
     refused = [
-        {"id": c["id"], "reason": reason, **{w: c[w] for w in ("bytes_down", "bytes_up")}}
+        {"id": c["id"], "reason": UNDONE, **{w: c[w] for w in ("bytes_down", "bytes_up")}}
         for c in outcome.clients
     ]
     outcome = replace(outcome, clients=[], refused=[*outcome.refused, *refused], diagnostics={})

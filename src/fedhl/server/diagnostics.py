@@ -37,6 +37,13 @@ def moved(update: Update) -> float:
     return squared_norm([(1.0, update.whole), (-1.0, update.sent.whole)])
 
 
+def step(before: LoRA | Tensor, after: LoRA | Tensor) -> float:
+    """`||W_{t+1} - W_t||_F²`, how far the global change moved; of adapters through small Gram matrices."""
+    if isinstance(before, LoRA) and isinstance(after, LoRA):
+        return squared_norm([(1.0, after), (-1.0, before)])
+    return energy(dense(after) - dense(before))
+
+
 def of_products(updates: Iterable[Update]) -> Tensor:
     """`Σ p_i s_i B_i A_i`, shape (m, n), for `aggregation_error` and `product_gap`."""
     first = next(iter(updates)).lora

@@ -312,12 +312,14 @@ def records(
 @dataclass(frozen=True)
 class LayerStep:
     """One layer's next state and the seconds of its aggregation. `observed` adds: the squared diagnostics
-    (`aggregation_error` is None without a global model), `moved`, the squared norm of each client's update by
-    its place among the accepted replies, and `watched`, the seconds of these diagnostics."""
+    (`aggregation_error` and `step` are None without a global model), `moved`, the squared norm of each
+    client's update by its place among the accepted replies, and `watched`, the seconds of these
+    diagnostics."""
 
     following: Any
     seconds: float = 0.0
     aggregation_error: float | None = None
+    step: float | None = None
     product_gap: float = 0.0
     moved: Mapping[int, float] = field(default_factory=dict)
     watched: float = 0.0
@@ -328,11 +330,11 @@ def observed(done: LayerStep, updates: LayerUpdates) -> LayerStep:
     began, layer = perf_counter(), updates.layer
     before, after = layer.method.delta(layer.state), layer.method.delta(done.following)
     products = diagnostics.of_products(updates)
+    if before is not None and after is not None:
+        error = diagnostics.aggregation_error(before, after, updates, products)
+        done = replace(done, aggregation_error=error, step=diagnostics.step(before, after))
     return replace(
         done,
-        aggregation_error=None
-        if before is None or after is None
-        else diagnostics.aggregation_error(before, after, updates, products),
         product_gap=diagnostics.product_gap(updates, products),
         moved={
             k: diagnostics.moved(update) for k, update in zip(updates.members, updates, strict=True)
@@ -344,8 +346,10 @@ def observed(done: LayerStep, updates: LayerUpdates) -> LayerStep:
 def over_layers(steps: Sequence[LayerStep]) -> dict[str, float]:
     """The diagnostics of all layers together: roots of sums of squares."""
     numbers = {"product_gap": sum(step.product_gap for step in steps) ** 0.5}
-    errors = [step.aggregation_error for step in steps if step.aggregation_error is not None]
-    return numbers | ({"aggregation_error": sum(errors) ** 0.5} if errors else {})
+    for name in ("aggregation_error", "step"):
+        squares = [s for step in steps if (s := getattr(step, name)) is not None]
+        numbers |= {name: sum(squares) ** 0.5} if squares else {}
+    return numbers
 
 
 def drifts(steps: Sequence[LayerStep], count: int) -> list[float]:
