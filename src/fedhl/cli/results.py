@@ -128,6 +128,17 @@ def export(
             "--merged", help="Write the whole model, with the full-rank update merged into it."
         ),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Send it to this repository of the Hugging Face hub, too; a new one is private.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository of --push is for everybody.")
+    ] = False,
     round: Round = "last",
     set: Places = None,
 ) -> None:
@@ -137,15 +148,22 @@ def export(
             raise UserError(
                 "give either --rank R, for an adapter, or --merged, for the whole model"
             )
+        if public and push is None:
+            raise UserError("--public says who may see what --push sends; add --push OWNER/NAME")
         check_rank(rank)
         which = parse_round(round)
+        from fedhl.export import push as hub
         from fedhl.run.folder import refuse_other
 
         refuse_other(run)
+        if push is not None:
+            hub.check_push(push)
         from fedhl.run.delivery import export_run
 
         for line in export_run(run, out, rank, which, watcher, set or ()):
             watcher.say(line)
+        if push is not None:
+            watcher.say(f"pushed to {hub.push(out, push, public)}")
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedhl.errors import UserError
+from fedhl.errors import UserError, in_one_line
 from fedhl.locate import locate
 
 
@@ -15,12 +15,11 @@ def adapter_folder(source: str) -> Path:
     if path is not None:
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=["adapter_*", "config.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the library raises nearly everything here
         raise UserError(
             f"no adapter folder {source!r} here, and it cannot be fetched from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{in_one_line(error)}"
         ) from error
