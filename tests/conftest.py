@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process end without their report, which takes longer than all that the tests which use
+    this look at. A run of the command line has one, and `test_report.py` looks at it."""
+    monkeypatch.setattr("fedhl.run.loop.write_report", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, rows and configs; runs of tests go into `runs/`, by their own names."""
