@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -158,10 +159,11 @@ def test_a_federation_outlives_its_nodes_and_its_server(
             return federation.supernode(f"client-{k}", settings)
 
         def back(k: int) -> bool:
-            """As a service manager does: start a node again that has ended. Flower ends one whose key is
-            in use, and the killed one's is until its heartbeat is missed."""
-            if nodes[k].poll() is not None:
+            """As a service manager does: start a node again that has ended, after 15 seconds. Flower ends
+            one whose key is in use, and the killed one's is until its heartbeat is missed."""
+            if nodes[k].poll() is not None and monotonic() > ended[-1] + 15:
                 nodes[k] = node(k)
+                ended.append(monotonic())
             return False
 
         def until(happened: Callable[[], bool]) -> None:
@@ -211,6 +213,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         # answered, loses what it held
         until(lambda: {"client-0", "client-1"} <= arrived(3))
         federation.kill(nodes[2])
+        ended = [monotonic()]
         shutil.rmtree(next((tmp_path / "cache" / "clients").glob("*/client-0")))
         until(lambda: len(lines()) == 4)
         assert accepted(lines()[3]) == {"client-0", "client-1"}
