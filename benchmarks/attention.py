@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from fedhl.config.conduct import TrainingConfig
 from fedhl.model import peft, training
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.task import ClassificationTask
 from fedhl.task.examples import Example
 from fedhl.task.texts import Texts

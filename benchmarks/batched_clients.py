@@ -33,7 +33,7 @@ from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA, initial, pad, prefix
 from fedhl.model import peft
 from fedhl.model.training import batches, train, training_mode
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.seeds import derive
 from fedhl.task.examples import IGNORED, Example
 

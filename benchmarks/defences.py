@@ -45,7 +45,7 @@ import certificates
 from fedhl import get_method, get_weighting, server
 from fedhl.lora import LoRA, initial
 from fedhl.network.wire import Run, encode_reply, read_reply
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, refusals
 from fedhl.server.layers import Layers

@@ -38,9 +38,9 @@ from fedhl.federation.local import Local
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA
 from fedhl.model.training import batches, learning_rate
+from fedhl.run.commit import commit
 from fedhl.run.loop import keep
 from fedhl.run.rounds import finish
-from fedhl.run.summary import commit
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.task import KINDS, objective

@@ -29,7 +29,7 @@ from fedhl import __version__, get_method, server
 from fedhl.lora import LoRA, initial
 from fedhl.network.message import Malformed, opened, sealed
 from fedhl.network.wire import Run, decode_broadcast, encode_broadcast, encode_reply, read_reply
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, refusals
 from fedhl.server.layers import Layers

@@ -27,7 +27,7 @@ import torch
 from fedhl import __version__
 from fedhl.config import Config, load_config
 from fedhl.run import resume_run, start_run
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 

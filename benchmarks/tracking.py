@@ -25,7 +25,7 @@ from typing import Any
 
 from fedhl.config import load_config
 from fedhl.files import append_line
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.run.tracking import Trackers
 from fedhl.watch import Watcher
 

@@ -39,7 +39,7 @@ from support import tiny  # noqa: E402
 
 from fedhl.config import Config, dump_config, load_config  # noqa: E402
 from fedhl.network.node import partition  # noqa: E402
-from fedhl.run.summary import commit  # noqa: E402
+from fedhl.run.commit import commit  # noqa: E402
 
 ACTORS = 2
 """Processes for the clients of Ray: as many as the machine this is run on has processors."""

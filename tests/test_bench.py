@@ -37,9 +37,9 @@ FIGURES = {
 def test_every_part_reports_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = {name: (m // 2, n // 2) for name, (m, n) in problems.SMOLLM2.items()}
+    small = {name: (m // 3, n // 3) for name, (m, n) in problems.SMOLLM2.items()}
     monkeypatch.setattr(problems, "SIDE", 256)
-    monkeypatch.setattr(server, "SMOLLM2", half)
+    monkeypatch.setattr(server, "SMOLLM2", small)
     monkeypatch.setattr(problems, "BLOCKS", {"smollm2": 1, "llama2": 1})
     said: list[str] = []
     file = tmp_path / "new/figures.json"

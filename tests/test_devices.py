@@ -269,7 +269,7 @@ def test_a_federation_whose_model_is_there(there: There, kind: str, name: str) -
 
 
 def a_federation(device: str, kind: str, name: str) -> None:
-    ranks = {client: RANKS[client] for client in ("ada", "bob", "dan")}
+    ranks = {client: RANKS[client] for client in ("ada", "bob")}
     ranks = ranks if get_method(name).mixed_ranks else dict.fromkeys(ranks, 3)
     ends, figures = [], []
     for place in ("cpu", device):

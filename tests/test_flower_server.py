@@ -43,6 +43,7 @@ from fedhl.flower.server import app
 from fedhl.flower.submit import submit, toml, write_app
 from fedhl.network.message import WHOLE, Malformed
 from fedhl.record import read_metrics, read_summary
+from fedhl.report import write_report
 from fedhl.run import resume_run, start_run
 from fedhl.run.delivery import evaluate_run
 from fedhl.server import Client
@@ -745,6 +746,7 @@ def test_a_client_that_has_left_for_good_is_not_waited_for_after_a_restart(
     then = 0 if first else 1
     assert accepted(lines)[1] == sorted(ODD[1:])
     assert reasons(lines)[then] == {ODD[0]: "its node has left"}
+    assert write_report(torn).is_file()
 
 
 def test_a_run_of_clients_with_their_own_rows_is_evaluated_and_not_resumed_here(

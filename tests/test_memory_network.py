@@ -27,6 +27,7 @@ from fedhl.flower.roster import clients_needed
 from fedhl.network.memory import Holdings
 from fedhl.network.message import opened, sealed
 from fedhl.record import read_metrics
+from fedhl.report import write_report
 from fedhl.run import resume_run
 from fedhl.run.loop import start_prepared
 from fedhl.shelf import Matrices
@@ -242,6 +243,7 @@ def test_a_restart_in_mid_round_comes_to_the_same_end(
     held = shutil.copytree(clients, tmp_path / "held")
     run(settings, folder, Faults(clients))
     check(folder, tmp_path / "alone", clients)
+    assert write_report(folder).is_file()  # also of a run in which a client was forgotten
     shutil.rmtree(clients)
     shutil.copytree(held, clients)
     shutil.rmtree(torn / "state" / "round-000002")

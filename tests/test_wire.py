@@ -18,7 +18,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
-from support import tiny
 from torch import Tensor
 from wire_sizes import MODELS, RUN, sizes
 
@@ -37,6 +36,7 @@ from fedhl.network.wire import (
     encode_reply,
     read_reply,
 )
+from fedhl.run import start_run
 from fedhl.seeds import generator
 from fedhl.server import Client, Reply, ServerState, refusals
 from fedhl.server.carried import carried_reply
@@ -862,18 +862,14 @@ def test_a_broadcast_that_makes_no_sense_is_refused(change: Callable[[Any], None
 # --- runs and sizes -----------------------------------------------------------------------------
 
 
-def test_a_run_with_every_payload_ends_with_an_accuracy(project: Path) -> None:
-    few = ["--set", "rounds=1", "--set", "training.steps=2", "--quiet"]
-    started = {
-        payload: tiny.start(
-            project, "run", "tiny.yaml", "--set", f"wire.payload={payload}", *few, "--out", payload
-        )
-        for payload in PAYLOADS
-    }
+def test_a_run_with_every_payload_ends_with_an_accuracy(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
     sizes, losses = [], []
-    for payload, command in started.items():
-        done = command.wait()
-        assert (done.code, done.err) == (0, "")
+    for payload in PAYLOADS:
+        few = ["rounds=1", "training.steps=2", f"wire.payload={payload}"]
+        start_run(load_config(project / "tiny.yaml", few), project / payload)
         summary = json.loads((project / payload / "summary.json").read_text())
         assert summary["status"] == "finished" and 0 <= summary["final"]["full"]["accuracy"] <= 1
         sizes.append(summary["bytes"]["up"])

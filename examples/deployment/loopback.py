@@ -240,7 +240,7 @@ def wait_until(happened: Callable[[], bool], seconds: float, why: Callable[[], s
     while not happened():
         if monotonic() > end:
             raise TimeoutError(f"nothing happened in {seconds} s: {why()}")
-        sleep(0.1)
+        sleep(0.25)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from fedhl.files import sha256, sha256_of, write_text
 from fedhl.lora import dense, initial, pad, plus, squared_norm
 from fedhl.method import Broadcast, Method, Remembering, Truncating
 from fedhl.report.statistics import mean_interval
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.seeds import generator
 from fedhl.server import diagnostics
 from fedhl.server.ledger import after, base_of

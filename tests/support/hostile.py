@@ -17,8 +17,6 @@ from fedhl.flower import client
 from fedhl.flower.records import pack, unpack
 from fedhl.network.message import opened, sealed
 
-MALLORY = "client-5"
-
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -55,7 +53,7 @@ def stale(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
 
 
 def another_sender(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
-    return header | {"client": "client-0"}, tensors
+    return header | {"client": "client-99"}, tensors
 
 
 def another_model(header: dict[str, Any], tensors: dict[str, Tensor]) -> Parts:
@@ -79,16 +77,16 @@ def layer(tensors: dict[str, Tensor]) -> str:
 
 
 KINDS: list[tuple[Callable[..., Parts] | str, str]] = [
-    # what is done to the reply of a round, and what the server's reason says of it
+    # what is done to a reply, and what the server's reason says of it
     (missing, "is missing"),
     (surplus, "'lora::bert.nowhere' is not expected"),
-    (shape, "expected F32 [6, 64]"),
-    (rank, "expected F32 [6, 64]"),
+    (shape, "expected F32 [{rank}, 64]"),
+    (rank, "expected F32 [{rank}, 64]"),
     (scale, "its scale is"),
     (not_finite, "got a non-finite value"),
     (huge, "got an update that may be as large as"),
     (stale, "the reply is for round"),
-    (another_sender, "its client id is 'client-0', expected 'client-5'"),
+    (another_sender, "its client id is 'client-99', expected '{id}'"),
     (another_model, "its base model is '000"),
     (another_tokenizer, "its tokenizer is '000"),
     (another_protocol, "it has protocol version 999, expected version 3"),
@@ -118,38 +116,31 @@ def spoilt(reply: Message, kind: Callable[..., Parts] | str) -> Any:
     return pack(header, sealed(*kind(dict(parts.header), tensors)))
 
 
-# One client does something else in every round.
+# Each of the first clients spoils every reply in a way of its own; of the others, three in ten drop out of
+# every round.
 
-mallory = ClientApp()
-mallory.query()(client.hello)
+MALLORIES = {f"client-{k:02d}": kind for k, kind in enumerate(KINDS)}
 
-
-@mallory.train()
-def train_mallory(message: Message, context: Context) -> Message:
-    reply = client.train(message, context)
-    asked, _ = unpack(message.content)
-    if asked["client"] == MALLORY:
-        return Message(spoilt(reply, KINDS[asked["round"] - 1][0]), reply_to=message)
-    return reply
-
-
-# Three in ten clients drop out of every round.
-
-dropping = ClientApp()
-dropping.query()(client.hello)
+unreliable = ClientApp()
+unreliable.query()(client.hello)
 
 
 def drops(id: str, round: int) -> bool:
     """Whether this client drops out of this round: 3 chances in 10, drawn from a hash."""
-    return hashlib.sha256(f"{id} {round}".encode()).digest()[0] < 0.3 * 256
+    drawn = hashlib.sha256(f"{id} {round}".encode()).digest()[0]
+    return id not in MALLORIES and drawn < 0.3 * 256
 
 
-@dropping.train()
-def train_dropping(message: Message, context: Context) -> Message:
+@unreliable.train()
+def train_unreliable(message: Message, context: Context) -> Message:
     asked, _ = unpack(message.content)
     if drops(asked["client"], asked["round"]):
         raise ConnectionError("lost on the way")
-    return client.train(message, context)
+    reply = client.train(message, context)
+    if asked["client"] in MALLORIES:
+        kind, _ = MALLORIES[asked["client"]]
+        return Message(spoilt(reply, kind), reply_to=message)
+    return reply
 
 
 # In the rounds of $SLOW, "CLIENT:ROUND,...", a client never answers.

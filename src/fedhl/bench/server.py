@@ -43,7 +43,7 @@ from fedhl.methods import get_method
 from fedhl.methods.fedhl import FedHL
 from fedhl.methods.full_rank import FullRank
 from fedhl.record import rounds_in
-from fedhl.run.summary import commit
+from fedhl.run.commit import commit
 from fedhl.seeds import generator
 from fedhl.server import Client
 from fedhl.shelf import AdapterFile, save_adapter

@@ -56,7 +56,7 @@ GRACE = 60.0
 
 def serve(config: Config, folder: Path, grid: Grid, needed: int, watcher: Watcher) -> None:
     """Wait for the clients, then do all remaining rounds of the run in `folder`, a new one if there is none
-    yet. `needed`: the number of clients for which the first round waits."""
+    yet; without the report. `needed`: the number of clients for which the first round waits."""
     check_config(config)
     resumed = (folder / "config.yaml").exists()
     if resumed:

@@ -14,6 +14,8 @@ from fedhl.flower.client import app
 from fedhl.flower.engine import serve
 from fedhl.flower.roster import clients_needed
 from fedhl.network.node import partition
+from fedhl.report import write_report
+from fedhl.run.folder import writing
 from fedhl.watch import Watcher
 
 
@@ -32,6 +34,8 @@ def simulate(
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         serve(config, folder, grid, needed, watcher)
+        with writing(folder):
+            write_report(folder)
 
     run_simulation(
         server_app,

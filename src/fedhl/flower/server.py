@@ -11,6 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedhl.config import Config
 from fedhl.flower.engine import serve
 from fedhl.flower.roster import clients_needed
+from fedhl.report import write_report
+from fedhl.run.folder import writing
 from fedhl.watch import Watcher
 
 app = ServerApp()
@@ -23,3 +25,5 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["folder"]))
     watcher = Watcher(say=partial(print, flush=True))
     serve(config, folder, grid, clients_needed(config), watcher)
+    with writing(folder):
+        write_report(folder)

@@ -58,7 +58,7 @@ def start_run(
     """
     folder = Path(folder)
     refuse_taken(folder)
-    return start_prepared(prepare(config, watcher, examined), folder, watcher)
+    return with_report(start_prepared(prepare(config, watcher, examined), folder, watcher), folder)
 
 
 def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[str] = ()) -> Result:
@@ -72,13 +72,20 @@ def resume_run(folder: str | Path, watcher: Watcher = SILENT, places: Sequence[s
             "run as it was started, with fedhl run --ray or fedhl serve"
         )
     with alone(folder):
-        return resume_prepared(prepare(config, watcher), folder, watcher)
+        return with_report(resume_prepared(prepare(config, watcher), folder, watcher), folder)
+
+
+def with_report(result: Result, folder: Path) -> Result:
+    """The result, once report.html of the run is written."""
+    with writing(folder):
+        write_report(folder)
+    return result
 
 
 def start_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
 ) -> Result:
-    """`start_run` for a prepared federation and any engine."""
+    """`start_run` for a prepared federation and any engine, without the report."""
     with writing(folder):
         private_folder(folder)
     with alone(folder):
@@ -96,7 +103,7 @@ def start_prepared(
 def resume_prepared(
     prepared: Prepared, folder: Path, watcher: Watcher, engine: Engine = IN_PROCESS
 ) -> Result:
-    """`resume_run` for a prepared federation and any engine."""
+    """`resume_run` for a prepared federation and any engine, without the report."""
     check_same(folder, prepared.config, hashes(prepared, folder))
     if not rounds_in(folder / "state"):
         if prepared.federation.privacy is not None:
@@ -172,7 +179,6 @@ def run_rounds(
             raise
         with writing(folder):
             write_summary(prepared, folder, FINISHED, best)
-            write_report(folder)
     return Result(prepared.federation, state, read_metrics(folder), folder)
 
 

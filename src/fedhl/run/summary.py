@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import platform
 import resource
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fedhl.federation.prepare import Prepared
 from fedhl.files import json_text, sha256, write_text
 from fedhl.model.processors import processor_hash
 from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
+from fedhl.run.commit import commit
 from fedhl.task.examples import classes_of
 
 
@@ -193,27 +193,6 @@ def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the source tree that runs, marked if it has changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        if not git("ls-files", "--error-unmatch", __file__):
-            return None
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def clients_own_data(folder: Path) -> bool:
