@@ -458,6 +458,32 @@ def test_the_best_rate_is_the_first_of_equals_and_never_one_that_diverged(tmp_pa
         best_rate(read, "a", read.variants[0].grid[:1])
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater", "best"), [("f1", True, 0.2), ("mae", False, 0.3), ("loss", False, 0.1)]
+)
+def test_a_rate_is_chosen_by_the_metric_of_the_task(
+    metric: str, greater: bool, best: float, tmp_path: Path
+) -> None:
+    """Of an error the least is best, and of a share the most."""
+    grid = []
+    for rate, value, loss in ((0.1, 0.5, 0.1), (0.2, 0.8, 0.4), (0.3, 0.2, 0.5)):
+        mean = {"loss": loss} | {metric: loss if metric == "loss" else value}
+        written = line(0, None, mean)
+        written["evaluation"] |= {"metric": metric, "greater": greater}
+        write_run(tmp_path / f"r{rate}", written)
+        summary = json.loads((tmp_path / f"r{rate}/summary.json").read_text())
+        (tmp_path / f"r{rate}/summary.json").write_text(json.dumps(summary | {"metric": metric}))
+        grid.append({"rate": rate, "folder": f"r{rate}"})
+    runs = [{"seed": 0, "folder": f"r{best}"}]
+    write_plan(tmp_path, {"a": runs}, grid=grid, rates=[0.1, 0.2, 0.3], chosen_on="clients")
+    read = read_comparison(tmp_path)
+    assert best_rate(read, "a", read.variants[0].grid) == best
+    assert (read.metric, read.greater) == (metric, greater)
+    html = write_comparison(tmp_path).read_text("utf-8")
+    shown = {"f1": "80.0%", "mae": "0.200", "loss": "0.100"}[metric]
+    assert f"Final {metric}" in html and shown in html
+
+
 def test_statistics_are_those_of_the_runs(compared: Path) -> None:
     found = results(compared)
     full = []
@@ -510,9 +536,10 @@ def test_the_page_shows_the_numbers_and_loads_nothing(compared: Path) -> None:
             assert variant["scores"][kind]["accuracy"]["mean"] in numbers
         assert variant["bytes"]["down"] / 2**20 in numbers
         assert variant["difference"]["mean"] in numbers or variant["variant"] == "fedhl"
-    for title in ("Final accuracy by seed", "Bytes against final accuracy", "Learning curves"):
+    titles = ("Final accuracy by seed", "Bytes against final accuracy", "Learning curves")
+    for title in (*titles, "Seconds against final accuracy"):
         assert title in html
-    assert html.count("<svg") == 2 * 5  # each plot at two widths
+    assert html.count("<svg") == 2 * 6  # each plot at two widths
 
 
 def test_many_variants_get_a_small_plot_each(tmp_path: Path) -> None:
@@ -521,7 +548,11 @@ def test_many_variants_get_a_small_plot_each(tmp_path: Path) -> None:
         fake_run(tmp_path / name, clients=3, rounds=2)
     write_plan(tmp_path, {name: [{"seed": 0, "folder": name}] for name in names})
     html = write_comparison(tmp_path).read_text("utf-8")
-    assert html.count("<figure>") == 2 * 9 and Page(html).open == []
+    assert (
+        html.count("<figure>") == 2 * 9
+        and "With one seed there is no interval" in html
+        and Page(html).open == []
+    )
     assert [len(table.rows) for table in comparison_tables(tmp_path)] == [9 + 1, 9]  # untrained
 
 
@@ -536,6 +567,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     html = write_comparison(write_plan(tmp_path, runs)).read_text("utf-8")
     found = results(tmp_path)["variants"][1]
     assert found["difference"]["values"] == [-0.25, 0.5] and found["finished"] == 2
+    assert "Intervals of 2 seeds are very wide" in html  # those of b
     assert "+12.5 ± 476.5 points" in html  # t = 12.706 at one degree of freedom: 12.706 * 0.75/2
 
 
@@ -546,6 +578,7 @@ def test_a_seed_without_a_finite_value_takes_the_mean_away(tmp_path: Path) -> No
         write_run(tmp_path / f"b{k}", line(0, None, good), line(1, None, good))
     runs = {name: [{"seed": k, "folder": f"{name}{k}"} for k in (0, 1)] for name in "ab"}
     html = write_comparison(write_plan(tmp_path, runs)).read_text("utf-8")
+    assert "Intervals of 2 seeds are very wide" in html
     first, second = results(tmp_path)["variants"]
     assert first["scores"]["full"]["loss"] == {"mean": None, "half": None, "values": [0.5, None]}
     assert first["scores"]["full"]["accuracy"]["mean"] == 0.7

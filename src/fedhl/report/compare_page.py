@@ -41,6 +41,8 @@ SHARED = {
 """The facts that all runs should share, with the keys that lead to them in a summary."""
 MOST_LINES = len(CATEGORIES)  # variants in one plot of curves; beyond, each has a plot of its own
 SMALL = (240, 150)
+FEW_SEEDS = 3
+"""With fewer seeds an interval says little: of two, it is 12.7 standard errors to each side."""
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -111,11 +113,17 @@ def header(comparison: Comparison) -> View:
         ],
         "chosen_on_clients": bool(comparison.plan["rates"])
         and any(v.finished and not v.values("full", "loss") for v in comparison.variants),
+        "few": seeds if (seeds := fewest_seeds(comparison)) < FEW_SEEDS else 0,
         "weightings_differ": len(weightings) > 1,
         "baselines": [(v.text, v.baseline) for v in comparison.variants if v.baseline],
         "unequal": [(text, parts) for text, parts in own if parts],
         "not_shared": [(what, values) for what, values in found.items() if len(values) > 1],
     }
+
+
+def fewest_seeds(comparison: Comparison) -> int:
+    """The smallest number of finished seeds of a variant that has any; 0 if none has."""
+    return min((len(v.finished) for v in comparison.variants if v.finished), default=0)
 
 
 def overview(comparison: Comparison) -> View:
@@ -161,39 +169,51 @@ def overview(comparison: Comparison) -> View:
 
 
 def final(comparison: Comparison) -> View | None:
-    """Every seed's final model as a dot, and its bytes; None before the first finished run."""
+    """Every seed's final model as a dot, its bytes, and its seconds; None before the first finished run."""
     metric, kind = comparison.metric, comparison.common
-    percent, rows, groups = metric in IN_PERCENT, [], []
+    percent, rows = metric in IN_PERCENT, []
+    spent: dict[str, list[Curve]] = {"bytes": [], "seconds": []}
     for i, variant in enumerate(comparison.variants):
         mean, half = mean_interval(variant.values(kind, metric))
         values = [value for value in variant.values(kind, metric) if value is not None]
         if values:
             rows.append(Dots(f"{i + 1}  {variant.text}", values, ink(i), mean, half))
-        moved = [(bytes_moved(t), t.score(kind, metric)) for t in variant.trials if t.finished]
-        points = [(bytes / 2**20, y) for bytes, y in moved if bytes is not None and y is not None]
-        if points:
-            groups.append(Curve(str(i + 1), points, ink(i)))
+        for what, groups in spent.items():
+            pairs = [(cost(t, what), t.score(kind, metric)) for t in variant.trials if t.finished]
+            points = [(x, y) for x, y in pairs if x is not None and y is not None]
+            if points:
+                groups.append(Curve(str(i + 1), points, ink(i)))
     if not rows:
         return None
     height = max(250, 50 + 36 * len(rows))
     draw = plots.strips(rows, percent=percent)
     seeds = plot("seeds", f"Final {metric} by seed", draw, height)
-    traffic = None
-    if groups:
-        draw = plots.scatter(groups, "MiB of a run", percent=percent)
-        traffic = plot("bytes", f"Bytes against final {metric}", draw, height)
+    axes = {"bytes": "MiB of a run", "seconds": "seconds of a run"}
+    costs = {
+        what: plot(
+            what,
+            f"{what.capitalize()} against final {metric}",
+            plots.scatter(groups, axes[what], percent=percent),
+            height,
+        )
+        for what, groups in spent.items()
+        if groups
+    }
     return {
         "seeds": seeds,
-        "bytes": traffic,
+        "costs": costs,
         "lacking": [
             v.text for v in comparison.variants if v.finished and not v.values(kind, metric)
         ],
     }
 
 
-def bytes_moved(trial: Trial) -> float | None:
+def cost(trial: Trial, what: str) -> float | None:
+    """All MiB of a run, down and up, or all its seconds."""
+    if what == "seconds":
+        return trial.total("seconds", "total")
     both = [trial.total("bytes", way) for way in ("down", "up")]
-    return None if None in both else math.fsum(value for value in both if value is not None)
+    return None if None in both else math.fsum(x for x in both if x is not None) / 2**20
 
 
 def curves(comparison: Comparison) -> list[View]:
