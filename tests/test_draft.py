@@ -50,6 +50,18 @@ TABLES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], type, str | None]]
         IIDPartition,
         None,
     ),
+    "preferences": (
+        [{"prompt": r["text"], "chosen": "yes", "rejected": "no"} for r in sentences(50)],
+        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+        IIDPartition,
+        None,
+    ),
+    "several labels": (
+        [{"id": k, "text": r["text"], "topics": [r["label"]]} for k, r in enumerate(sentences(50))],
+        {"text": "text", "label": "topics"},
+        IIDPartition,
+        None,
+    ),
     "images in folders of clients": (
         [
             {"image": f"c{k % 3}/{r['label']}/{k}.png", "label": r["label"], "client": f"c{k % 3}"}

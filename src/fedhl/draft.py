@@ -16,6 +16,7 @@ from fedhl.data.image_folder import ENDINGS
 from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.names import listed, plural
+from fedhl.task import KINDS
 from fedhl.task.images import file_of
 from fedhl.task.rows import Rows
 
@@ -47,8 +48,11 @@ OWNERS = (
 MOST_LABELS, MOST_CLIENTS, FEWEST_ROWS = 200, 1000, 20
 MODELS = {
     "image-classification": "google/vit-base-patch16-224-in21k",
-    "sequence-classification": "sentence-transformers/all-MiniLM-L6-v2",
-    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    **dict.fromkeys(
+        ("sequence-classification", "multi-label-classification"),
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    **dict.fromkeys(("causal-lm", "preference"), "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 
 
@@ -64,14 +68,17 @@ class Guess:
 
 
 def guess(rows: Rows) -> Guess:
-    """What the rows are. Raises UserError if they have neither images with labels, nor chats, nor prompts
-    with completions, nor texts with labels."""
+    """What the rows are. Raises UserError if they have neither images with labels, nor preferences, nor
+    chats, nor prompts with completions, nor texts with labels."""
     names = list(rows[0])
     lower = {name.lower(): name for name in names}
     image = next((name for name in names if is_image(rows[0][name])), None)
     label = next((lower[name] for name in LABELS if name in lower), None)
     if image is not None and label is not None:
         return with_owner(rows, "image-classification", {"image": image, "label": label})
+    if {"prompt", "chosen", "rejected"} <= lower.keys():
+        fields = {name: lower[name] for name in ("prompt", "chosen", "rejected")}
+        return with_owner(rows, "preference", fields)
     for chat in CHATS:
         if chat in lower and isinstance(rows[0][lower[chat]], list):
             return with_owner(rows, "causal-lm", {"messages": lower[chat]})
@@ -80,6 +87,10 @@ def guess(rows: Rows) -> Guess:
             fields = {"prompt": lower[prompt], "completion": lower[completion]}
             return with_owner(rows, "causal-lm", fields)
     texts = {name: length for name in names if (length := mean_length(rows, name)) is not None}
+    lists = [name for name in names if is_labels(rows[0][name])]
+    if texts and lists:
+        text = max(texts, key=lambda name: texts[name] or 0)
+        return with_owner(rows, "multi-label-classification", {"text": text, "label": lists[0]})
     few = {name: count for name in names if (count := distinct(rows, name)) is not None}
     known = [lower[name] for name in LABELS if lower.get(name) in few]
     others = [
@@ -102,6 +113,11 @@ def is_image(value: Any) -> bool:
     return isinstance(file, bytes) or (
         isinstance(file, str) and file.lower().endswith(ENDINGS) and len(file.split()) == 1
     )
+
+
+def is_labels(value: Any) -> bool:
+    """Whether a value is a list of names, as labels are."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def with_owner(rows: Rows, kind: str, fields: dict[str, str]) -> Guess:
@@ -137,7 +153,7 @@ def draft(source: str, model: str | None = None) -> str:
         re.sub(r"[^A-Za-z0-9]+", "-", Path(source.rpartition(":")[2]).stem).strip("-") or "my-run"
     )
     fields = "".join(f", {setting}: {quoted(field)}" for setting, field in found.fields.items())
-    classify = found.kind != "causal-lm"
+    classify = found.kind not in ("causal-lm", "preference")
     texts = found.kind != "image-classification"
     most = f", max_length: {128 if classify else 512}" if texts else ""
     seen = plural(len(rows), "row") if len(rows) < LOOK else f"the first {LOOK:,} rows"
@@ -176,7 +192,7 @@ def partition(found: Guess) -> Sequence[str]:
             f"partition: {{kind: by-column, column: {quoted(found.owner)}}}",
         ]
     lines = ["# no field says whom a row belongs to, so ten clients are drawn"]
-    if found.kind == "causal-lm":
+    if KINDS[found.kind].class_setting is None:
         return [*lines, "partition: {kind: iid, clients: 10}"]
     return [
         f"{lines[0]}; a smaller alpha gives each client fewer labels",
