@@ -235,6 +235,21 @@ def test_without_server_data_the_clients_are_the_headline(tmp_path: Path) -> Non
     assert "mean client" in str(final_table(run).columns[2].header)
 
 
+@pytest.mark.parametrize(("clients", "words"), [(6, "Coloured by rank."), (40, "Mean and range")])
+def test_each_client_has_its_own_curve_or_its_rank_a_band(
+    clients: int, words: str, tmp_path: Path
+) -> None:
+    run = fake_run(tmp_path / "own", clients=clients, rounds=3, server_data=False)
+    html = report(run)
+    card = html[html.index("<h3>Own accuracy</h3>") : html.index("<h3>Weight</h3>")]
+    assert words in card and "client-own" in card
+    header = html[html.index("<h3>Who took part</h3>") :]
+    assert header.index("Own accuracy") < header.index("Examples"), "what a site looks for first"
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (run / "metrics.jsonl").write_text(lines[-1] + "\n", encoding="utf-8")
+    assert "<h3>Own accuracy</h3>" not in report(run), "one value makes no curve"
+
+
 def test_round_zero_alone(tmp_path: Path) -> None:
     html = report(fake_run(tmp_path / "zero", rounds=0))
     assert "no curve to draw" in html and "no spectrum" in html

@@ -1,14 +1,15 @@
-"""The values of the section on clients: a sortable table, and plots of weight, truncation error, drift and
-loss."""
+"""The values of the section on clients: a sortable table, and plots of their own metric, weight, truncation
+error, drift and loss."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 
+from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.colours import step
-from fedhl.report.files import Client, Run, dig, final_evaluation, items, natural, num
+from fedhl.report.files import Client, Run, dig, final_evaluation, items, natural, num, series
 from fedhl.report.format import general, percent
 from fedhl.report.plots import Curve, Draw
 from fedhl.report.render import View, plot
@@ -29,6 +30,7 @@ def clients(run: Run) -> View | None:
         "rows": client_rows(run, labels, scores),
         "labels": [(name, f"q{i}") for i, name in enumerate(labels)],
         "scored": bool(scores),
+        "own": own(run),
         "weight": weight(run),
         "error": by_rank(run, "error", "Truncation error"),
         "drift": by_rank(run, "drift", "Drift"),
@@ -156,6 +158,37 @@ def weight_plot(run: Run) -> Draw:
         if not all(map(math.isnan, row))
     ]
     return plots.lines(curves, zero=True)
+
+
+def own(run: Run) -> View | None:
+    """Each client's metric on its own rows per round: a line for each client if they are few, a band for each
+    rank if they are many; None if it was measured less than twice."""
+    steps, curves = rank_steps(run), []
+    by_rank: dict[int | None, dict[float, list[float]]] = {}
+    for client in run.clients:
+        keys = ("evaluation", "clients", "by_client", client.id, run.metric)
+        points = series(run, *keys)
+        if len(points) > 1:
+            curves.append(Curve(client.id, points, rank_ink(steps, client.rank)))
+        for t, value in points:
+            by_rank.setdefault(client.rank, {}).setdefault(t, []).append(value)
+    if not curves:
+        return None
+    lines = len(run.clients) <= MOST_LINES
+    if not lines:
+        curves = []
+        for rank, values in sorted(by_rank.items(), key=lambda each: each[0] or 0):
+            found = ranges(values)
+            band = [(each.round, each.low, each.high) for each in found]
+            points = [(each.round, each.mean) for each in found]
+            curves.append(Curve(f"rank {rank}", points, rank_ink(steps, rank), band=band))
+    draw = plots.lines(curves, percent=run.metric in IN_PERCENT)
+    title = f"Own {run.metric} per round"
+    return {
+        "plot": plot("client-own", title, draw, 300),
+        "lines": lines,
+        "legend": rank_legend(run),
+    }
 
 
 def rank_legend(run: Run) -> list[tuple[str, str]]:
