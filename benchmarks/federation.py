@@ -43,7 +43,7 @@ from fedhl.run.loop import keep
 from fedhl.run.rounds import finish
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState, refusals
-from fedhl.task import KINDS, objective
+from fedhl.task import KINDS, texts
 from fedhl.watch import SILENT
 
 CONFIGS = {"minilm": "demo.yaml", "smollm2": "demo-llm.yaml"}
@@ -87,7 +87,7 @@ def watched(prepared: Prepared) -> Iterator[list[Span]]:
     step = register_optimizer_step_post_hook(lambda *_: mark("step"))
     with (
         clock(engine, "train_client"),
-        clock(objective, "collate"),
+        clock(texts, "collate"),
         clock(server, "broadcast"),
         clock(refusals, "refusals"),
     ):
