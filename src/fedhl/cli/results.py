@@ -129,6 +129,14 @@ def export(
         ),
     ] = False,
     round: Round = "last",
+    client: Annotated[
+        str | None,
+        typer.Option(
+            "--client",
+            metavar="ID",
+            help="Write the personal model of this client, if the run's config has `personal`.",
+        ),
+    ] = None,
     set: Places = None,
 ) -> None:
     """Write what a run has learned: a PEFT adapter of any rank, or the merged model, with a model card."""
@@ -139,12 +147,16 @@ def export(
             )
         check_rank(rank)
         which = parse_round(round)
+        if client is not None and which != "last":
+            raise UserError(
+                "--client: personal models are made after the last round only; leave --round out"
+            )
         from fedhl.run.folder import refuse_other
 
         refuse_other(run)
         from fedhl.run.delivery import export_run
 
-        for line in export_run(run, out, rank, which, watcher, set or ()):
+        for line in export_run(run, out, rank, which, watcher, set or (), client):
             watcher.say(line)
 
 
