@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -352,6 +353,14 @@ def test_what_export_refuses(run: Path, plain: Path, project: Path):
     assert "unknown client 'client-9'" in refusal("runs/personal", "--client", "client-9")
     said = refusal("runs/personal", "--client", "client-1", "--round", "best")
     assert "leave --round out" in said
+    copied = project / "runs/personal-copied"
+    shutil.copytree(run, copied)
+    (copied / "personal/client-1.safetensors").write_bytes(b"torn")
+    said = refusal("runs/personal-copied", "--client", "client-1")
+    assert "client-1.safetensors" in said and "restore the file" in said
+    (copied / "personal/scores.json").write_text('{"origin": "of another state"}')
+    said = refusal("runs/personal-copied", "--client", "client-1")
+    assert "belong to another state than that of round 2" in said
     said = refusal("runs/impersonal", "--client", "client-1")
     assert "runs/impersonal has no personal models" in said
 
