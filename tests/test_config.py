@@ -56,11 +56,8 @@ def test_every_setting_is_explained() -> None:
     ("change", "said"),
     [
         ("training.lr=1", "training.lr: unknown key 'lr'; did you mean 'learning_rate'?"),
-        (
-            "lr=1",
-            "lr: unknown key 'lr'; did you mean training.learning_rate or personal.learning_rate?",
-        ),
-        ("learning_rate=1", "did you mean training.learning_rate or personal.learning_rate?"),
+        ("lr=1", "lr: unknown key 'lr'; did you mean training.learning_rate?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate?"),
         ("lora.r=8", "lora.r: unknown key 'r'; did you mean 'ranks'?"),
         ("lora.target_modules=[query]", "unknown key 'target_modules'; did you mean 'targets'?"),
         ("num_clients=3", "did you mean partition.clients or federation.clients?"),
