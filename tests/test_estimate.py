@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import initial_state
+from fedhl.federation.personal import personal_models
 from fedhl.model import peft
 from fedhl.run.estimate import rows_evaluated, seconds_per_row, seconds_per_step
 from fedhl.run.rounds import finish, untrained
@@ -23,6 +24,7 @@ from fedhl.run.rounds import finish, untrained
         ("fedhl_ef", {"rounds": 3}),
         ("fedhl", {"rounds": 5, "evaluation": {"every": 2, "batch_size": 4}}),
         ("fedsa_lora", {"rounds": 2, "ranks": dict.fromkeys(["ada", "bob", "cyd"], 2)}),
+        ("fedhl", {"rounds": 1, "personal": {"steps": 1}, "evaluation": {"client_fraction": 0.2}}),
     ],
 )
 def test_the_rows_are_those_that_a_run_evaluates(method: str, settings: dict[str, Any]):
@@ -42,6 +44,8 @@ def test_the_rows_are_those_that_a_run_evaluates(method: str, settings: dict[str
     for _ in range(federation.config.rounds):
         state, outcome = run_round(federation, done.state)
         done = finish(federation, state, done.state, outcome, [], done.best)
+    if federation.config.personal is not None:
+        assert len([*personal_models(federation, done.state)]) == 4
     assert seen == rows_evaluated(federation)
 
 

@@ -140,6 +140,14 @@ def export(
         bool, typer.Option("--public", help="A new repository of --push is for everybody.")
     ] = False,
     round: Round = "last",
+    client: Annotated[
+        str | None,
+        typer.Option(
+            "--client",
+            metavar="ID",
+            help="Write the personal model of this client, if the run's config has `personal`.",
+        ),
+    ] = None,
     set: Places = None,
 ) -> None:
     """Write what a run has learned: a PEFT adapter of any rank, or the merged model, with a model card."""
@@ -152,6 +160,10 @@ def export(
             raise UserError("--public says who may see what --push sends; add --push OWNER/NAME")
         check_rank(rank)
         which = parse_round(round)
+        if client is not None and which != "last":
+            raise UserError(
+                "--client: personal models are made after the last round only; leave --round out"
+            )
         from fedhl.export import push as hub
         from fedhl.run.folder import refuse_other
 
@@ -160,7 +172,7 @@ def export(
             hub.check_push(push)
         from fedhl.run.delivery import export_run
 
-        for line in export_run(run, out, rank, which, watcher, set or ()):
+        for line in export_run(run, out, rank, which, watcher, set or (), client):
             watcher.say(line)
         if push is not None:
             watcher.say(f"pushed to {hub.push(out, push, public)}")

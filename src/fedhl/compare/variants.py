@@ -35,7 +35,10 @@ ONE_CLIENT = (
     "participation.stragglers=0",
 )
 """Settings that mean nothing where there is one client."""
-SETTINGS = {"pooled": ("participation.pooled=true", *ONE_CLIENT), "alone": ONE_CLIENT}
+SETTINGS = {
+    "pooled": ("participation.pooled=true", "personal=null", *ONE_CLIENT),
+    "alone": ("personal=null", *ONE_CLIENT),  # such a model is personal already
+}
 """The settings of the baselines, by name. Their method is `fedit`, which is plain LoRA with one client."""
 
 

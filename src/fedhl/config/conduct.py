@@ -213,6 +213,38 @@ class EvaluationConfig(Strict):
     and there is no `privacy`, and 0 otherwise."""
 
 
+class PersonalConfig(Strict):
+    """Personal models: after the last round each client goes on alone from what it would be sent next, on its
+    own rows, and keeps what comes of it. It trains as in a round, with the settings of `training` but for
+    those given here, and at a constant learning rate."""
+
+    steps: PositiveInt | None = None
+    """The number of optimizer steps, instead of `epochs`."""
+    epochs: PositiveFloat | None = None
+    """The number of passes over the client's rows, which may be a fraction. If neither `steps` nor `epochs`
+    is given, there is one pass."""
+    learning_rate: PositiveFloat | None = None
+    """The learning rate; null: that of `training`."""
+
+    @model_validator(mode="after")
+    def one_rule(self) -> PersonalConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+    def training(self, rounds: TrainingConfig) -> TrainingConfig:
+        """How a client trains its personal model, if it trains like `rounds` in a round."""
+        return rounds.model_copy(
+            update={
+                "steps": self.steps,
+                "epochs": self.epochs,
+                "learning_rate": self.learning_rate or rounds.learning_rate,
+                "schedule": "constant",
+                "warmup_rounds": 0,
+            }
+        )
+
+
 class StopConfig(Strict):
     """When a run ends before its last round. The learning rate follows the planned rounds all the same."""
 

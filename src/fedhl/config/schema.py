@@ -116,6 +116,22 @@ class Config(Settings, Inputs):
         return self
 
     @model_validator(mode="after")
+    def personal_rows(self) -> Config:
+        if self.personal is None:
+            return self
+        if not self.evaluation.client_fraction:
+            raise ValueError(
+                "personal: a personal model is judged on its client's own held-out rows, and clients hold "
+                "none out; set evaluation.client_fraction, e.g. to 0.2"
+            )
+        if self.tasks is not None:
+            raise ValueError(
+                "personal: where labels arrive over time, clients do not keep the rows of earlier tasks, on "
+                "which a personal model would train; leave out either personal or tasks"
+            )
+        return self
+
+    @model_validator(mode="after")
     def private_trackers(self) -> Config:
         for tracker in self.report_to if self.privacy else ():
             if tracker.clients:

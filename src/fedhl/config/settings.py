@@ -12,6 +12,7 @@ from fedhl.config.conduct import (
     ComputeConfig,
     EvaluationConfig,
     Participation,
+    PersonalConfig,
     PrivacyConfig,
     RobustConfig,
     StopConfig,
@@ -58,6 +59,9 @@ class Settings(Strict):
     """Client-level differential privacy, which needs the extra `fedhl[dp]`; null: no privacy."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    personal: PersonalConfig | None = None
+    """A [personal model](personal.md) for each client at the end, evaluated on the client's own held-out rows
+    (`evaluation.client_fraction`) beside the global model; null: none."""
     compute: ComputeConfig = ComputeConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
 
@@ -86,6 +90,22 @@ class Settings(Strict):
                     f"privacy: {name} cannot go with privacy, since the bound on what one client can move "
                     f"would not hold; leave {name} out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def personal_rules(self) -> Settings:
+        if self.personal is None:
+            return self
+        if self.privacy is not None:
+            raise ValueError(
+                "personal: how personal models score would be reported without noise, and privacy does not "
+                "cover that; leave out either personal or privacy"
+            )
+        if self.participation.pooled:
+            raise ValueError(
+                "personal: with participation.pooled one client has all rows, and nobody goes on alone; "
+                "leave out either"
+            )
         return self
 
     def unbounded(self) -> dict[str, Any]:

@@ -203,8 +203,10 @@ def siblings(location: tuple[int | str, ...], model: Any) -> list[str]:
 
 def places(name: str, model: type[Settings] = Config) -> list[str]:
     """The settings of this name, or of what is meant by it, such as `training.learning_rate`; those of the
-    topmost groups alone."""
+    topmost groups alone, and of groups that every config has, if one of them has such a setting."""
     named = [path for path in settings(model) if path.rpartition(".")[2] == called(name)]
+    usual = [p for p in named if model.model_fields[p.partition(".")[0]].default is not None]
+    named = usual or named
     top = min((path.count(".") for path in named), default=0)
     return [path for path in dict.fromkeys(named) if path.count(".") == top]
 

@@ -26,17 +26,20 @@ def model_card(
     max_length: int | None,
     labels: Sequence[str] = (),
     licence: str | None = None,
+    client: str | None = None,
 ) -> str:
     """The README.md of an export: metadata, how to load it, and how it was made.
 
     `summary`: the content of a run's summary.json; `rank`: the rank of an adapter; `base`: the base model's
     hub id, or a folder, which is not named; `max_length`: the most tokens of a row, None if rows are not
-    texts; `labels`: the labels of a classifier, in order; `licence`: that of the base model, if it is known.
+    texts; `labels`: the labels of a classifier, in order; `licence`: that of the base model, if it is known;
+    `client`: the client whose personal model it is, None of the global model.
     """
     hub, task = hub_id(base), kind_named(summary["task"])
     what = f"A LoRA adapter of rank {rank}" if kind == "adapter" else "The full model"
     of = f"for `{hub}`" if hub else "for a base model that was a local folder"
-    scores = own_scores(summary, rank)
+    scores = own_scores(summary, rank, client)
+    then = "," if client is None else f", and then by the client {plain(client)} alone,"
     front = ModelCardData(
         base_model=hub,
         license=licence,
@@ -56,7 +59,7 @@ def model_card(
         f"# {plain(str(summary['name']))}",
         "",
         f"{what} {of}, fine-tuned by {len(summary['clients'])} clients that did not share "
-        "their data, with fedhl.",
+        f"their data{then} with fedhl.",
         f"Licence: {licence or 'that of the base model and of the data.'}{advice}",
         "",
         *how_to_load(summary["task"], kind, hub, labels, max_length),
@@ -64,7 +67,10 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in run_facts(summary, rank, scores).items()),
+        *(
+            f"| {key} | {value} |"
+            for key, value in run_facts(summary, rank, scores, client).items()
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -140,9 +146,13 @@ def how_to_load(
     return lines
 
 
-def own_scores(summary: Mapping[str, Any], rank: int | None) -> Mapping[str, Any] | None:
-    """The held-out metrics of what is exported: the update at this rank, or the full update; None if nobody
-    has measured them."""
+def own_scores(
+    summary: Mapping[str, Any], rank: int | None, client: str | None = None
+) -> Mapping[str, Any] | None:
+    """The held-out metrics of what is exported: the update at this rank, or the full update, or the personal
+    model of this client, on the client's own rows; None if nobody has measured them."""
+    if client is not None:
+        return summary["personal"]["clients"][client]["personal"] if rank is None else None
     final = summary.get("final") or {}
     if rank is None:
         return final.get("full")
@@ -164,7 +174,10 @@ def eval_results(
 
 
 def run_facts(
-    summary: Mapping[str, Any], rank: int | None, scores: Mapping[str, Any] | None
+    summary: Mapping[str, Any],
+    rank: int | None,
+    scores: Mapping[str, Any] | None,
+    client: str | None = None,
 ) -> dict[str, str]:
     """The facts needed to judge or to repeat a run, from its summary.json."""
     clients = summary["clients"]
@@ -180,6 +193,11 @@ def run_facts(
     names = kind_named(summary["task"]).metrics[::-1]
     full = (summary.get("final") or {}).get("full")
     here = {} if rank is None else {f"this adapter, rank {rank}": scores}
+    if client is not None:
+        here |= {
+            f"the client's own rows, {stage} model": summary["personal"]["clients"][client][stage]
+            for stage in ("global", "personal")
+        }
     for what, measured in (here | {"full-rank update": full}).items():
         shown = (
             (f"{k} {measured[k]:.4f}" for k in names if measured.get(k) is not None)

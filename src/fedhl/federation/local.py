@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from fedhl.lora import LoRA, pad
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics, evaluate
-from fedhl.model.training import learning_rate, train
+from fedhl.model.training import Trained, learning_rate, train
 from fedhl.seeds import derive
 from fedhl.server import Client, Reply, ServerState
 from fedhl.server.carried import carried_reply
 from fedhl.server.participation import reached
 from fedhl.weighting import moment_bounds
+
+if TYPE_CHECKING:
+    from fedhl.config.conduct import TrainingConfig
 
 
 class Local(NamedTuple):
@@ -55,28 +58,24 @@ def train_client(
         chance = config.participation.stragglers
         late = derive(config.seed, "straggler", round, client.id)
         layers = reached(federation.layers_of(client), chance, late)
-    rows, own = federation.rows[client.id], own or {}
-    steps = federation.steps_for(len(rows))
+    own, steps = own or {}, federation.steps_for(len(federation.rows[client.id]))
     before = start_of(sent, own)
     known = federation.known_labels(federation.labels_of(round))
     with deployed(federation, slot, sent, head, own) as alphas, known:
-        trained = train(
-            slots.model,
-            [
-                *peft.activate(slots, slot, {name: sent[name].train for name in layers}),
-                *(alphas[name] for name in layers if name in alphas),
-            ],
-            rows,
+        trained = fit(
+            federation,
+            client,
+            sent,
+            before,
+            alphas,
+            layers,
             config.training,
-            objective=federation.objective,
             steps=steps,
             rate=lambda k: learning_rate(
                 config.training, period, (round - 1) % period + (k + 0.5) / steps
             ),
-            autocast=federation.autocast,
             seed=derive(config.seed, "training", round, client.id),
             on_step=on_step,
-            penalty=penalty(federation, slot, before, layers),
         )
     after = {name: prefix_of(lora, sent[name]) for name, lora in peft.read(slots, slot).items()}
     kept = {
@@ -93,6 +92,41 @@ def train_client(
     magnitudes = {n: alphas[n].detach().cpu() for n in sorted(layers) if n in alphas}
     reply = Reply(client, round, adapter, head, trained.loss, steps, bound, magnitudes, version)
     return Local(carried_reply(reply, sent), kept, trained.seconds)
+
+
+def fit(
+    federation: Federation,
+    client: Client,
+    sent: Mapping[str, Broadcast],
+    start: Mapping[str, LoRA],
+    alphas: Mapping[str, nn.Parameter],
+    layers: Sequence[str],
+    training: TrainingConfig,
+    *,
+    steps: int,
+    rate: Callable[[int], float],
+    seed: int,
+    on_step: Callable[[], None],
+) -> Trained:
+    """Train the deployed model in place, on the client's rows: of these `layers` the factors and magnitudes
+    `alphas` that the method trains, and the head."""
+    slots, slot = federation.slots, federation.slot_of(client)
+    return train(
+        slots.model,
+        [
+            *peft.activate(slots, slot, {name: sent[name].train for name in layers}),
+            *(alphas[name] for name in layers if name in alphas),
+        ],
+        federation.rows[client.id],
+        training,
+        objective=federation.objective,
+        steps=steps,
+        rate=rate,
+        autocast=federation.autocast,
+        seed=seed,
+        on_step=on_step,
+        penalty=penalty(federation, slot, start, layers),
+    )
 
 
 def disagreement(losses: Sequence[float]) -> float:

@@ -51,7 +51,12 @@ def evaluate_rank(
 
 def truncation(federation: Federation, state: ServerState, rank: int) -> dict[str, LoRA]:
     """`T_rank(W)` of every layer; {} if there is no global model."""
-    deltas = server.deltas(federation.method, state)
+    return truncations(server.deltas(federation.method, state), rank)
+
+
+def truncations(deltas: Mapping[str, Tensor | LoRA], rank: int) -> dict[str, LoRA]:
+    """The best approximation of this rank of each of `deltas`, or of the rank of its layer if that is
+    less."""
     cut = side_by_side.side_by_side(
         lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas
     )

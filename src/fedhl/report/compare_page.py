@@ -222,7 +222,7 @@ def curves(comparison: Comparison) -> list[View]:
     percent = metric in IN_PERCENT
     shown = []
     for kind in comparison.kinds:
-        if kind == "worst":  # it is another client from round to round
+        if kind in ("worst", "personal"):  # another client from round to round; no model of a round
             continue
         found = [curve(i, variant, kind, metric) for i, variant in enumerate(variants)]
         drawn = [(i, one) for i, one in enumerate(found) if len(one.points) > 2]

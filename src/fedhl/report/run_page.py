@@ -29,6 +29,7 @@ from fedhl.report.files import (
     truncated_name,
 )
 from fedhl.report.format import call, change_text, metric_text, seconds
+from fedhl.report.personal import personal
 from fedhl.report.plots import Curve
 from fedhl.report.render import View, plot, render
 from fedhl.report.statistics import compute_share, mean, phase_seconds, traffic_by_rank
@@ -61,6 +62,7 @@ def run_page(run: Run, refresh: int | None = None) -> str:
             "quality": quality(run),
             "tasks": tasks(run),
             "clients": clients(run),
+            "personal": personal(run),
             "spectrum": spectrum(run),
             "diagnostics": diagnostics(run),
             "costs": costs(run),

@@ -22,9 +22,11 @@ KINDS = {
     "smallest": "smallest rank",
     "mean": "mean client",
     "worst": "worst client",
+    "personal": "personal client",
 }
 """The kinds of final models that are scored: with the full-rank W, as clients of the largest and of the
-smallest rank deploy it, and by the clients on their own rows."""
+smallest rank deploy it, and by the clients on their own rows: the models that they are sent, and the mean
+over their personal models."""
 
 CURVES = {
     "full": ("full",),
@@ -77,6 +79,7 @@ class Trial:
         ranks = dig(final, "ranks") or {}
         found = {name: dig(final, *keys) for name, keys in CURVES.items()}
         found["smallest"] = ranks[min(ranks, key=int)] if ranks else None
+        found["personal"] = dig(self.run and self.run.summary, "personal", "mean", "personal")
         return {
             kind: {name: num(found[kind], name) for name in self.names if name in value}
             for kind in KINDS
@@ -168,13 +171,15 @@ class Comparison:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds to show: of the global model, and of the clients if some variant has no global model."""
+        """The kinds to show: of the global model, if any variant has one; of the clients, where they have
+        evaluated; of personal models, where there are any."""
         done = [variant for variant in self.variants if variant.finished]
+        personal = ["personal"] if any(v.values("personal", "loss") for v in done) else []
         of_server = [v for v in done if any(v.values(k, "loss") for k in ("full", "truncated"))]
         if done and not of_server:
-            return ["mean", "worst"]
+            return ["mean", *personal, "worst"]
         own = [kind for kind in ("mean", "worst") if any(v.values(kind, "loss") for v in done)]
-        return ["full", "truncated", *own]
+        return ["full", "truncated", *own[:1], *personal, *own[1:]]
 
     @property
     def common(self) -> str:

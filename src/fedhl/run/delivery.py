@@ -19,6 +19,7 @@ from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.export.cards import base_licence
 from fedhl.federation.federation import Federation, initial_state
+from fedhl.federation.personal import client_named, personal_change
 from fedhl.federation.prepare import (
     clients_keep,
     load_federation,
@@ -26,14 +27,16 @@ from fedhl.federation.prepare import (
     prepare_server_again,
     readable,
 )
-from fedhl.federation.scores import evaluate_round, truncation
+from fedhl.federation.scores import evaluate_round, truncations
 from fedhl.lora import LoRA, dense
 from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
+from fedhl.names import unknown
 from fedhl.record import FAILED, measured, read_summary
 from fedhl.run.asked import METRICS, Asked
 from fedhl.run.closer_look import HeldOut, closer_look
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
+from fedhl.run.personal import read_model, there
 from fedhl.run.summary import check_same, clients_own_data, hash_once
 from fedhl.run.tables import Said
 from fedhl.server import ServerState
@@ -51,9 +54,11 @@ def export_run(
     which: Which,
     watcher: Watcher = SILENT,
     places: Sequence[str] = (),
+    client: str | None = None,
 ) -> list[str]:
     """Write a PEFT adapter of `rank`, or (None) the merged model, into `out`; the data is not needed.
-    `places`: where the model is now, as in `load_run_config`.
+    `places`: where the model is now, as in `load_run_config`; `client`: the client whose personal model is
+    written, in place of the global one.
 
     Layers narrower than `rank` get their full rank. Returns lines that say what was written and how
     to load it. Raises UserError, e.g. if `out` is not empty or the round was not kept.
@@ -65,11 +70,20 @@ def export_run(
     model = config.model.model_copy(update={"four_bit": False})
     config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
+    if client is not None:
+        if client not in ranks:
+            raise UserError(f"--client: {unknown('client', client, list(ranks))}")
+        summary["personal"] = there(run)  # known before the summary knows
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
-    known = server.deltas(federation.method, state)
-    refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
+    head, whose = state.head, ""
+    if client is None:
+        known = server.deltas(federation.method, state)
+        refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
+    else:
+        known, head = personal_of(run, federation, state, client)
+        whose = f"client {client!r}, "
     if summary["status"] == FAILED:
         watcher.say(f"warning: {run} failed: {summary['reason']}")
     if not known:
@@ -82,23 +96,39 @@ def export_run(
         "max_length": config.task.longest,
         "labels": summary["labels"] or (),
         "licence": base_licence(base),
+        "client": client,
     }
     if rank is None:
         fresh = load_fresh(config, summary, loaded)
         card = model_card(summary, "merged", None, **about)
-        export_merged(
-            out, fresh, {name: dense(delta) for name, delta in known.items()}, state.head, card
-        )
-        return [f"round {state.round}, full-rank update merged into {base}: {out}"]
-    adapter = truncation(federation, state, rank)
+        export_merged(out, fresh, {name: dense(delta) for name, delta in known.items()}, head, card)
+        what = "full-rank update" if client is None else "personal model's change"
+        return [f"{whose}round {state.round}, {what} merged into {base}: {out}"]
+    adapter = truncations(known, rank)
     got = max(lora.rank for lora in adapter.values())
     card = model_card(summary, "adapter", got, **about)
-    export_adapter(out, loaded, adapter, state.head, card)
+    export_adapter(out, loaded, adapter, head, card)
     short = "" if got == rank else f" (the rank of the update; asked for was {rank})"
     return [
-        f"round {state.round}, PEFT adapter of rank {got}{short}: {out}",
+        f"{whose}round {state.round}, PEFT adapter of rank {got}{short}: {out}",
         f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
     ]
+
+
+def personal_of(
+    run: Path, federation: Federation, state: ServerState, id: str
+) -> tuple[dict[str, Tensor | LoRA], dict[str, Tensor]]:
+    """The change of every layer, and the head, of the personal model of this client. Raises UserError if
+    there is none, or if its numbers are not finite."""
+    client = client_named(federation, id)
+    personal = read_model(run, client, state)
+    change, head = personal_change(federation, state, client, personal), dict(personal.head)
+    if not all_finite(change, head):
+        raise UserError(
+            f"{run}: the personal training of client {id!r} has diverged: its numbers are not finite; a "
+            "smaller personal.learning_rate may help"
+        )
+    return change, head
 
 
 def refuse_diverged(
@@ -108,14 +138,17 @@ def refuse_diverged(
     evaluation: Mapping[str, Any] | None,
 ) -> None:
     """Raises UserError unless all numbers of the model are finite, and its losses, where measured."""
-    factors = [t for d in deltas.values() for t in ((d.A, d.B) if isinstance(d, LoRA) else (d,))]
-    if not all(
-        is_finite(tensor) for tensor in (*factors, *state.head.values())
-    ) or None in measured(evaluation or {}):
+    if not all_finite(deltas, state.head) or None in measured(evaluation or {}):
         raise UserError(
             f"{run}: training had diverged by round {state.round}, whose numbers or losses are not finite; "
             "export an earlier round, e.g. with --round best"
         )
+
+
+def all_finite(deltas: Mapping[str, Tensor | LoRA], head: Mapping[str, Tensor]) -> bool:
+    """Whether all numbers of these changes and of this head are finite."""
+    factors = [t for d in deltas.values() for t in ((d.A, d.B) if isinstance(d, LoRA) else (d,))]
+    return all(is_finite(tensor) for tensor in (*factors, *head.values()))
 
 
 def load_fresh(config: Config, summary: Mapping[str, Any], loaded: Loaded) -> Loaded:

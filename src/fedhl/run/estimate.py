@@ -10,6 +10,7 @@ from typing import Any
 
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import evaluate_rows
+from fedhl.federation.personal import personal_steps
 from fedhl.federation.prepare import Prepared, smallest
 from fedhl.model import peft
 from fedhl.model.training import train
@@ -29,10 +30,15 @@ def duration(prepared: Prepared) -> Iterator[str]:
     training = step * cohort * sum(steps) / len(steps)
     evaluation = row * rows_evaluated(federation)
     total = config.rounds * training + evaluation
+    later = ""
+    if config.personal is not None:
+        alone = step * sum(personal_steps(federation, client) for client in federation.clients)
+        total += alone
+        later = f", {seconds(alone)} of training of personal models"
     yield (
         f"about {seconds(total)} on this machine: {config.rounds} rounds with {seconds(training)} of "
-        f"training in each, and {seconds(evaluation)} of evaluation in all (from {STEPS - 1} steps and one "
-        "batch; the server's work comes on top)"
+        f"training in each{later}, and {seconds(evaluation)} of evaluation in all (from {STEPS - 1} steps "
+        "and one batch; the server's work comes on top)"
     )
 
 
@@ -72,15 +78,17 @@ def seconds_per_row(federation: Federation) -> float:
 
 def rows_evaluated(federation: Federation) -> int:
     """The forward passes of single rows in all evaluations of a run: of the full update, its truncation to
-    the top rank and, at the end, to every rank; on the validation rows; of each client on its own rows."""
+    the top rank and, at the end, to every rank; on the validation rows; of each client on its own rows, and
+    of its personal model, before and after."""
     config, top = federation.config, federation.top_rank
     method, state = smallest(config)
     whole = method.delta(state) is not None
     held_out = len(federation.held_out) if whole else 0
     own = sum(map(len, federation.own.values()))
     validation = len(federation.validation) * (1 if whole else len(federation.clients))
+    personal = 2 * own if config.personal is not None else 0
     times = (
         1 + config.rounds // config.evaluation.every + (config.rounds % config.evaluation.every > 0)
     )
     others = {client.rank for client in federation.clients} - {top}
-    return times * (2 * held_out + validation + own) + held_out * len(others)
+    return times * (2 * held_out + validation + own) + held_out * len(others) + personal

@@ -15,7 +15,7 @@ from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
 from fedhl.federation.prepare import Prepared, clients_keep, prepare
 from fedhl.files import append_line, finite, private_folder, write_text
-from fedhl.record import FINISHED, read_metrics, rounds_in
+from fedhl.record import FINISHED, read_metrics, read_summary, rounds_in
 from fedhl.report import write_report
 from fedhl.run import checkpoint
 from fedhl.run.folder import (
@@ -31,6 +31,7 @@ from fedhl.run.folder import (
     uninterrupted,
     writing,
 )
+from fedhl.run.personal import keep_personal
 from fedhl.run.progress import steps, told
 from fedhl.run.result import Result
 from fedhl.run.rounds import Done, finish, untrained
@@ -173,13 +174,15 @@ def run_rounds(
                 state, best = keep(prepared, done, folder, watcher)
                 lines.append(done.line)
                 track()
+            keep_personal(prepared.federation, state, folder, watcher)
         except KeyboardInterrupt:
             with writing(folder):
                 mark(folder, "interrupted")
             raise
         with writing(folder):
             write_summary(prepared, folder, FINISHED, best)
-    return Result(prepared.federation, state, read_metrics(folder), folder)
+    scores = read_summary(folder)["personal"]
+    return Result(prepared.federation, state, read_metrics(folder), folder, scores)
 
 
 def keep(

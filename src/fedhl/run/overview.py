@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from fedhl.config.conduct import RobustConfig
 from fedhl.data.partition import partition_table
+from fedhl.federation.personal import personal_steps
 from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_expected
 from fedhl.method import Remembering, flatten
 from fedhl.model import peft
 from fedhl.model.targets import is_linear
 from fedhl.names import listed, size
+from fedhl.report.format import span
 from fedhl.run.summary import parameters
 from fedhl.seeds import generator
 from fedhl.server import accounting
@@ -41,12 +43,7 @@ def overview(prepared: Prepared) -> Iterator[str]:
     yield (
         f"method {config.method.name}, weighting {config.weighting_used.name}: {config.rounds} rounds, "
         f"{cohort} of {len(federation.clients)} clients a round, "
-        + (
-            f"{min(steps)} steps"
-            if min(steps) == max(steps)
-            else f"{min(steps)} to {max(steps)} steps"
-        )
-        + f" of {config.training.batch_size} rows each"
+        f"{span(sorted(steps))} steps of {config.training.batch_size} rows each"
     )
     yield (
         f"{len(rows):,} training rows{config.task.sizes(rows)}, {len(federation.held_out):,} held out by the "
@@ -54,6 +51,13 @@ def overview(prepared: Prepared) -> Iterator[str]:
     )
     if federation.validation:
         yield f"{len(federation.validation):,} validation rows, for the choice of settings"
+    if config.personal is not None:
+        training = config.personal.training(config.training)
+        alone = [personal_steps(federation, client) for client in federation.clients]
+        yield (
+            f"at the end a personal model for each client: {span(sorted(alone))} steps at a rate of "
+            f"{training.learning_rate:g}"
+        )
     if config.participation.stragglers:
         yield f"each client is a straggler with probability {config.participation.stragglers:g}"
     for client in federation.clients:

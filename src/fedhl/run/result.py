@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from fedhl import server
 from fedhl.errors import UserError
 from fedhl.export.folders import publish
 from fedhl.federation.federation import Federation
-from fedhl.federation.scores import truncation
+from fedhl.federation.personal import Personal, client_named, personal_change
+from fedhl.federation.scores import truncation, truncations
 from fedhl.lora import LoRA, dense
 from fedhl.model import peft
 from fedhl.model.adapters import save_adapter
 from fedhl.model.targets import is_conv1d
 from fedhl.record import better
+from fedhl.run.personal import read_model
 from fedhl.run.tracking import numbers, with_totals
 from fedhl.server import ServerState
 
@@ -36,13 +38,16 @@ class Result:
 
     `federation`: its clients and their rows; `state`: the server's state after the last round; `metrics`: a
     line for each round, as in metrics.jsonl, from round 0, before any training; `folder`: the run folder, or
-    None if nothing was written.
+    None if nothing was written. `personal`: how the personal models score, as in summary.json, None without
+    such models; `models`: those that are in no run folder, by client.
     """
 
     federation: Federation
     state: ServerState
     metrics: Sequence[Json]
     folder: Path | None = None
+    personal: Json | None = None
+    models: Mapping[str, Personal] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         best = self.best
@@ -84,38 +89,57 @@ class Result:
         self.updates()
         return truncation(self.federation, self.state, rank or self.federation.top_rank)
 
-    def model(self) -> nn.Module:
-        """A copy of the base model with W and the head merged into its weights, without adapters."""
+    def changed(self, client: str | None) -> tuple[dict[str, LoRA | Tensor], Mapping[str, Tensor]]:
+        """What the global model, or the personal model of this client, adds to each layer of the base model,
+        and its head. Raises UserError if there is no such model."""
+        if client is None:
+            self.updates()
+            return server.deltas(self.federation.method, self.state), self.state.head
+        known = client_named(self.federation, client)
+        if self.personal is None:
+            raise UserError("there are no personal models; ask for them with personal={}")
+        if self.folder is not None:
+            personal = read_model(self.folder, known, self.state)
+        else:
+            personal = self.models[client]
+        return personal_change(self.federation, self.state, known, personal), personal.head
+
+    def model(self, client: str | None = None) -> nn.Module:
+        """A copy of the base model with W and the head merged into its weights, without adapters; or the
+        personal model of this client."""
         slots = self.federation.slots
+        change, head = self.changed(client)
         model = deepcopy(slots.model)
-        for name, W in self.updates().items():
+        for name, delta in change.items():
             base = deepcopy(slots.modules[name].get_base_layer())
-            base.weight = nn.Parameter(peft.shifted(base, W), requires_grad=False)
+            base.weight = nn.Parameter(peft.shifted(base, dense(delta)), requires_grad=False)
             model.set_submodule(name, base)
-        for name, value in self.state.head.items():
+        for name, value in head.items():
             model.get_parameter(name).data.copy_(value)
         return model.eval()
 
-    def export(self, out: str | Path, rank: int | None = None) -> Path:
+    def export(self, out: str | Path, rank: int | None = None, client: str | None = None) -> Path:
         """Write a PEFT adapter of `rank`, at first the largest of the clients', into a new folder, which
-        `PeftModel.from_pretrained(model, folder)` reads. Raises UserError if the folder is not empty."""
+        `PeftModel.from_pretrained(model, folder)` reads; of the personal model of this client, if one is
+        named. Raises UserError if the folder is not empty."""
         out, slots = Path(out), self.federation.slots
+        rank = rank or self.federation.top_rank
         if self.folder is not None:
             from fedhl.run.delivery import export_run
 
-            export_run(self.folder, out, rank or self.federation.top_rank, "last")
+            export_run(self.folder, out, rank, "last", client=client)
             return out
-        refuse_ambiguous(self.state.head)
-        adapter = self.adapter(rank)
+        change, head = self.changed(client)
+        refuse_ambiguous(head)
         base = slots.model
         with publish(out) as staging:
             save_adapter(
                 staging,
-                adapter,
-                self.state.head,
+                truncations(change, rank),
+                head,
                 base=getattr(base, "name_or_path", ""),
                 task_type=None,
-                fan_in_fan_out=is_conv1d(base, list(adapter)),
+                fan_in_fan_out=is_conv1d(base, list(change)),
             )
         return out
 

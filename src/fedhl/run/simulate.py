@@ -18,7 +18,9 @@ from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.examine import check_count, refuse_unknown_clients
 from fedhl.federation.federation import initial_state
+from fedhl.federation.personal import over_models, personal_models, said
 from fedhl.federation.prepare import federate, pick_device, smallest
+from fedhl.files import finite
 from fedhl.names import unknown
 from fedhl.run.progress import steps, told
 from fedhl.run.result import Result
@@ -125,9 +127,10 @@ def simulate(
     `collate(rows)`: makes a batch. `head`: the modules that are trained whole, such as a new classifier.
 
     `held_out`: the server's rows, on which the global model is evaluated; `client_held_out`: rows of each
-    client, on which the client is evaluated. `metric`: the one by which rounds are judged;
-    `greater_is_better`: whether more of it is better; None: yes, unless its name ends with "loss". `watcher`:
-    who is told of progress; None: a line is printed for each round.
+    client, on which the client is evaluated, and its personal model, if there is `personal={"steps": 20}`.
+    `metric`: the one by which rounds are judged; `greater_is_better`: whether more of it is better; None:
+    yes, unless its name ends with "loss". `watcher`: who is told of progress; None: a line is printed for
+    each round.
 
     `settings` are those of a config, e.g. `method="fedhl_ef"`, `rounds=10`, `seed=0`,
     `training={"steps": 5, "learning_rate": 1e-2}`, `lora={"targets": ["query"], "alpha": 16}`; docs/config.md
@@ -139,7 +142,7 @@ def simulate(
     own = named("client_held_out", client_held_out, list(rows)) if client_held_out else {}
     config = read_settings(settings, ranks, list(rows))
     method, tiny = smallest(config)
-    refuse_idle(config, method.delta(tiny) is None, own)
+    refuse_idle(config, method.delta(tiny) is None, own, rows)
     if config.privacy is not None:
         accounting.check_installed()
     evaluated = listed("held_out", held_out)
@@ -176,7 +179,14 @@ def simulate(
         lines.append(done.line)
         for text in told(done.line, config):
             watcher.say(text)
-    return Result(federation, done.state, lines)
+    if config.personal is None:
+        return Result(federation, done.state, lines)
+    models, records = {}, {}
+    for client, model_of_one, record in personal_models(federation, done.state, watcher):
+        models[client.id], records[client.id] = model_of_one, record
+    scores = finite(over_models(records, objective))
+    watcher.say(said(scores))
+    return Result(federation, done.state, lines, personal=scores, models=models)
 
 
 def named(
@@ -230,9 +240,12 @@ def read_settings(settings: Mapping[str, Any], ranks: Any, clients: Sequence[str
     return config
 
 
-def refuse_idle(config: Settings, everyone_keeps: bool, own: Mapping[str, Any]) -> None:
-    """Raises UserError for settings of run folders and data files, which nothing here would follow.
-    `everyone_keeps`: whether the method has no global model."""
+def refuse_idle(
+    config: Settings, everyone_keeps: bool, own: Mapping[str, Any], clients: Iterable[str]
+) -> None:
+    """Raises UserError for settings of run folders and data files, which nothing here would follow, and where
+    nobody could evaluate. `everyone_keeps`: whether the method has no global model; `own`: the held-out rows
+    of some of these `clients`."""
     for setting, given, instead in (
         ("checkpoints", "checkpoints" in config.model_fields_set, "nothing is written"),
         ("lora.start", config.lora.start, "merge the adapter into the model before"),
@@ -242,6 +255,11 @@ def refuse_idle(config: Settings, everyone_keeps: bool, own: Mapping[str, Any]) 
     ):
         if given:
             raise UserError(f"{setting}: not for a federation from Python; {instead}")
+    if config.personal is not None and (lacking := [id for id in clients if id not in own]):
+        raise UserError(
+            f"personal: a personal model is judged on its client's own held-out rows, and {lacking[0]!r} has "
+            "none; give client_held_out for every client"
+        )
     if everyone_keeps and not own:
         raise UserError(
             f"method {config.method.name!r} has no global model, so that only the clients can evaluate; give "

@@ -25,6 +25,7 @@ from fedhl.files import json_text, sha256, write_text
 from fedhl.model.processors import processor_hash
 from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
 from fedhl.run.commit import commit
+from fedhl.run.personal import read_scores
 from fedhl.task.examples import classes_of
 
 
@@ -82,6 +83,7 @@ def write_summary(
         "final": evaluations[-1] if evaluations else None,
         "best": best,
         "tasks": tasks_summary(prepared, lines),
+        "personal": read_scores(folder) if status == FINISHED and reason is None else None,
         "clients": [
             {
                 "id": client.id,

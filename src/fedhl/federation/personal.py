@@ -1,0 +1,164 @@
+"""Personal models: after the last round each client goes on from what it would be sent, for itself alone.
+
+Client i starts from its broadcast as in a round, `W0 + base_i + ΔW(sent_i)`, trains on its own rows, and
+keeps the result; the server's state is read, and never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fedhl import server
+from fedhl.errors import UserError
+from fedhl.federation.federation import Federation, at_current_rank
+from fedhl.federation.local import deployed, evaluate_rows, fit, prefix_of, start_of
+from fedhl.federation.scores import over_clients
+from fedhl.lora import LoRA, add_products
+from fedhl.method import with_past
+from fedhl.model import peft
+from fedhl.names import unknown
+from fedhl.seeds import derive
+from fedhl.server import Client, ServerState
+from fedhl.task.objective import Objective
+from fedhl.watch import SILENT, Watcher
+
+Json = dict[str, Any]
+STAGES = ("global", "personal")
+"""The models that are evaluated on a client's own rows: the one from which it starts, and its own."""
+
+
+class Personal(NamedTuple):
+    """What one client alone has after its personal training: the adapter (B_i, A_i) of each layer, the
+    magnitudes of the frozen directions, by layer, if it was sent any, and the head, which is trained
+    whole."""
+
+    adapter: Mapping[str, LoRA]
+    magnitudes: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
+
+
+def personal_steps(federation: Federation, client: Client) -> int:
+    """The optimizer steps of this client's personal training."""
+    config = federation.config
+    assert config.personal is not None
+    return config.personal.training(config.training).steps_for(len(federation.rows[client.id]))
+
+
+def personal_models(
+    federation: Federation, state: ServerState, watcher: Watcher = SILENT
+) -> Iterator[tuple[Client, Personal, Json]]:
+    """`personalise` for one client after the other, with each client; `watcher` is told of every step."""
+    total = sum(personal_steps(federation, client) for client in federation.clients)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        watcher.step("personal models: training", done, total)
+
+    for client in federation.clients:
+        yield client, *personalise(federation, state, client, step)
+
+
+def personalise(
+    federation: Federation,
+    state: ServerState,
+    client: Client,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[Personal, Json]:
+    """The personal model of this client, and its record: `steps`, `loss` (the mean training loss), and the
+    metrics on the client's own held-out rows, `global` of its start and `personal` of its end."""
+    config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
+    assert config.personal is not None
+    training = config.personal.training(config.training)
+    client = at_current_rank(client, state)
+    sent = server.broadcast(federation.method, state, client, config.seed)
+    kept, held_out = state.clients.get(client.id, {}), federation.own[client.id]
+    with deployed(federation, slot, sent, state.head, kept) as alphas:
+        before = evaluate_rows(federation, held_out)
+        trained = fit(
+            federation,
+            client,
+            sent,
+            start_of(sent, kept),
+            alphas,
+            federation.layers_of(client),
+            training,
+            steps=personal_steps(federation, client),
+            rate=lambda k: training.learning_rate,
+            seed=derive(config.seed, "personal", client.id),
+            on_step=on_step,
+        )
+        after = evaluate_rows(federation, held_out)
+    adapter = {name: prefix_of(lora, sent[name]) for name, lora in peft.read(slots, slot).items()}
+    magnitudes = {name: alpha.detach().cpu() for name, alpha in alphas.items()}
+    record = {"steps": trained.steps, "loss": trained.loss}
+    return (
+        Personal(adapter, magnitudes, peft.read_head(slots)),
+        record | dict(zip(STAGES, (before, after), strict=True)),
+    )
+
+
+def personal_change(
+    federation: Federation, state: ServerState, client: Client, personal: Personal
+) -> dict[str, LoRA | Tensor]:
+    """What this client's personal model adds to the base model in each layer,
+    `base_i + s Σ_k α_k D_k + s B_i A_i`, shape (m, n), an adapter where there is no base. `state`: the one
+    that the model started from."""
+    client = at_current_rank(client, state)
+    sent = server.broadcast(federation.method, state, client, federation.config.seed)
+    change: dict[str, LoRA | Tensor] = {}
+    for name, lora in personal.adapter.items():
+        base = sent[name].base
+        own = with_past(lora, sent[name].past, personal.magnitudes.get(name))
+        change[name] = own if base is None else add_products(base, [(1.0, own)])
+    return change
+
+
+def client_named(federation: Federation, id: str) -> Client:
+    """The client of this id. Raises UserError if there is none."""
+    for client in federation.clients:
+        if client.id == id:
+            return client
+    raise UserError(unknown("client", id, [client.id for client in federation.clients]))
+
+
+def over_models(records: Mapping[str, Json], objective: Objective) -> Json:
+    """The record of all personal models, from that of each client: the `mean` of the metrics over the
+    clients, before and after, and how many clients `gained`, `lost` or `stayed` by the metric of the task. A
+    client whose metric is not finite has lost."""
+    metric, sign = objective.metric, 1 if objective.greater else -1
+    gains = [
+        sign * (record["personal"][metric] - record["global"][metric])
+        for record in records.values()
+    ]
+    gained, stayed = sum(gain > 0 for gain in gains), gains.count(0)
+    means = {
+        stage: over_clients(
+            {id: record[stage] for id, record in records.items()}, metric, objective.greater
+        )["mean"]
+        for stage in STAGES
+    }
+    return {
+        "metric": metric,
+        "mean": means,
+        "gained": gained,
+        "lost": len(gains) - gained - stayed,
+        "stayed": stayed,
+        "clients": dict(records),
+    }
+
+
+def said(personal: Json) -> str:
+    """The record of all personal models as one line of text."""
+    name = personal["metric"]
+    before, after = (personal["mean"][stage][name] for stage in STAGES)
+    texts = ["–" if x is None or not math.isfinite(x) else f"{x:.4f}" for x in (before, after)]
+    return (
+        f"personal models: mean {name} {texts[0]} before, {texts[1]} after, on the clients' own rows; "
+        f"{personal['gained']} gained, {personal['lost']} lost, {personal['stayed']} stayed"
+    )
