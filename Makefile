@@ -48,7 +48,7 @@ demo: .venv/minilm ## MiniLM on movie reviews: 10 clients, ranks 4 to 64, a few 
 demo-llm: .venv/smollm2 build/stdlib.jsonl ## SmolLM2-135M on Python source: each standard-library package a client
 	$(call train,stdlib-functions,configs/demo-llm.yaml)
 
-demo-images: .venv/installed build/digits ## a vision transformer on handwritten digits: 10 clients, two minutes
+demo-images: .venv/installed build/digits ## a vision transformer on handwritten digits: 10 clients, three minutes
 	$(call train,digits,configs/digits.yaml)
 
 federation: .venv/minilm ## the demo over TLS on this machine, compared with one process; writes runs/federation/

@@ -404,8 +404,10 @@ def scatter(groups: Sequence[Curve], x: str, *, percent: bool = False) -> Draw:
         for group in groups:
             xs, ys = zip(*group.points, strict=True)
             middle = math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)
-            ax.plot(xs, ys, "o", color=group.color, markersize=4, alpha=0.5, markeredgewidth=0)
-            ax.plot(*middle, "o", color=group.color, markersize=8, markeredgewidth=0)
+            # whole at the edge, too: who trains alone sends no bytes
+            dots: dict[str, Any] = {"color": group.color, "markeredgewidth": 0, "clip_on": False}
+            ax.plot(xs, ys, "o", markersize=4, alpha=0.5, **dots)
+            ax.plot(*middle, "o", markersize=8, **dots)
             ax.annotate(
                 group.label,
                 middle,
