@@ -112,3 +112,29 @@ def test_two_processes(tmp_path: Path) -> None:
         rounds
         and rounds == [t for t in done.out.splitlines() if t.startswith("round ")][: len(rounds)]
     )
+
+
+def test_a_round_that_comes_soon_after_a_report_is_in_the_next_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its report waits for the time between two reports, and not for the round after it."""
+    here = tmp_path / "run"
+    shutil.copytree(run, here, ignore=shutil.ignore_patterns("report.html", "state"))
+    whole = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    summary = (run / "summary.json").read_text(encoding="utf-8")
+    running = summary.replace('"status": "finished"', '"status": "running"')
+    clock, pages = [0.0], []
+    monkeypatch.setattr("fedhl.run.follow.monotonic", lambda: clock[0])
+
+    def wait(seconds: float) -> None:
+        clock[0] += 6  # a report is drawn every ten seconds
+        pages.append((here / "report.html").read_bytes())
+        (here / "metrics.jsonl").write_text("".join(whole[:2]), encoding="utf-8")
+        if len(pages) == 3:
+            (here / "summary.json").write_text(summary, encoding="utf-8")
+
+    (here / "summary.json").write_text(running, encoding="utf-8")
+    (here / "metrics.jsonl").write_text(whole[0], encoding="utf-8")
+    with alone(here):
+        follow(here, lambda text: None, wait)
+    assert pages[0] == pages[1] != pages[2]

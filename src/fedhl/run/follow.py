@@ -26,7 +26,7 @@ def follow(folder: Path, say: Callable[[str], None], wait: Callable[[float], Non
     Raises UserError for a folder without the config of a run, and where the report cannot be written.
     """
     config = load_run_config(folder)
-    last, drawn, at_work = -1, -float(REFRESH), True
+    last, drawn, stale, at_work = -1, -float(REFRESH), False, True
     while True:
         # in this order: a run that has ended writes no line any more
         status = read_summary(folder)["status"] if (folder / "summary.json").is_file() else None
@@ -38,13 +38,13 @@ def follow(folder: Path, say: Callable[[str], None], wait: Callable[[float], Non
             for text in told(line, config):
                 say(text)
             last = line["round"]
-        ended = status in (FINISHED, FAILED)
-        if lines and (ended or (fresh and monotonic() - drawn >= REFRESH)):
+        ended, stale = status in (FINISHED, FAILED), stale or bool(fresh)
+        if lines and (ended or (stale and monotonic() - drawn >= REFRESH)):
             with writing(folder):
                 write_report(folder, None if ended else REFRESH)
-            if drawn < 0:
+            if drawn < 0 and not ended:
                 say(f"report, which loads itself again: {folder / 'report.html'}")
-            drawn = monotonic()
+            drawn, stale = monotonic(), False
         if ended:
             say(f"the run is {status}; report: {folder / 'report.html'}")
             return
