@@ -48,7 +48,7 @@ def rows_of(*files: Any) -> list[dict[str, Any]]:
 
 def pixels(rows: list[dict[str, Any]], processor: Any, task: ImageTask = TASK) -> Any:
     encoded = task.encode(rows, "f", processor, ["a", "b"])
-    return Images(processor).batch(encoded.examples)["pixel_values"]
+    return Images(ImageTask, processor).batch(encoded.examples)["pixel_values"]
 
 
 PROCESSORS = {

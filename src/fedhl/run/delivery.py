@@ -204,7 +204,7 @@ def evaluate_run(
     )
     check_same(run, config, {"model": prepared.loaded.hash, "data": prepared.data.hash})
     federation, rows = prepared.federation, prepared.data.held_out
-    processor, labels = prepared.loaded.processor, prepared.data.labels
+    processor, labels, encoded = prepared.loaded.processor, prepared.data.labels, None
     if source is not None:
         rows = load_rows(source, encoding=config.data.encoding)
         encoded = config.task.encode(rows, source, processor, labels)
@@ -218,9 +218,10 @@ def evaluate_run(
         table(evaluate_round(federation, state, every_rank=True), federation, state)
     ]
     if asked.anything:
-        place = source or (config.data.held_out and config.data.held_out.source)
-        encoded = config.task.encode(rows, place or config.data.source, processor, labels)
-        encoded = readable(config, federation, prepared.loaded, watcher)(encoded)
+        if encoded is None:
+            place = (config.data.held_out and config.data.held_out.source) or config.data.source
+            encoded = config.task.encode(rows, place, processor, labels)
+            encoded = readable(config, federation, prepared.loaded, watcher)(encoded)
         held_out = HeldOut(rows, encoded)
         said += closer_look(asked, config.task, federation, state, held_out, labels, processor)
     return said

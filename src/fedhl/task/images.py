@@ -19,7 +19,7 @@ from fedhl.locate import locate
 from fedhl.names import plural
 from fedhl.task.classification import score_classes
 from fedhl.task.examples import Encoded
-from fedhl.task.kind import Kind
+from fedhl.task.kind import Kind, OfKind
 from fedhl.task.labels import class_settings, label_names, named_labels, print_class
 from fedhl.task.rows import RowError, Rows, column, located, refuse, shown
 
@@ -77,7 +77,7 @@ class ImageTask(Kind):
         return score_classes(logits, labels)
 
     def objective(self, processor: Any, vocabulary: int) -> Images:
-        return Images(processor)
+        return Images(ImageTask, processor)
 
     @classmethod
     def usage(cls, named: bool, max_length: int | None) -> list[str]:
@@ -150,18 +150,10 @@ class ImageTask(Kind):
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(OfKind):
     """Images of one size with a class each, for a model of transformers."""
 
     processor: Any
-
-    @property
-    def metric(self) -> str:
-        return ImageTask.metric
-
-    @property
-    def greater(self) -> bool:
-        return ImageTask.greater
 
     def batch(self, rows: Sequence[Picture]) -> dict[str, Tensor]:
         import numpy as np
@@ -181,9 +173,6 @@ class Images:
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(pixel_values=batch["pixel_values"]).logits
-
-    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return ImageTask.score(outputs.float(), batch["labels"])
 
     def parts(self, rows: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:
         return (rows[k : k + size] for k in range(0, len(rows), size))

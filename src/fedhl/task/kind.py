@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedhl.strict import Strict
@@ -119,3 +120,21 @@ class Kind(Strict, ABC):
             return None
         with located(rows, source):
             return [(name,) for name in label_names(classes)]
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """What the objectives of the kinds have in common: the metrics are those of the kind."""
+
+    kind: type[Kind]
+
+    @property
+    def metric(self) -> str:
+        return self.kind.metric
+
+    @property
+    def greater(self) -> bool:
+        return self.kind.greater
+
+    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.kind.score(outputs.float(), batch["labels"])

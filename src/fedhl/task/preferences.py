@@ -11,8 +11,9 @@ from pydantic import PositiveFloat, PositiveInt
 
 from fedhl.task.causal import CausalTask, encode_chat, encode_completion, problem_of
 from fedhl.task.examples import IGNORED, Encoded, Example, collate
+from fedhl.task.kind import OfKind
 from fedhl.task.rows import Rows, column, located, refuse, shown
-from fedhl.task.texts import LOGITS_AT_ONCE, TextKind
+from fedhl.task.texts import LOGITS_AT_ONCE, TextKind, in_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +132,7 @@ class PreferenceTask(TextKind):
         return found
 
     def objective(self, processor: Any, vocabulary: int) -> Preferences:
-        return Preferences(processor.pad_token_id, vocabulary, self.beta)
+        return Preferences(PreferenceTask, processor.pad_token_id, vocabulary, self.beta)
 
 
 UNLIKE = "expected a prompt and two answers, all texts or all lists of chat messages"
@@ -163,20 +164,12 @@ def first_tokens(answer: Any, count: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Preferences:
+class Preferences(OfKind):
     """Pairs of answers, for a language model of transformers."""
 
     pad_id: int
     vocabulary: int
     beta: float
-
-    @property
-    def metric(self) -> str:
-        return PreferenceTask.metric
-
-    @property
-    def greater(self) -> bool:
-        return PreferenceTask.greater
 
     def batch(self, rows: Sequence[Pair]) -> dict[str, Tensor]:
         """The better answers and below them the worse, 2 B sequences."""
@@ -203,19 +196,16 @@ class Preferences:
         better, worse = (-lost).sum(1).chunk(2)
         return self.beta * (better - worse - batch["reference"])
 
-    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return PreferenceTask.score(outputs, batch["labels"])
-
     def parts(self, rows: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
         """Longest rows first, so that a batch too large for the memory fails at once."""
-        ordered = sorted(rows, key=lambda row: -max(len(part.input_ids) for part in row[:2]))
-        at = 0
-        while at < len(ordered):
-            longest = max(len(part.input_ids) for part in ordered[at][:2])
-            most = LOGITS_AT_ONCE // (2 * self.vocabulary * longest)
-            count = max(1, min(size, most))
-            yield ordered[at : at + count]
-            at += count
+
+        def longest(row: Pair) -> int:
+            return max(len(part.input_ids) for part in row[:2])
+
+        def most(row: Pair) -> int:
+            return LOGITS_AT_ONCE // (2 * self.vocabulary * longest(row))
+
+        return in_batches(sorted(rows, key=longest, reverse=True), size, most)
 
     def tokens(self, batch: Mapping[str, Tensor]) -> int:
         return batch["input_ids"].shape[-1]

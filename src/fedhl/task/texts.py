@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedhl.task.examples import Example, collate
-from fedhl.task.kind import Kind
+from fedhl.task.kind import Kind, OfKind
 from fedhl.task.objective import Objective
 
 if TYPE_CHECKING:
@@ -49,22 +49,25 @@ def tokenised(max_length: int | None) -> str:
     return f'inputs = tokenizer(["A text."], truncation=True{at_most}, return_tensors="pt")'
 
 
+def in_batches(
+    ordered: Sequence[Any], size: int, most: Callable[[Any], int]
+) -> Iterator[Sequence[Any]]:
+    """Rows, the longest first, `size` at a time, or as many as `most` allows for a row of this length, but at
+    least one."""
+    at = 0
+    while at < len(ordered):
+        count = max(1, min(size, most(ordered[at])))
+        yield ordered[at : at + count]
+        at += count
+
+
 @dataclass(frozen=True)
-class Texts:
+class Texts(OfKind):
     """Tokenised texts of one kind of task, for a model of transformers. `vocabulary`: the number of logits of
     a token."""
 
-    kind: type[Kind]
     pad_id: int
     vocabulary: int = 1
-
-    @property
-    def metric(self) -> str:
-        return self.kind.metric
-
-    @property
-    def greater(self) -> bool:
-        return self.kind.greater
 
     def batch(self, rows: Sequence[Example]) -> dict[str, Tensor]:
         return collate(rows, self.pad_id)
@@ -80,20 +83,15 @@ class Texts:
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
-    def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.kind.score(outputs.float(), batch["labels"])
-
     def parts(self, rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
         """Longest rows first, so that a batch too large for the memory fails at once."""
-        ordered = sorted(rows, key=lambda example: -len(example.input_ids))
-        at = 0
-        while at < len(ordered):
-            count = size
-            if isinstance(ordered[at].labels, list):
-                most = LOGITS_AT_ONCE // (self.vocabulary * len(ordered[at].input_ids))
-                count = max(1, min(size, most))
-            yield ordered[at : at + count]
-            at += count
+
+        def most(example: Example) -> int:
+            if not isinstance(example.labels, list):
+                return size
+            return LOGITS_AT_ONCE // (self.vocabulary * len(example.input_ids))
+
+        return in_batches(sorted(rows, key=lambda row: -len(row.input_ids)), size, most)
 
     def tokens(self, batch: Mapping[str, Tensor]) -> int:
         return batch["input_ids"].shape[-1]
