@@ -142,7 +142,8 @@ def test_a_federation_outlives_its_nodes_and_its_server(
     )
     settings = load_config(tiny.write_config(project / "faults.yaml", config))
     run, network = tmp_path / "run", tmp_path / "network"
-    for name, value in environment(tmp_path, SLOW="client-1:1,client-2:3").items():
+    waits = "client-1:1,client-2:2,client-2:3"
+    for name, value in environment(tmp_path, SLOW=waits, GO=str(tmp_path)).items():
         monkeypatch.setenv(name, value)
 
     def lines() -> list[dict[str, Any]]:
@@ -194,7 +195,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         assert "no reply within 60 seconds" in refused(lines()[1])["client-1"]
         assert all(intruder.poll() for intruder in intruders)  # both have given up
 
-        # it is started again, another joins; in round 2 the server is killed
+        # it is started again, another joins; in round 2 the server is killed, while client-2 trains
         federation.leave(nodes[1])
         nodes[1:] = [node(1), node(2)]
         until(lambda: "client-0" in arrived(2))
@@ -202,6 +203,7 @@ def test_a_federation_outlives_its_nodes_and_its_server(
         command.wait(600)
         assert len(lines()) == 2
         had = {file: file.stat().st_mtime_ns for file in (run / "incoming").glob("*/*.safetensors")}
+        (tmp_path / "client-2:2").touch()
         federation.superlink()
         federation.submit(settings, run, "support.hostile:slow")
         until(lambda: len(arrived(2)) == 3 or len(lines()) == 3)
