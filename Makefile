@@ -62,7 +62,7 @@ build/stdlib.jsonl: examples/stdlib_functions.py .venv/installed
 	$(BIN)/python examples/stdlib_functions.py $@
 
 test: .venv/minilm .venv/smollm2 ## all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## format, lint, types, and every link of the site
 	$(BIN)/ruff format --check .

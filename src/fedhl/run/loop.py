@@ -154,16 +154,15 @@ def run_rounds(
         prepared = with_secret(prepared, folder)
         if state is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_summary(prepared, folder, "running", best)
         lines = read_metrics(folder)
+        write_summary(prepared, folder, lines, "running", best)
     with tracked(config, folder, watcher) as track:
         try:
             if state is None:
                 done = untrained(prepared.federation, prepared.initial_state(), watcher, engine)
-                state, best = keep(prepared, done, folder, watcher)
-                lines.append(done.line)
+                state, best = keep(prepared, done, lines, folder, watcher)
                 track()
-            while state.round < config.rounds and not stopped(folder):
+            while state.round < config.rounds and not stopped(lines):
                 here = engine.present(prepared.federation, state.round + 1)
                 prepared = prepared.joined_by(here.clients)
                 on_step = steps(here, state, watcher)
@@ -171,8 +170,7 @@ def run_rounds(
                 done = finish(
                     prepared.federation, following, state, outcome, lines, best, watcher, engine
                 )
-                state, best = keep(prepared, done, folder, watcher)
-                lines.append(done.line)
+                state, best = keep(prepared, done, lines, folder, watcher)
                 track()
             keep_personal(prepared.federation, state, folder, watcher)
         except KeyboardInterrupt:
@@ -180,16 +178,20 @@ def run_rounds(
                 mark(folder, "interrupted")
             raise
         with writing(folder):
-            write_summary(prepared, folder, FINISHED, best)
+            write_summary(prepared, folder, lines, FINISHED, best)
     scores = read_summary(folder)["personal"]
     return Result(prepared.federation, state, read_metrics(folder), folder, scores)
 
 
 def keep(
-    prepared: Prepared, done: Done, folder: Path, watcher: Watcher
+    prepared: Prepared,
+    done: Done,
+    lines: list[dict[str, Any]],
+    folder: Path,
+    watcher: Watcher,
 ) -> tuple[ServerState, dict[str, Any] | None]:
-    """Write checkpoint, metrics and summary of a round, and say what it did; returns the state, whose
-    memories are on disk from now on, and the best round so far."""
+    """Write checkpoint, metrics and summary of a round, add its line to those of the rounds before, and say
+    what it did; returns the state, whose memories are on disk from now on, and the best round so far."""
     config, (state, line, best) = prepared.config, done
     began, seconds = perf_counter(), line["seconds"]
     with uninterrupted(), writing(folder):
@@ -203,7 +205,8 @@ def keep(
         seconds["checkpoint"] = perf_counter() - began
         seconds["total"] += seconds["checkpoint"]
         append_line(folder / "metrics.jsonl", line)
-        write_summary(prepared, folder, "running", best)
+        lines.append(line)
+        write_summary(prepared, folder, lines, "running", best)
     for text in told(line, config):
         watcher.say(text)
     return state, best

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fedhl.config.conduct import StopConfig
 from fedhl.names import plural
-from fedhl.record import read_metrics
 
 Json = dict[str, Any]
 
@@ -30,7 +28,6 @@ def why(rule: StopConfig, lines: Sequence[Json], best: Json | None) -> str | Non
     return None
 
 
-def stopped(folder: Path) -> str | None:
-    """The reason why the run in this folder has ended before its last round; None if it has not."""
-    lines = read_metrics(folder)
+def stopped(lines: Sequence[Json]) -> str | None:
+    """The reason why a run with these metrics has ended before its last round; None if it has not."""
     return lines[-1].get("stopped") if lines else None

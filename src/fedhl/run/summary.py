@@ -23,7 +23,7 @@ from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
 from fedhl.files import json_text, sha256, write_text
 from fedhl.model.processors import processor_hash
-from fedhl.record import FAILED, FINISHED, failure, read_metrics, read_summary
+from fedhl.record import FAILED, FINISHED, failure, read_summary
 from fedhl.run.commit import commit
 from fedhl.run.personal import read_scores
 from fedhl.task.examples import classes_of
@@ -52,13 +52,16 @@ def hash_before(folder: Path, round: int) -> str:
 
 
 def write_summary(
-    prepared: Prepared, folder: Path, status: str, best: dict[str, Any] | None
+    prepared: Prepared,
+    folder: Path,
+    lines: Sequence[dict[str, Any]],
+    status: str,
+    best: dict[str, Any] | None,
 ) -> None:
-    """Write the summary of a run from its metrics and its settings. A run that ends without a result is not
-    `finished` but `failed`, with the reason."""
+    """Write the summary of a run from its metrics, line by line, and its settings. A run that ends without a
+    result is not `finished` but `failed`, with the reason."""
     config, federation = prepared.config, prepared.federation
     weighting = config.weighting_used
-    lines = read_metrics(folder)
     before = read_summary(folder) if (folder / "summary.json").exists() else {}
     reason = failure(lines) if status == FINISHED else None
     evaluations = [line["evaluation"] for line in lines if line["evaluation"]]
