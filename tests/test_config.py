@@ -58,6 +58,7 @@ def test_every_setting_is_explained() -> None:
         ("training.lr=1", "training.lr: unknown key 'lr'; did you mean 'learning_rate'?"),
         ("lr=1", "lr: unknown key 'lr'; did you mean training.learning_rate?"),
         ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate?"),
+        ("data.held_out={count:9}", "YAML needs a blank after the colon: count: 9"),
         ("lora.r=8", "lora.r: unknown key 'r'; did you mean 'ranks'?"),
         ("lora.target_modules=[query]", "unknown key 'target_modules'; did you mean 'targets'?"),
         ("num_clients=3", "did you mean partition.clients or federation.clients?"),

@@ -153,6 +153,9 @@ def explain_one(item: dict[str, Any], model: type[Settings]) -> str:
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         key, known = location[-1], siblings(item["loc"], model)
+        name, colon, value = key.partition(":")
+        if colon and name in known:
+            return f"{field}: YAML needs a blank after the colon: {name}: {value}"
         elsewhere = places(key, model)
         if elsewhere and field not in elsewhere and called(key) not in known:
             return f"{field}: unknown key {key!r}; did you mean {' or '.join(elsewhere)}?"
