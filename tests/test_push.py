@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import tiny
 from support.hub import TOKEN, Hub, hub
 
 from fedhl.errors import UserError
@@ -20,7 +19,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from fedhl.export.push import push
-print(push(Path(sys.argv[1]), sys.argv[2]))
+print(push(Path(sys.argv[1]), sys.argv[2], public=sys.argv[3:] == ["public"]))
 """
 
 
@@ -30,22 +29,20 @@ def there() -> Iterator[Hub]:
         yield here
 
 
-def run(url: str, *arguments: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+def run(
+    url: str, *arguments: str | Path, token: str = TOKEN, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, for which the hub is at `url`: the library reads that at its import."""
     settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
     # its own storage for large files is not part of what the server speaks
     env = os.environ | settings | {"HF_HUB_DISABLE_XET": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-def test_an_export_arrives_whole(there: Hub, tmp_path: Path) -> None:
-    folder = tiny.project(tmp_path)
-    done = tiny.fedhl(folder, "run", "tiny.yaml", "--set", "rounds=1")
-    assert done.code == 0, done.err
-    arguments = ("-m", "fedhl", "export", folder / "runs/tiny", "--merged")
-    sent = run(there.url, *arguments, "--out", tmp_path / "out", "--push", "me/that")
+def test_an_export_arrives_whole(there: Hub, runs: Path, tmp_path: Path) -> None:
+    arguments = ("--merged", "--out", tmp_path / "out", "--push", "me/that")
+    sent = run(there.url, "-m", "fedhl", "export", runs / "tiny", *arguments, cwd=runs.parent)
     assert sent.returncode == 0, sent.stderr
     assert f"pushed to {there.url}/me/that" in sent.stdout
     files = {
@@ -55,7 +52,7 @@ def test_an_export_arrives_whole(there: Hub, tmp_path: Path) -> None:
     assert there.files == {"me/that": files} and "README.md" in files
     assert there.private == {"me/that": True}
     # to the same place again, by whoever wants it public: it stays private
-    again = run(there.url, *arguments, "--out", tmp_path / "b", "--push", "me/that", "--public")
+    again = run(there.url, "-c", PUSH, tmp_path / "out", "me/that", "public")
     assert again.returncode == 0 and there.private == {"me/that": True}
     assert len(there.messages) == 2
 
