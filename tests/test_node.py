@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from fedhl.federation.local import evaluate_client, train_client
 from fedhl.federation.prepare import Prepared, prepare, prepare_server
 from fedhl.method import Broadcast, flatten, remembers
 from fedhl.model.processors import processor_hash
-from fedhl.network import node, wire
+from fedhl.network import participant, wire
 from fedhl.network.memory import Holdings, Kept
 from fedhl.network.message import Malformed
 from fedhl.network.node import SHARED, Node, introduce, node_of, rank_of
@@ -143,6 +145,18 @@ def test_a_shared_client_must_be_one_of_the_config(shared: Config):
     assert introduce(shared, Node("client-1", SHARED, rank=2))["rank"] == 2
 
 
+def test_an_introduction_needs_no_peft(shared: Config):
+    """Which takes as long to import as everything else that an introduction needs."""
+    code = (
+        "import sys, fedhl.flower.client\n"
+        "from fedhl.config import load_config\n"
+        "from fedhl.network.node import Node, introduce\n"
+        "introduce(load_config('node.yaml'), Node('client-1', 'partition'))\n"
+        "assert 'peft' not in sys.modules and 'transformers.modeling_utils' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_client_with_its_own_rows_tells_how_many_and_their_labels(
     project: Path, shared: Config, tmp_path: Path
 ):
@@ -247,14 +261,14 @@ class Post:
         )
 
     def train(self, state: ServerState, client: Client) -> tuple[Reply, int]:
-        header, payload = node.train(*self.letter(state, client, state.round + 1))
+        header, payload = participant.train(*self.letter(state, client, state.round + 1))
         sent = self.sent(state, client)
         assert payload is not None
         reply = wire.read_reply(payload, self.run, client, sent, sent.__getitem__, state.head)
         return reply, header["next_rank"]
 
     def evaluate(self, state: ServerState, client: Client) -> Any:
-        return node.evaluate(*self.letter(state, client, state.round))
+        return participant.evaluate(*self.letter(state, client, state.round))
 
 
 def same_reply(one: Reply, other: Reply) -> bool:
@@ -367,11 +381,11 @@ def test_a_rank_above_its_own_is_refused(shared: Config):
     config, here, header, payload, together = post.letter(state, client, 1)
     for rank in (0, 3, -1):
         with pytest.raises(UserError, match=f"'client-1' has rank 2, but was sent rank {rank}"):
-            node.train(config, here, header | {"rank": rank}, payload, together)
+            participant.train(config, here, header | {"rank": rank}, payload, together)
     with pytest.raises(Malformed):
-        node.train(config, here, header, payload[:-1], together)
+        participant.train(config, here, header, payload[:-1], together)
     with pytest.raises(Malformed):
-        node.evaluate(config, here, header, b"", together)
+        participant.evaluate(config, here, header, b"", together)
 
 
 def test_nodes_with_their_own_files_make_what_the_joined_file_makes(project: Path, tmp_path: Path):

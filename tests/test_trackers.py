@@ -24,7 +24,7 @@ from fedhl.compare.study import Study, settings
 from fedhl.compare.variants import parse_variant
 from fedhl.config import Config
 from fedhl.errors import UserError
-from fedhl.federation.prepare import check_config
+from fedhl.federation.first_look import check_config
 from fedhl.record import read_metrics
 from fedhl.run import tracking
 from fedhl.run.folder import load_run_config, same_settings

@@ -71,7 +71,7 @@ def save_encoder(folder: Path, words: Sequence[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-    from fedhl.model.loading import quiet
+    from fedhl.model.library import quiet
 
     table = {word: index for index, word in enumerate([*SPECIAL.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=SPECIAL["unk_token"]))

@@ -20,7 +20,7 @@ from fedhl.compare.variants import Variant, parse_variant
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
-from fedhl.federation.prepare import check_config
+from fedhl.federation.first_look import check_config
 from fedhl.files import private_folder, write_text
 from fedhl.names import listed
 from fedhl.report.compare import Comparison, Trial, read_comparison, write_comparison

@@ -16,7 +16,8 @@ from fedhl.errors import UserError
 from fedhl.files import whole_folder
 from fedhl.lora import LoRA
 from fedhl.model.adapters import save_adapter
-from fedhl.model.loading import Loaded, quiet
+from fedhl.model.library import quiet
+from fedhl.model.loading import Loaded
 from fedhl.model.peft import shifted
 from fedhl.model.targets import is_conv1d
 from fedhl.task import kind_named

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from fedhl.config import Config
 from fedhl.config.ranks import RankShares
 from fedhl.config.settings import Settings
-from fedhl.config.tracking import check_installed
 from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.examine import Examined, examine, refuse_unknown_clients
 from fedhl.federation.federation import Federation, initial_state
-from fedhl.lora import LoRA, initial
-from fedhl.method import Method
+from fedhl.federation.first_look import check_config
+from fedhl.lora import LoRA
 from fedhl.model import adapters, peft
 from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import check_first, check_rows
 from fedhl.names import listed
-from fedhl.server import Client, ServerState, accounting
+from fedhl.server import Client, ServerState
 from fedhl.server.channel import AirComp
 from fedhl.server.participation import matching
 from fedhl.server.privacy import SECRET_BYTES, Mechanism
@@ -146,32 +145,6 @@ def mechanism(config: Settings, clients: int) -> Mechanism | None:
         return None
     rate, secret = config.participation.rate(clients), secrets.token_bytes(SECRET_BYTES)
     return Mechanism(config.privacy.clip, config.privacy.noise, rate, clients, secret)
-
-
-def check_config(config: Config) -> None:
-    """Raises UserError for mistakes that show before any row is read: an extra that is not installed, or a
-    method whose results nobody could evaluate."""
-    if config.privacy is not None:
-        accounting.check_installed()
-    check_installed(config.report_to)
-    method, state = smallest(config)
-    if method.delta(state) is None and not config.evaluation.client_fraction:
-        raise UserError(
-            f"method {config.method.name!r} has no global model, so that only the clients can evaluate; set "
-            "evaluation.client_fraction, e.g. to 0.2"
-        )
-
-
-def smallest(config: Settings) -> tuple[Method[Any], Any]:
-    """The method and its state for a layer of 2 x 2, from which its properties can be read."""
-    method = config.method.build()
-    return method, method.init(initial(2, 2, 1, 1.0, seed=0))
-
-
-def clients_keep(config: Settings) -> bool:
-    """Whether clients keep factors for themselves, without which the run cannot continue."""
-    method, state = smallest(config)
-    return bool(method.broadcast(state, 1, 1.0).keep)
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""Flower's ClientApp: passes each message to `fedhl.network.node`, and the answer back."""
+"""Flower's ClientApp: passes each message to `fedhl.network`, and the answer back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def train(message: Message, context: Context) -> Message:
     """One round of local training."""
 
     def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
-        return pack(*node.train(config, here, header, payload or b"", simulated(context)))
+        # only now: what is imported for training takes longer than an introduction
+        from fedhl.network import participant
+
+        return pack(*participant.train(config, here, header, payload or b"", simulated(context)))
 
     return reply(message, context, answer)
 
@@ -45,7 +48,9 @@ def evaluate(message: Message, context: Context) -> Message:
     """The metrics of the client's next start on its own held-out rows."""
 
     def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
-        metrics = node.evaluate(config, here, header, payload or b"", simulated(context))
+        from fedhl.network import participant
+
+        metrics = participant.evaluate(config, here, header, payload or b"", simulated(context))
         return pack({"metrics": metrics})
 
     return reply(message, context, answer)

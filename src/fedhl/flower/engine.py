@@ -25,10 +25,9 @@ from fedhl.config import Config
 from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, at_current_rank
+from fedhl.federation.first_look import check_config, clients_keep
 from fedhl.federation.prepare import (
     Prepared,
-    check_config,
-    clients_keep,
     prepare,
     prepare_server,
     prepare_server_again,

@@ -17,8 +17,7 @@ from fedhl.federation.prepare import Prepared
 from fedhl.files import file_name
 from fedhl.flower.mailbox import Mailbox, pause
 from fedhl.flower.records import HELLO, pack
-from fedhl.model.loading import load_processor
-from fedhl.model.processors import processor_hash
+from fedhl.model.processors import load_processor, processor_hash
 from fedhl.names import listed, one_line
 from fedhl.network import wire
 from fedhl.network.message import WHOLE, Malformed, shown

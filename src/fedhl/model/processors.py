@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedhl.errors import UserError, in_one_line
+from fedhl.errors import UserError
 from fedhl.files import sha256_of
-from fedhl.locate import locate
+from fedhl.model.library import cannot_load, quiet
+from fedhl.model.weights import find_weights
 from fedhl.names import listed
+from fedhl.task import kind_named
 from fedhl.task.kind import Kind
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -20,6 +20,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "AutoImageProcessor": {"use_fast": False},
 }
 """The classes that load a processor, and how they are told to."""
+
+
+def load_processor(source: str, task: str, revision: str | None = None) -> Any:
+    """The tokenizer or image processor alone of a model. Raises UserError as `load_model` does."""
+    return read_processor(kind_named(task), find_weights(source)[0], source, revision)
 
 
 def read_processor(kind: type[Kind], folder: str, source: str, revision: str | None) -> Any:
@@ -63,34 +68,3 @@ def processor_hash(processor: Any) -> str:
     special = {name: str(token) for name, token in processor.special_tokens_map.items()}
     known = [processor.get_vocab(), special, str(processor.chat_template), rules]
     return sha256_of(json.dumps(known, sort_keys=True))
-
-
-def cannot_load(what: str, source: str, error: Exception) -> str:
-    if locate(source) is None:
-        advice = (
-            "there is no such file or folder, so that the name was looked up on the Hugging Face hub; check "
-            "the name, the revision and the connection, or give the path of a folder"
-        )
-    else:
-        advice = (
-            "expected a folder in the Hugging Face format (config.json, weights, tokenizer or image "
-            "processor) of an architecture that the installed transformers knows"
-        )
-    return f"cannot load the {what} of {source!r}: {in_one_line(error)} ({advice})"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block transformers prints no loading report and no progress bars; its errors are raised
-    here."""
-    from transformers.utils import logging as noise
-
-    verbosity, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(verbosity)
-        if bars:
-            noise.enable_progress_bar()

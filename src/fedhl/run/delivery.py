@@ -19,9 +19,9 @@ from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.export.cards import base_licence
 from fedhl.federation.federation import Federation, initial_state
+from fedhl.federation.first_look import clients_keep
 from fedhl.federation.personal import client_named, personal_change
 from fedhl.federation.prepare import (
-    clients_keep,
     load_federation,
     prepare,
     prepare_server_again,

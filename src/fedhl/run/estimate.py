@@ -9,9 +9,10 @@ from time import perf_counter
 from typing import Any
 
 from fedhl.federation.federation import Federation
+from fedhl.federation.first_look import smallest
 from fedhl.federation.local import evaluate_rows
 from fedhl.federation.personal import personal_steps
-from fedhl.federation.prepare import Prepared, smallest
+from fedhl.federation.prepare import Prepared
 from fedhl.model import peft
 from fedhl.model.training import train
 from fedhl.report.format import seconds

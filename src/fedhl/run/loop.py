@@ -13,7 +13,8 @@ from fedhl.config import Config, dump_config
 from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, run_round
 from fedhl.federation.examine import Examined
-from fedhl.federation.prepare import Prepared, clients_keep, prepare
+from fedhl.federation.first_look import clients_keep
+from fedhl.federation.prepare import Prepared, prepare
 from fedhl.files import append_line, finite, private_folder, write_text
 from fedhl.record import FINISHED, read_metrics, read_summary, rounds_in
 from fedhl.report import write_report

@@ -18,8 +18,9 @@ from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.examine import check_count, refuse_unknown_clients
 from fedhl.federation.federation import initial_state
+from fedhl.federation.first_look import smallest
 from fedhl.federation.personal import over_models, personal_models, said
-from fedhl.federation.prepare import federate, pick_device, smallest
+from fedhl.federation.prepare import federate, pick_device
 from fedhl.files import finite
 from fedhl.names import unknown
 from fedhl.run.progress import steps, told
