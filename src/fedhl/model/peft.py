@@ -170,6 +170,23 @@ def scale(slots: Slots, rank: int) -> float:
     return slots.scales[rank]
 
 
+def base_weight(slots: Slots, name: str) -> Tensor:
+    """The frozen weight W0 (out, in) of an adapted layer: a float32 copy on the CPU.
+
+    Raises UserError for a weight that is not of floating-point numbers, as in a 4-bit base.
+    """
+    base = slots.modules[name].get_base_layer()
+    weight = base.weight
+    assert isinstance(weight, nn.Parameter)
+    if not weight.is_floating_point():
+        raise UserError(
+            f"the weight of {name} is held as {weight.dtype} and cannot be read; load the base model in a "
+            "floating-point type"
+        )
+    weight = cpu_copy(weight)
+    return weight.T.contiguous() if isinstance(base, Conv1D) else weight
+
+
 def write(slots: Slots, rank: int, adapter: Mapping[str, LoRA]) -> None:
     """Copy `adapter` into the slot of `rank`, in place.
 
