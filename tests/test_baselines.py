@@ -1,4 +1,4 @@
-"""What a federation is compared with: each client alone, all rows at one place, and the untrained model."""
+"""What a federation is compared with: each client alone, all rows at one place, the untrained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedhl.run import start_run
 
 SHORT = ["rounds=2", "training.steps=2"]
 FEW = [*SHORT, "partition.clients=3", "lora.ranks=[1, 2, 4]"]
-VARIANTS = "fedhl,alone,pooled"
+VARIANTS = "fedhl,alone,pooled,pooled_full"
 
 
 def tiny(project: Path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> Config:
@@ -150,18 +150,23 @@ def test_a_record_that_cannot_be_written_is_told(project: Path) -> None:
 
 def test_the_comparison_tells_them_apart(compared: Path) -> None:
     known = json.loads((compared / "comparison.json").read_text("utf-8"))
-    fedhl_, alone, pooled = known["variants"]
-    for variant in (alone, pooled):
+    fedhl_, alone, pooled, full = known["variants"]
+    for variant in (alone, pooled, full):
         assert variant["weighting"] is None and variant["finished"] == 1
         assert variant["bytes"] == {"down": 0, "up": 0} and variant["scores"]["mean"]["accuracy"]
         assert variant["difference"]["mean"] is not None
     assert fedhl_["bytes"]["down"] > 0
+    assert pooled["ranks"] == [4] and full["ranks"] == []
+    runs = [read_metrics(compared / f"{name}/seed-0")[1:] for name in ("pooled", "pooled_full")]
+    ours, theirs = ([line["clients"][0]["steps"] for line in run] for run in runs)
+    assert ours == theirs and len(ours) == 2
     start = read_metrics(compared / "fedhl/seed-0")[0]["evaluation"]["full"]["accuracy"]
     assert known["untrained"]["full"]["values"] == [start]
     page = Page((compared / "comparison.html").read_text("utf-8"))
     said = " ".join(" ".join(page.text).split())
     assert "alone: no federation. Each client trains for itself" in said
     assert "pooled: no federation. One client has the training rows of all" in said
+    assert "pooled_full: no federation. One client has the training rows of all" in said
     assert "differ in how clients are weighted" not in said
     first = comparison_tables(compared)[0]
     assert list(first.columns[0].cells)[-1].plain == "untrained"  # pyright: ignore

@@ -69,6 +69,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "model.four_bit=true"],
         ["model.four_bit", "hold what they were sent in their base", "use method: fedhl"],
     ),
+    "no components in 4-bit": (
+        ["--set", "model.four_bit=true", "--set", "method=frlora"],
+        ["model.four_bit", "components of the base weights", "use method: fedit"],
+    ),
     # the model and its layers
     "rank above the layer's": (
         ["--set", "lora.ranks=33"],

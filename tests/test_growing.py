@@ -27,6 +27,7 @@ METHODS = [
     ("rac_lora", {}),
     ("rac_lora", {"frozen": "B"}),
     ("fedex_lora", {"residual_rank": 4}),
+    ("frlora", {}),
 ]
 growing = pytest.mark.parametrize(
     "method", [get_method(name, **given) for name, given in METHODS], ids=str

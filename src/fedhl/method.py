@@ -285,6 +285,16 @@ class TaskSequence(Protocol[State]):
         ...
 
 
+@runtime_checkable
+class FromBase(Protocol[State]):
+    """The part of a method that looks at the frozen weight of its layer before round 1."""
+
+    def from_base(self, state: State, W0: Tensor, seed: int = 0) -> State:
+        """The first state, from the state that `init` gave and the layer's frozen weight W0 (m, n); it must
+        leave `delta` as it is. `seed` names what has to be drawn."""
+        ...
+
+
 def check_broadcast(rank: int, scale: float, top: int) -> None:
     """Raises ValueError unless `rank` is in 1..top and `scale` is positive and finite."""
     if not 1 <= rank <= top:

@@ -343,7 +343,8 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, and report means, intervals, bytes and seconds.
 
-    Among the methods, "alone" trains each client for itself, and "pooled" trains on all rows at one place.
+    Among the methods, "alone" trains each client for itself, "pooled" trains on all rows at one place, and
+    "pooled_full" does that without adapters, by full fine-tuning of the same layers.
 
     A run that is missing is started, one that was stopped is resumed, and one that is finished is left alone:
     after Ctrl-C, the same command continues. The rows, batches, initial adapters and client steps are the

@@ -35,11 +35,16 @@ ONE_CLIENT = (
     "participation.stragglers=0",
 )
 """Settings that mean nothing where there is one client."""
+POOLED = ("participation.pooled=true", "personal=null", *ONE_CLIENT)
 SETTINGS = {
-    "pooled": ("participation.pooled=true", "personal=null", *ONE_CLIENT),
+    "pooled": POOLED,
+    # nothing travels, so nothing is rounded
+    "pooled_full": (*POOLED, "training.full=true", "wire.payload=float32", "wire.download=null"),
     "alone": ("personal=null", *ONE_CLIENT),  # such a model is personal already
 }
-"""The settings of the baselines, by name. Their method is `fedit`, which is plain LoRA with one client."""
+"""The settings of the baselines, by name."""
+METHOD = {"pooled": "fedit", "pooled_full": "flora", "alone": "fedit"}
+"""With one client `fedit` is plain LoRA, and `flora` adds to W what the client has trained."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def parse_variant(text: str) -> Variant:
             )
         if key in DECIDED:
             raise UserError(f"--methods {text!r}: {key} follows from {DECIDED[key]}; leave it out")
-    method = "fedit" if name in SETTINGS else name
+    method = METHOD.get(name, name)
     changes = (*SETTINGS.get(name, ()), *changes)
     variant = Variant(text, method, changes, alone=name == "alone")
     if not variant.folder:

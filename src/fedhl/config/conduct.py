@@ -182,6 +182,10 @@ class TrainingConfig(Strict):
     """Decoupled weight decay of the adapter and the head."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm; null: do not clip."""
+    full: bool = False
+    """Full fine-tuning of the adapted layers, as a baseline: the client trains a change of each whole weight,
+    in float32, and its adapters rest. The change begins at zero in every round, and weight decay pulls it
+    back to zero. This needs `participation.pooled: true` and `method: flora`."""
 
     @model_validator(mode="after")
     def one_rule(self) -> TrainingConfig:

@@ -145,13 +145,21 @@ class Config(Settings, Inputs):
         return super().unbounded() | {"tasks": self.tasks}
 
     def refuse_method(self) -> None:
-        from fedhl.method import Remembering
+        from fedhl.method import FromBase, Remembering
 
         super().refuse_method()
-        if self.model.four_bit and isinstance(self.method.build(), Remembering):
+        if not self.model.four_bit:
+            return
+        method = self.method.build()
+        if isinstance(method, Remembering):
             raise ValueError(
                 f"model.four_bit: the clients of method {self.method.name!r} hold what they were sent in "
                 "their base, and a 4-bit base cannot hold it; use method: fedhl, whose clients hold nothing"
+            )
+        if isinstance(method, FromBase):
+            raise ValueError(
+                f"model.four_bit: method {self.method.name!r} starts from components of the base weights, "
+                "which cannot be read in 4-bit; leave model.four_bit out, or use method: fedit"
             )
 
     @property

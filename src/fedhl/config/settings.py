@@ -108,6 +108,15 @@ class Settings(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def full_rules(self) -> Settings:
+        if self.training.full and not self.participation.pooled:
+            raise ValueError(
+                "training.full: full fine-tuning is a baseline, for one client that has all rows; set "
+                "participation.pooled: true, or leave training.full out"
+            )
+        return self
+
     def unbounded(self) -> dict[str, Any]:
         """The settings, by name, with which privacy has no bound on what one client can move."""
         return {
@@ -142,6 +151,12 @@ class Settings(Strict):
                 f"robust.clip: method {name!r} combines factors, and scaling the factors does not scale "
                 "their product; use method: fedhl_ef, fedhl or flexlora, or robust.reject, which goes with "
                 "any method"
+            )
+        exact = {"exact mean", "gauge"} <= method.laws and method.mixed_ranks
+        if self.training.full and not (exact and method.starts == "whole"):
+            raise ValueError(
+                f"training.full: method {name!r} does not add the change of a whole weight to the model that "
+                "the client started from; use method: flora"
             )
         if self.privacy and (reason := why_not(method)):
             raise ValueError(

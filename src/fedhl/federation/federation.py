@@ -14,7 +14,7 @@ from fedhl import server
 from fedhl.config.settings import Settings
 from fedhl.data.label_groups import task_of
 from fedhl.lora import LoRA, initial
-from fedhl.method import Method
+from fedhl.method import FromBase, Method
 from fedhl.model import peft
 from fedhl.seeds import derive
 from fedhl.server import Client, Rules, ServerState, accounting
@@ -155,7 +155,22 @@ def initial_state(
             scale,
         )
     own_head = peft.read_head(federation.slots)
-    return server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
+    state = server.init(federation.method, adapter, {**own_head, **(head or {})}, seed)
+    return from_base(federation, state)
+
+
+def from_base(federation: Federation, state: ServerState) -> ServerState:
+    """The first state of a method that looks at the frozen weights; any other method's state as it is."""
+    method, slots, seed = federation.method, federation.slots, federation.config.seed
+    if not isinstance(method, FromBase):
+        return state
+    layers = {
+        name: method.from_base(
+            layer, peft.base_weight(slots, name), derive(seed, "from base", name)
+        )
+        for name, layer in state.layers.items()
+    }
+    return replace(state, layers=layers)
 
 
 def at_current_rank(client: Client, state: ServerState) -> Client:

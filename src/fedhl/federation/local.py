@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedhl import server
 from fedhl.federation.federation import Federation, at_current_rank
-from fedhl.lora import LoRA, pad
+from fedhl.lora import LoRA, pad, plus
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics, evaluate
@@ -61,7 +61,8 @@ def train_client(
     own, steps = own or {}, federation.steps_for(len(federation.rows[client.id]))
     before = start_of(sent, own)
     known = federation.known_labels(federation.labels_of(round))
-    with deployed(federation, slot, sent, head, own) as alphas, known:
+    whole = peft.changes(slots, layers if client.full else ())
+    with deployed(federation, slot, sent, head, own) as alphas, known, whole as changes:
         trained = fit(
             federation,
             client,
@@ -76,8 +77,10 @@ def train_client(
             ),
             seed=derive(config.seed, "training", round, client.id),
             on_step=on_step,
+            changes=changes,
         )
     after = {name: prefix_of(lora, sent[name]) for name, lora in peft.read(slots, slot).items()}
+    after |= {name: plus(after[name], D.detach().cpu()) for name, D in changes.items()}
     kept = {
         f"{name}.{factor}": getattr(after[name], factor)
         for name in layers
@@ -107,15 +110,18 @@ def fit(
     rate: Callable[[int], float],
     seed: int,
     on_step: Callable[[], None],
+    changes: Mapping[str, nn.Parameter] | None = None,
 ) -> Trained:
     """Train the deployed model in place, on the client's rows: of these `layers` the factors and magnitudes
-    `alphas` that the method trains, and the head."""
+    `alphas` that the method trains, or if there are any the `changes` of whole weights; and the head."""
     slots, slot = federation.slots, federation.slot_of(client)
+    factors = {} if changes else {name: sent[name].train for name in layers}
     return train(
         slots.model,
         [
-            *peft.activate(slots, slot, {name: sent[name].train for name in layers}),
+            *peft.activate(slots, slot, factors),
             *(alphas[name] for name in layers if name in alphas),
+            *(changes or {}).values(),
         ],
         federation.rows[client.id],
         training,

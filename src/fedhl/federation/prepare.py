@@ -116,7 +116,16 @@ def federate(
     layers = trained_layers(config, slots.order)
     wire = config.wire
     clients = [
-        Client(name, r, peft.scale(slots, r), 0, layers.get(name), wire.payload, wire.download)
+        Client(
+            name,
+            r,
+            peft.scale(slots, r),
+            0,
+            layers.get(name),
+            wire.payload,
+            wire.download,
+            config.training.full,
+        )
         for name, r in sorted(ranks.items())
     ]
     refuse_mixed_ranks(config, method.mixed_ranks, clients)

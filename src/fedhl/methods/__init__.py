@@ -27,6 +27,7 @@ METHODS = Table(
         "flora": "fedhl.methods.flora:FLoRA",
         "flora_na": "fedhl.methods.flora_na:FLoRANA",
         "florist": "fedhl.methods.florist:FLoRIST",
+        "frlora": "fedhl.methods.frlora:FRLoRA",
         "fslora": "fedhl.methods.fslora:FSLoRA",
         "hetlora": "fedhl.methods.hetlora:HetLoRA",
         "hlora": "fedhl.methods.hlora:HLoRA",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -170,6 +170,23 @@ def scale(slots: Slots, rank: int) -> float:
     return slots.scales[rank]
 
 
+def base_weight(slots: Slots, name: str) -> Tensor:
+    """The frozen weight W0 (out, in) of an adapted layer: a float32 copy on the CPU.
+
+    Raises UserError for a weight that is not of floating-point numbers, as in a 4-bit base.
+    """
+    base = slots.modules[name].get_base_layer()
+    weight = base.weight
+    assert isinstance(weight, nn.Parameter)
+    if not weight.is_floating_point():
+        raise UserError(
+            f"the weight of {name} is held as {weight.dtype} and cannot be read; load the base model in a "
+            "floating-point type"
+        )
+    weight = cpu_copy(weight)
+    return weight.T.contiguous() if isinstance(base, Conv1D) else weight
+
+
 def write(slots: Slots, rank: int, adapter: Mapping[str, LoRA]) -> None:
     """Copy `adapter` into the slot of `rank`, in place.
 
@@ -308,6 +325,23 @@ def adding_hook(delta: Tensor) -> Any:
         return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
 
     return hook
+
+
+@contextmanager
+def changes(slots: Slots, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside the block each of these layers adds `x Dᵀ` to its output. Gives the D (out, in), zero and at
+    least float32, by layer: trained, they are a full fine-tuning of these layers."""
+    found: dict[str, nn.Parameter] = {}
+    with ExitStack() as undo:
+        for name in names:
+            base = slots.modules[name].get_base_layer()
+            weight = base.weight
+            assert isinstance(weight, nn.Parameter)
+            wide = weight.dtype == torch.float64
+            D = torch.zeros(layer_shape(base), dtype=torch.float64 if wide else torch.float32)
+            found[name] = nn.Parameter(D.to(weight.device))
+            undo.callback(base.register_forward_hook(adding_hook(found[name])).remove)
+        yield found
 
 
 @contextmanager

@@ -41,8 +41,12 @@ BASELINES = {
     "means over the clients' models.",
     "pooled": "One client has the training rows of all, the largest of their ranks, and takes the steps "
     "of all.",
+    "pooled_full": "One client has the training rows of all, takes the steps of all, and has no adapter: it "
+    "trains the whole weights of the adapted layers (full fine-tuning of these layers).",
 }
 """Variants that are no federation, and what a federation is compared with."""
+WHOLE = "pooled_full"
+"""The baseline that trains no adapter."""
 
 COSTS = {
     "MiB down": ("bytes", "down", 2**20),
@@ -125,6 +129,9 @@ class Variant:
 
     @property
     def ranks(self) -> list[int]:
+        """The ranks of the adapters that were trained; empty if whole weights were."""
+        if self.text.split("@")[0] == WHOLE:
+            return []
         clients = [client for run in self.finished for client in items(run.summary, "clients")]
         return sorted({int(rank) for client in clients if (rank := num(client, "rank"))})
 

@@ -48,18 +48,19 @@ def seconds_per_step(federation: Federation) -> float:
     client = max(federation.clients, key=lambda client: client.examples)
     slots, slot = federation.slots, federation.slot_of(client)
     at = [perf_counter()]
-    train(
-        slots.model,
-        peft.activate(slots, slot),
-        federation.rows[client.id],
-        federation.config.training,
-        objective=federation.objective,
-        steps=STEPS,
-        rate=lambda step: 0.0,
-        autocast=federation.autocast,
-        seed=0,
-        on_step=lambda: at.append(perf_counter()),
-    )
+    with peft.changes(slots, slots.order if client.full else ()) as changes:
+        train(
+            slots.model,
+            [*peft.activate(slots, slot, frozenset("" if changes else "AB")), *changes.values()],
+            federation.rows[client.id],
+            federation.config.training,
+            objective=federation.objective,
+            steps=STEPS,
+            rate=lambda step: 0.0,
+            autocast=federation.autocast,
+            seed=0,
+            on_step=lambda: at.append(perf_counter()),
+        )
     return median(b - a for a, b in pairwise(at[1:]))
 
 

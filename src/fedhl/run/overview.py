@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedhl.config.conduct import RobustConfig
 from fedhl.data.partition import partition_table
+from fedhl.federation.federation import Federation
 from fedhl.federation.personal import personal_steps
 from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_expected
@@ -234,7 +235,7 @@ def ranks_table(prepared: Prepared) -> Table:
     for rank, scale in federation.slots.scales.items():
         members = [client for client in federation.clients if client.rank == rank]
         down, up = traffic[members[0].id]
-        trained = count["trainable"][str(rank)] + count["head"]
+        trained = numbers_trained(federation, rank) + count["head"]
         table.add_row(
             str(rank), f"{scale:g}", str(len(members)), f"{trained:,}", size(down), size(up)
         )
@@ -242,6 +243,14 @@ def ranks_table(prepared: Prepared) -> Table:
     down, up = (cohort * sum(both) for both in zip(*traffic.values(), strict=True))
     table.caption = f"a round moves about {size(down)} down and {size(up)} up"
     return table
+
+
+def numbers_trained(federation: Federation, rank: int) -> int:
+    """The numbers that a client of this rank trains beside the head."""
+    slots = federation.slots
+    if federation.config.training.full:
+        return sum(m * n for m, n in peft.layers(slots).values())
+    return sum(p.numel() for pair in slots.factors[rank].values() for p in pair)
 
 
 def memory_table(prepared: Prepared) -> Table:
@@ -252,8 +261,7 @@ def memory_table(prepared: Prepared) -> Table:
         tensor_bytes(p) for slot in slots.factors.values() for pair in slot.values() for p in pair
     )
     base = sum(tensor_bytes(p) for p in slots.model.parameters()) - adapters
-    top = slots.factors[federation.top_rank].values()
-    trained = sum(tensor_bytes(p) for pair in top for p in pair)
+    trained = 4 * numbers_trained(federation, federation.top_rank)
     trained += sum(tensor_bytes(p) for p in slots.head.values())
     state = prepared.initial_state()
     server = sum(

@@ -170,10 +170,11 @@ def wrong_layer(lora: LoRA, reply: Reply, name: str, broadcast: Broadcast) -> st
     sent, scale = broadcast.lora, reply.client.scale
     if not isinstance(lora, LoRA):
         return f"got a {type(lora).__name__}, expected a LoRA"
-    if (lora.A.shape, lora.B.shape) != (sent.A.shape, sent.B.shape):
+    (m, n), rank = sent.shape, sent.rank + (min(sent.shape) if reply.client.full else 0)
+    if (lora.A.shape, lora.B.shape) != ((rank, n), (m, rank)):
         return (
             f"got A {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}, "
-            f"expected {tuple(sent.A.shape)} and {tuple(sent.B.shape)}"
+            f"expected {(rank, n)} and {(m, rank)}"
         )
     if not abs(lora.scale - scale) <= 1e-6 * scale:  # also when it is NaN
         return f"got scale {lora.scale:g}, expected {scale:g}"

@@ -20,7 +20,8 @@ from fedhl.server.ledger import Ledger
 class Client:
     """A client: its id, the rank and LoRA scale of its adapters, its number of training rows, the layers that
     it trains (None: all), and the types in which its numbers travel: `payload` to the server, `download` to
-    the client (None: the same; see `fedhl.server.payload`)."""
+    the client (None: the same; see `fedhl.server.payload`). `full`: whether it trains whole weights, and
+    returns their changes as `min(m, n)` components beside those of its adapter."""
 
     id: str
     rank: int
@@ -29,6 +30,7 @@ class Client:
     layers: frozenset[str] | None = None
     payload: str = "float32"
     download: str | None = None
+    full: bool = False
 
     @property
     def downloaded(self) -> str:

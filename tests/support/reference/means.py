@@ -107,3 +107,9 @@ def fedmomentum(base: Tensor, clients: Sequence[Client]) -> tuple[Tensor, Tensor
     U, S, Vt = torch.linalg.svd(P)
     cut = (U[:, :r] * S[:r]) @ Vt[:r]
     return cut, base + P - cut
+
+
+def frlora(base: Tensor, s: float, B0: Tensor, A0: Tensor, clients: Sequence[Client]) -> Tensor:
+    """The new base, `base + s (B̄ Ā - B0 A0)`."""
+    A, B = stacked([c.p * c.A for c in clients]), stacked([c.p * c.B for c in clients])
+    return base + s * B @ A - s * B0 @ A0
