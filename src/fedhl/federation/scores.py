@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.data.label_groups import task_of
+from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, InProcess
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import evaluate_rows
@@ -62,6 +63,22 @@ def truncations(deltas: Mapping[str, Tensor | LoRA], rank: int) -> dict[str, LoR
         lambda _, delta: truncate(delta, min(rank, *delta.shape)), deltas
     )
     return dict(cut)
+
+
+def model_of_rank(
+    federation: Federation, state: ServerState, rank: int | None
+) -> tuple[str, dict[str, Tensor]]:
+    """The name and the change of one model: of the full-rank update, or (with a rank) of its truncation.
+    Raises UserError without a global model."""
+    if rank is None:
+        name, change = "full-rank update", full_update(federation, state)
+    else:
+        name = f"update truncated to rank {rank}"
+        cut = truncation(federation, state, rank)
+        change = {layer: lora.delta() for layer, lora in cut.items()}
+    if not change:
+        raise UserError(f"method {federation.config.method.name!r} has no global model to look at")
+    return name, change
 
 
 def evaluate_change(

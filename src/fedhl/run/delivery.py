@@ -141,7 +141,7 @@ def refuse_diverged(
     if not all_finite(deltas, state.head) or None in measured(evaluation or {}):
         raise UserError(
             f"{run}: training had diverged by round {state.round}, whose numbers or losses are not finite; "
-            "export an earlier round, e.g. with --round best"
+            "take an earlier round, e.g. with --round best"
         )
 
 
