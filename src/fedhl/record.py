@@ -93,6 +93,16 @@ def read_summary(folder: Path) -> Json:
     return summary
 
 
+PERSONAL, SCORES = "personal", "scores.json"
+"""The folder of the personal models in a run folder, and in it the file of how they score."""
+
+
+def read_scores(folder: Path) -> Json | None:
+    """How the personal models of a run score; None if there are none yet."""
+    file = folder / PERSONAL / SCORES
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 # --- how a run ended ----------------------------------------------------------------------------
 
 FINISHED, FAILED = "finished", "failed"

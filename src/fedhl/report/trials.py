@@ -172,7 +172,8 @@ class Comparison:
     @property
     def unit(self) -> Unit:
         """What the metric is."""
-        return next((run.unit for v in self.variants for run in v.finished), "number")
+        known: list[Unit] = [run.unit for v in self.variants for run in v.finished]
+        return known[0] if known else "number"
 
     @property
     def kinds(self) -> list[str]:

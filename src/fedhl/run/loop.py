@@ -175,6 +175,7 @@ def run_rounds(
                 lines.append(done.line)
                 track()
             keep_personal(prepared.federation, state, folder, watcher)
+            track()
         except KeyboardInterrupt:
             with writing(folder):
                 mark(folder, "interrupted")
