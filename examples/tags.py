@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
+from fedhl.record import Unit
 from fedhl.task.examples import IGNORED, Encoded, Example
 from fedhl.task.labels import class_settings
 from fedhl.task.rows import Rows, column, located, refuse
@@ -30,6 +31,7 @@ class TagTask(TextKind):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     metric: ClassVar[str] = "accuracy"
     greater: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, Unit]] = {"accuracy": "share"}  # of tokens, not of rows
 
     words: str = "words"
     """The field that holds the words, a list."""

@@ -309,11 +309,20 @@ def test_check_shows_what_a_run_would_be(bad: Path) -> None:
     for part in (
         *("method fedhl_ef, weighting truncation: 7 rounds, 4 of 6 clients", "60 held out"),
         *("17,152 frozen parameters; LoRA on 10 layers; head of 1,122", "client-5", "animal"),
-        *("down / round", "together, beside Python and PyTorch", "activations"),
+        *("down / round", "together, beside Python, PyTorch and the rows", "activations"),
         "nothing was trained; to train: fedhl run tiny.yaml",
     ):
         assert part in done.out, done.out
     assert not (bad / "runs/early").exists()
+
+
+def test_check_foresees_the_memory_of_a_run(bad: Path, runs: Path) -> None:
+    """Of this one almost all is Python and PyTorch, which a sum of tensors does not know."""
+    done = fedhl(bad, "check", "tiny.yaml")
+    row = next(r for r in done.out.splitlines() if "the whole process at its peak" in r)
+    number, unit = row.split("│")[2].split()
+    measured = json.loads((runs / "tiny/summary.json").read_text("utf-8"))["peak_memory_bytes"]
+    assert float(number) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(measured, rel=0.3)
 
 
 def test_check_foresees_the_bytes_of_a_round(bad: Path, runs: Path) -> None:

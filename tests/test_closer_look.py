@@ -404,7 +404,7 @@ def test_models_that_predict_nothing():
         return closer_look(Asked(classes=True), task, federation, state, held_out, names, tokenizer)
 
     assert isinstance(look("fedhl", 0.0)[0], Table)
-    with pytest.raises(UserError, match="has no global model whose predictions"):
+    with pytest.raises(UserError, match="has no global model to look at"):
         look("fedsa_lora", 0.0)
     with pytest.raises(UserError, match="are not finite: training had diverged"):
         look("fedhl", math.nan)

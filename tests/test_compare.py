@@ -95,10 +95,10 @@ def test_the_interval_of_a_mean() -> None:
 
 
 def test_how_an_interval_is_written() -> None:
-    assert spread_text("accuracy", 0.7766, 0.0081) == "77.7 ± 0.8%"
-    assert spread_text("accuracy", 0.5, None) == "50.0%"
-    assert spread_text("loss", -0.4587, 0.065) == "\u22120.459 ± 0.065"
-    assert spread_text("loss", None, None) == "–"
+    assert spread_text("share", 0.7766, 0.0081) == "77.7 ± 0.8%"
+    assert spread_text("share of rows", 0.5, None) == "50.0%"
+    assert spread_text("number", -0.4587, 0.065) == "\u22120.459 ± 0.065"
+    assert spread_text("number", None, None) == "–"
 
 
 # --- variants -----------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ def test_statistics_are_those_of_the_runs(compared: Path) -> None:
     printed = (compared / "printed.txt").read_text("utf-8")
     row = next(text for text in printed.splitlines() if text.startswith("flexlora  "))
     mean = found["variants"][1]["scores"]["full"]["accuracy"]
-    assert spread_text("accuracy", mean["mean"], mean["half"]) in row and " 2/2 " in row
+    assert spread_text("share of rows", mean["mean"], mean["half"]) in row and " 2/2 " in row
 
 
 def test_the_page_shows_the_numbers_and_loads_nothing(compared: Path) -> None:

@@ -40,6 +40,7 @@ TORCH_ALONE = frozenset(
 """Parts that import nothing from elsewhere but torch."""
 ONE_HOME = {
     **{"peft": "model", "flwr": "flower", "dp_accounting": "server.accounting"},
+    "lm_eval": "run.harness",
     **dict.fromkeys(("tensorboard", "wandb", "mlflow"), "run.trackers"),
 }
 """Third-party package -> the one part, or module, that may import it."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedhl.federation.scores import over_clients
 from fedhl.model.evaluation import Metrics
+from fedhl.record import Unit
 from fedhl.task.intervals import wilson
 
 Z95 = 1.959963984540054
@@ -72,8 +73,8 @@ def client(accuracy: float, examples: int, loss: float = 0.5) -> Metrics:
     return {"loss": loss, "examples": examples, "accuracy": accuracy}
 
 
-def worst(metric: str, greater: bool, **clients: Metrics) -> str:
-    found = over_clients(clients, metric, greater)
+def worst(metric: str, greater: bool, unit: Unit = "share of rows", **clients: Metrics) -> str:
+    found = over_clients(clients, metric, greater, unit)
     assert found["worst"] == {
         "client": found["worst"]["client"],
         **clients[found["worst"]["client"]],
@@ -87,17 +88,19 @@ def test_one_wrong_row_does_not_make_a_client_the_worst():
     assert worst("accuracy", True, unlucky=client(0.0, 10), bad=bad) == "unlucky"
     # where less of it is better, it is the client whose interval begins highest
     assert worst("accuracy", False, unlucky=client(1.0, 1), bad=bad) == "bad"
+    # tokens are no independent draws, and the number of rows says nothing of them
+    assert worst("accuracy", True, "share", unlucky=unlucky, bad=bad) == "unlucky"
     # a loss has no interval: the mean counts, of whatever number of rows
-    assert worst("loss", False, a=client(0.9, 1, 2.0), b=client(0.1, 100, 1.9)) == "a"
+    assert worst("loss", False, "number", a=client(0.9, 1, 2.0), b=client(0.1, 100, 1.9)) == "a"
 
 
 def test_among_clients_of_the_same_number_of_rows_the_least_accurate_is_the_worst():
     shares = {f"client-{k}": client(k / 9, 9) for k in (4, 2, 7)}
-    assert worst("accuracy", True, **shares) == "client-2"
+    assert worst("accuracy", True, "share of rows", **shares) == "client-2"
     assert worst("accuracy", True, a=client(0.5, 4, 0.3), b=client(0.5, 4, 0.4)) == "b"
 
 
 def test_nothing_is_worse_than_what_is_no_number():
     good, lost = client(0.0, 50), client(math.nan, 1)
     assert worst("accuracy", True, good=good, lost=lost) == "lost"
-    assert worst("loss", False, good=good, lost=client(1.0, 1, math.nan)) == "lost"
+    assert worst("loss", False, "number", good=good, lost=client(1.0, 1, math.nan)) == "lost"

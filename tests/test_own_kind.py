@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.table import Table
 from support.tiny import ANIMALS, PLANTS, classification, rows, save_bert, write_rows
 from tags import Tags, TagTask
 from torch.nn.functional import cross_entropy
@@ -16,7 +17,7 @@ from fedhl.config.text import dump_config, load_config
 from fedhl.errors import UserError
 from fedhl.record import read_metrics, read_summary
 from fedhl.run import resume_run, start_run
-from fedhl.run.delivery import export_run
+from fedhl.run.delivery import evaluate_run, export_run
 from fedhl.task.examples import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -59,6 +60,20 @@ def test_it_learns_and_is_judged_by_its_own_metric(run: Path) -> None:
     assert read_summary(run)["labels"] == ["animal", "other", "plant"]
     assert lines[-1]["evaluation"]["metric"] == "accuracy"
     assert accuracy[-1] > max(0.9, accuracy[0])
+
+
+def test_its_accuracy_over_words_is_in_percent_but_has_no_interval_of_rows(run: Path) -> None:
+    from fedhl.report.files import read_run
+    from fedhl.report.run_page import run_page
+
+    (found,) = evaluate_run(run, "last", None)
+    assert isinstance(found, Table) and found.caption is None
+    assert [str(column.header) for column in found.columns] == [
+        *("model", "accuracy", "loss", "examples")
+    ]
+    page = run_page(read_run(run))
+    full = read_metrics(run)[-1]["evaluation"]["full"]["accuracy"]
+    assert f"{100 * full:.1f}%" in page and "Wilson" not in page
 
 
 def test_its_settings_are_kept_in_the_run_folder(run: Path) -> None:

@@ -39,9 +39,9 @@ from fedhl.method import TaskSequence
 from fedhl.methods import METHODS
 from fedhl.model import peft
 from fedhl.model.training import batches
-from fedhl.record import read_metrics, read_summary
+from fedhl.record import read_metrics, read_scores, read_summary
 from fedhl.run import start_run
-from fedhl.run.personal import model_file, read_scores
+from fedhl.run.personal import model_file
 from fedhl.seeds import derive
 from fedhl.server import ServerState
 from fedhl.watch import SILENT, Watcher

@@ -125,6 +125,14 @@ def test_its_rows_are_checked_and_encoded_and_its_predictions_scored(name: str) 
     assert tuple(scores) == task.metrics
     assert {values.shape for values in scores.values()} == {(objective.terms(batch),)}
     assert bool((scores["loss"] > 0).all())
+    for (
+        metric,
+        unit,
+    ) in task.units.items():  # of each row it is true or false, or it is a number in between
+        assert ((scores[metric] >= 0) & (scores[metric] <= 1)).all()
+        assert (scores[metric].dtype == torch.bool) == (unit == "share of rows")
+        assert unit == "share" or len(scores[metric]) == len(rows)
+    assert "loss" not in task.units
 
 
 @every_kind

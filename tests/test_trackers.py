@@ -232,6 +232,39 @@ def test_a_finished_run_is_tracked_without_a_network(
     assert (told["project"], told["display_name"], told["run_group"]) == ("other", "later", "all")
 
 
+@pytest.mark.slow
+def test_how_personal_models_score_is_one_more_step(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes once, whether a tracker was there when the models were made or not."""
+    run, to = tmp_path / "run", "report_to=[tensorboard, {name: mlflow, clients: true}]"
+    short = [f"{group}.steps=2" for group in ("training", "personal")]
+    sets = [text for change in (to, "rounds=2", *short) for text in ("--set", change)]
+    for command in (
+        ["run", "tiny.yaml", *sets, "--out", run],
+        ["resume", run],
+        ["track", run, "--to", "wandb"],
+        ["track", run],
+    ):
+        done = fedhl(project, *command)
+        assert (done.code, done.err) == (0, "") and "warning" not in done.out, done
+    scores = json.loads((run / "summary.json").read_text("utf-8"))["personal"]
+    mean, own = scores["mean"], scores["clients"]
+    steps = [("global", mean["global"]), ("personal", mean["personal"])]
+    wanted = {f"personal/mean/{k}/{name}": x for k, values in steps for name, x in values.items()}
+    wanted |= {f"personal/{name}": scores[name] for name in ("gained", "lost", "stayed")}
+    history = in_wandb(run)[0]
+    for found in (in_tensorboard(run), history):
+        told = {name: values for name, values in found.items() if name.startswith("personal/")}
+        assert told == {name: [(3, x)] for name, x in wanted.items()}
+    histories, _ = in_mlflow(run, monkeypatch)
+    for id, record in own.items():
+        assert histories[f"clients/{id}/personal/loss"] == [(3, record["loss"])]
+        accuracy = record["personal"]["accuracy"]
+        assert histories[f"clients/{id}/personal/personal/accuracy"] == [(3, accuracy)]
+    assert histories["round"] == [(0, 0), (1, 1), (2, 2), (3, 2)]
+
+
 # --- when something is wrong --------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedhl.errors import UserError
 
@@ -93,6 +93,16 @@ def read_summary(folder: Path) -> Json:
     return summary
 
 
+PERSONAL, SCORES = "personal", "scores.json"
+"""The folder of the personal models in a run folder, and in it the file of how they score."""
+
+
+def read_scores(folder: Path) -> Json | None:
+    """How the personal models of a run score; None if there are none yet."""
+    file = folder / PERSONAL / SCORES
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 # --- how a run ended ----------------------------------------------------------------------------
 
 FINISHED, FAILED = "finished", "failed"
@@ -143,8 +153,23 @@ def training_loss(line: Mapping[str, Any]) -> float | None:
 
 # --- metrics ------------------------------------------------------------------------------------
 
-IN_PERCENT = frozenset({"accuracy", "f1"})
-"""The metrics that are shares of 1, which people read in percent."""
+Unit = Literal["share of rows", "share", "number"]
+"""What a metric is. `share of rows`: the share of the rows for which something is true, such as the accuracy
+of a classifier; its interval is Wilson's. `share`: another number from 0 to 1, such as an accuracy over
+tokens, since the tokens of a row are no independent draws. `number`: anything else, such as a loss. People
+read shares in percent."""
+
+
+def unit_of(evaluation: Mapping[str, Any]) -> Unit:
+    """What the metric is by which this evaluation is judged; its name tells where an evaluation of an older
+    run does not."""
+    return evaluation.get("unit") or unit_by_name(evaluation["metric"])
+
+
+def unit_by_name(metric: str) -> Unit:
+    """What a metric of this name is, if nobody says."""
+    known: dict[str, Unit] = {"accuracy": "share of rows", "f1": "share"}
+    return known.get(metric) or "number"
 
 
 # --- which round is best ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,33 +87,80 @@ def evaluate(
         typer.Option(
             "--rank",
             metavar="R",
-            help="The model of predictions, classes and samples: the update truncated to rank R. "
+            help="The model of predictions, classes, samples and lm-eval: the update truncated to rank R. "
             "Default: the full-rank update.",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Hand the model to EleutherAI's lm-eval, in place of the held-out rows, with these tasks of "
+            "it, e.g. hellaswag,arc_easy.",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--include-path", metavar="DIR", help="A folder with tasks of your own for --lm-eval."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write all that --lm-eval finds into a new .json file."
         ),
     ] = None,
     set: Places = None,
 ) -> None:
     """Evaluate a run again: the full-rank update, and its truncation to every rank of a client. Look closer,
-    at the predictions of single rows, at classes, or at texts."""
+    at the predictions of single rows, at classes, or at texts; or hand the model to lm-eval."""
     with friendly(), watching(quiet=False) as watcher:
         which = parse_round(round)
         check_rank(rank)
         from fedhl.locate import locate
-        from fedhl.run.asked import Asked
+        from fedhl.run.asked import Asked, Harness
         from fedhl.run.folder import load_run_config, refuse_other
 
         refuse_other(run)
+        if lm_eval is not None:
+            for option, given in (
+                ("--data", data),
+                ("--predictions", predictions),
+                ("--classes", classes),
+                ("--samples", samples),
+                ("--new-tokens", new_tokens),
+            ):
+                if given:
+                    raise UserError(
+                        f"{option} is for held-out rows, and --lm-eval has its own; give one"
+                    )
+            harness = Harness(lm_eval.split(","), include_path, json, rank)
+            harness.check(load_run_config(run, set or (), draft=True))
+            from fedhl.run.harness import evaluate_by_harness
+
+            show(evaluate_by_harness(run, which, harness, watcher, set or ()))
+            return
+        for option, given in (("--include-path", include_path), ("--json", json)):
+            if given:
+                raise UserError(f"{option} {given} is for --lm-eval; add --lm-eval TASKS")
         if data is not None:
             locate(data)
         asked = Asked(predictions, classes, samples, new_tokens, rank)
         asked.check(load_run_config(run, set or (), draft=True), data)
         from fedhl.run.delivery import evaluate_run
 
-        for said in evaluate_run(run, which, data, watcher, set or (), asked):
-            if isinstance(said, str):
-                say(said)
-            else:
-                stdout().print(said)
+        show(evaluate_run(run, which, data, watcher, set or (), asked))
+
+
+def show(lines: Sequence[Any]) -> None:
+    """Print tables and sentences."""
+    for said in lines:
+        if isinstance(said, str):
+            say(said)
+        else:
+            stdout().print(said)
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -19,7 +19,7 @@ from fedhl.config.text import dump_config
 from fedhl.federation.examine import examine
 from fedhl.federation.scores import over_clients
 from fedhl.files import finite, json_text, private_folder, write_text
-from fedhl.record import FAILED, FINISHED, more_is_better, read_metrics, read_summary
+from fedhl.record import FAILED, FINISHED, more_is_better, read_metrics, read_summary, unit_of
 from fedhl.report import write_report
 from fedhl.run import resume_run, start_run
 from fedhl.run.folder import anchored, trackers_of
@@ -99,14 +99,18 @@ def scores(evaluations: Sequence[Json | None], names: Sequence[str]) -> Json | N
         return None
     own = [each["clients"]["by_client"] for each in known if each["clients"]]
     by_client = {id: numbers(metrics) for group in own for id, metrics in group.items()}
-    found: Json = {"metric": known[0]["metric"], "greater": more_is_better(known[0])}
+    found: Json = {
+        "metric": known[0]["metric"],
+        "greater": more_is_better(known[0]),
+        "unit": unit_of(known[0]),
+    }
     for rows in ("full", "validation"):
         each = [numbers(e[rows]) for e in known if e.get(rows)]
         found[rows] = {n: sum(m[n] for m in each) / len(each) for n in names} if each else None
     return found | {
         "truncated": None,
         "ranks": {},
-        "clients": over_clients(by_client, found["metric"], found["greater"])
+        "clients": over_clients(by_client, found["metric"], found["greater"], found["unit"])
         if by_client
         else None,
     }

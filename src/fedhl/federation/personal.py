@@ -139,7 +139,10 @@ def over_models(records: Mapping[str, Json], objective: Objective) -> Json:
     gained, stayed = sum(gain > 0 for gain in gains), gains.count(0)
     means = {
         stage: over_clients(
-            {id: record[stage] for id, record in records.items()}, metric, objective.greater
+            {id: record[stage] for id, record in records.items()},
+            metric,
+            objective.greater,
+            objective.unit,
         )["mean"]
         for stage in STAGES
     }

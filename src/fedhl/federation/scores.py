@@ -12,14 +12,16 @@ from torch import Tensor
 
 from fedhl import server
 from fedhl.data.label_groups import task_of
+from fedhl.errors import UserError
 from fedhl.federation.engine import IN_PROCESS, Engine, InProcess
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import evaluate_rows
 from fedhl.lora import LoRA, dense, prefix, truncate
 from fedhl.model import peft
 from fedhl.model.evaluation import Metrics
+from fedhl.record import Unit
 from fedhl.server import ServerState, side_by_side
-from fedhl.task.intervals import SHARES, wilson
+from fedhl.task.intervals import wilson
 
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
@@ -63,6 +65,22 @@ def truncations(deltas: Mapping[str, Tensor | LoRA], rank: int) -> dict[str, LoR
     return dict(cut)
 
 
+def model_of_rank(
+    federation: Federation, state: ServerState, rank: int | None
+) -> tuple[str, dict[str, Tensor]]:
+    """The name and the change of one model: of the full-rank update, or (with a rank) of its truncation.
+    Raises UserError without a global model."""
+    if rank is None:
+        name, change = "full-rank update", full_update(federation, state)
+    else:
+        name = f"update truncated to rank {rank}"
+        cut = truncation(federation, state, rank)
+        change = {layer: lora.delta() for layer, lora in cut.items()}
+    if not change:
+        raise UserError(f"method {federation.config.method.name!r} has no global model to look at")
+    return name, change
+
+
 def evaluate_change(
     federation: Federation, state: ServerState, change: Mapping[str, Tensor]
 ) -> Metrics | None:
@@ -92,10 +110,12 @@ def evaluate_clients(
     such rows."""
     by_client = engine.evaluate(federation, state)
     judge = federation.objective
-    return over_clients(by_client, judge.metric, judge.greater) if by_client else None
+    return over_clients(by_client, judge.metric, judge.greater, judge.unit) if by_client else None
 
 
-def over_clients(by_client: Mapping[str, Metrics], metric: str, greater: bool) -> dict[str, Any]:
+def over_clients(
+    by_client: Mapping[str, Metrics], metric: str, greater: bool, unit: Unit
+) -> dict[str, Any]:
     """The mean of each metric over the clients, and the worst client by `metric`, of which more is better if
     `greater`: the client that may be the least good, as `at_best` judges it."""
     names = [name for name in next(iter(by_client.values())) if name != "examples"]
@@ -103,19 +123,19 @@ def over_clients(by_client: Mapping[str, Metrics], metric: str, greater: bool) -
 
     def good(id: str) -> tuple[float, float]:
         """The metric, and the loss among equals; nothing is worse than NaN."""
-        value, loss = at_best(by_client[id], metric, greater), -by_client[id]["loss"]
+        value, loss = at_best(by_client[id], metric, greater, unit), -by_client[id]["loss"]
         return tuple(-math.inf if math.isnan(x) else x for x in (value, loss))  # pyright: ignore
 
     worst = min(by_client, key=good)
     return {"mean": mean, "worst": {"client": worst, **by_client[worst]}, "by_client": by_client}
 
 
-def at_best(metrics: Metrics, metric: str, greater: bool) -> float:
-    """How good a client may be, the larger the better: the better end of the Wilson interval of an accuracy,
-    since one wrong row of one is no evidence; any other metric as it was measured, with the sign of
+def at_best(metrics: Metrics, metric: str, greater: bool, unit: Unit) -> float:
+    """How good a client may be, the larger the better: the better end of the Wilson interval of a share of
+    rows, since one wrong row of one is no evidence; any other metric as it was measured, with the sign of
     `greater`."""
     value = metrics[metric]
-    if metric in SHARES and 0 <= value <= 1:  # a metric of one's own may be anything of that name
+    if unit == "share of rows" and 0 <= value <= 1:  # what somebody calls so may be anything
         low, high = wilson(value, metrics["examples"])
         return high if greater else -low
     return value if greater else -value
@@ -154,6 +174,7 @@ def evaluate_round(
         {
             "metric": federation.objective.metric,
             "greater": federation.objective.greater,
+            "unit": federation.objective.unit,
             "full": full,
             "truncated": truncated and {"rank": top, **truncated},
             "ranks": {

@@ -362,8 +362,9 @@ def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
         # so large a number is of no use, and may not even fit a float
         if type(value) not in (int, float) or not abs(value) < WHOLE:
             raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
-    if not 0 <= metrics.get("accuracy", 0) <= 1:
-        raise Malformed(f"its accuracy is {shown(metrics['accuracy'])}, expected 0 to 1")
+    for name in config.task.units:
+        if not 0 <= metrics[name] <= 1:
+            raise Malformed(f"its {name} is {shown(metrics[name])}, expected 0 to 1")
     if not metrics["examples"] >= 1:
         raise Malformed(f"its examples are {shown(metrics['examples'])}, expected at least 1")
     return metrics

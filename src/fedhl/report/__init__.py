@@ -75,7 +75,7 @@ def final_table(run: Path) -> Table:
             sum(num(r, group, key) or 0.0 for r in until)
             for group, key in (("bytes", "down"), ("bytes", "up"), ("seconds", "total"))
         ]
-        texts = ["–" if v is None else metric_text(read.metric, v) for v in values]
+        texts = ["–" if v is None else metric_text(read.unit, v) for v in values]
         texts += [size(sums[0]), size(sums[1]), seconds(sums[2])]
         if k := ends.get(line["round"]):
             forgot = num(read.summary, "tasks", "forgetting") if k == len(ends) else None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.colours import step
 from fedhl.report.files import Client, Run, dig, final_evaluation, items, natural, num, series
@@ -182,7 +181,7 @@ def own(run: Run) -> View | None:
             band = [(each.round, each.low, each.high) for each in found]
             points = [(each.round, each.mean) for each in found]
             curves.append(Curve(f"rank {rank}", points, rank_ink(steps, rank), band=band))
-    draw = plots.lines(curves, percent=run.metric in IN_PERCENT)
+    draw = plots.lines(curves, percent=run.unit != "number")
     title = f"Own {run.metric} per round"
     return {
         "plot": plot("client-own", title, draw, 300),

@@ -113,18 +113,20 @@ def comparison_tables(folder: Path) -> list[Table]:
         weighting = str(dig(variant.weighting, "name") or "–")
         done = f"{len(variant.finished)}/{len(variant.trials)}"
         values = [variant.values(kind, metric) for kind in kinds]
-        spreads = [spread_text(metric, *mean_interval(each)) for each in values]
+        spreads = [spread_text(comparison.unit, *mean_interval(each)) for each in values]
         if metric != "loss":
-            spreads.append(spread_text("loss", *mean_interval(comparison.losses(variant))))
+            spreads.append(spread_text("number", *mean_interval(comparison.losses(variant))))
         quality.append([variant.text, weighting, done, *spreads])
         spent = [(variant.cost(group, key), unit) for group, key, unit in COSTS.values()]
         amounts = ["–" if value is None else amount(value / unit) for value, unit in spent]
         rate = "–" if variant.rate is None else f"{variant.rate:g}"
         costs.append([variant.text, span(variant.ranks), *amounts, rate])
-    start = [spread_text(metric, *mean_interval(comparison.untrained(k, metric))) for k in kinds]
+    start = [
+        spread_text(comparison.unit, *mean_interval(comparison.untrained(k, metric))) for k in kinds
+    ]
     if metric != "loss":
         loss = comparison.untrained(comparison.common, "loss")
-        start.append(spread_text("loss", *mean_interval(loss)))
+        start.append(spread_text("number", *mean_interval(loss)))
     quality.append(["untrained", "–", "–", *start])
     headers = ["variant", "weighting", "seeds", *(f"{metric},\n{KINDS[kind]}" for kind in kinds)]
     headers += [] if metric == "loss" else ["loss"]

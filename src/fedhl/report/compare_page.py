@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from urllib.parse import quote
 
-from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.colours import CATEGORIES
 from fedhl.report.files import dig, series
@@ -54,7 +53,8 @@ def comparison_page(comparison: Comparison) -> str:
             "refresh": None,
             "metric": comparison.metric,
             "greater": comparison.greater,
-            "score": partial(metric_text, comparison.metric),
+            "unit": comparison.unit,
+            "score": partial(metric_text, comparison.unit),
             "kinds": KINDS,
             "common": comparison.common,
             "header": header(comparison),
@@ -171,7 +171,7 @@ def overview(comparison: Comparison) -> View:
 def final(comparison: Comparison) -> View | None:
     """Every seed's final model as a dot, its bytes, and its seconds; None before the first finished run."""
     metric, kind = comparison.metric, comparison.common
-    percent, rows = metric in IN_PERCENT, []
+    percent, rows = comparison.unit != "number", []
     spent: dict[str, list[Curve]] = {"bytes": [], "seconds": []}
     for i, variant in enumerate(comparison.variants):
         mean, half = mean_interval(variant.values(kind, metric))
@@ -219,7 +219,7 @@ def cost(trial: Trial, what: str) -> float | None:
 def curves(comparison: Comparison) -> list[View]:
     """The headline metric per round, for every kind of model: the mean over seeds with their range."""
     metric, variants = comparison.metric, comparison.variants
-    percent = metric in IN_PERCENT
+    percent = comparison.unit != "number"
     shown = []
     for kind in comparison.kinds:
         if kind in ("worst", "personal"):  # another client from round to round; no model of a round

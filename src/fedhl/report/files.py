@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fedhl.errors import UserError
-from fedhl.record import FAILED, FINISHED, Json, better, more_is_better, read_metrics, read_summary
+from fedhl.record import (
+    FAILED,
+    FINISHED,
+    Json,
+    Unit,
+    better,
+    more_is_better,
+    read_metrics,
+    read_summary,
+    unit_of,
+)
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Run:
     clients: list[Client]
     metric: str
     greater: bool
+    unit: Unit
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -74,6 +85,7 @@ def read_run(run: Path) -> Run:
         clients=clients_of(rounds, summary),
         metric=str(dig(summary, "metric") or judged["metric"]),
         greater=more_is_better(judged),
+        unit=unit_of(judged),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedhl.record import IN_PERCENT
+from fedhl.record import Unit
 
 MINUS = "\u2212"
 
@@ -52,29 +52,29 @@ def seconds(value: float) -> str:
 # --- a metric: shares in percent, everything else with three decimals ---------------------------
 
 
-def metric_text(metric: str, value: float) -> str:
-    return percent(value) if metric in IN_PERCENT else three_decimals(value)
+def metric_text(unit: Unit, value: float) -> str:
+    return three_decimals(value) if unit == "number" else percent(value)
 
 
-def change_text(metric: str, change: float) -> str:
+def change_text(unit: Unit, change: float) -> str:
     sign = "+" if change >= 0 else MINUS
-    points = metric in IN_PERCENT
-    return f"{sign}{100 * abs(change):.1f} points" if points else f"{sign}{abs(change):.3f}"
+    number = f"{abs(change):.3f}" if unit == "number" else f"{100 * abs(change):.1f} points"
+    return sign + number
 
 
-def spread_text(metric: str, mean: float | None, half: float | None) -> str:
+def spread_text(unit: Unit, mean: float | None, half: float | None) -> str:
     """77.7 ± 0.8% or 0.459 ± 0.065; a dash for what was not measured."""
     if mean is None:
         return "–"
-    factor, digits, unit = (100, 1, "%") if metric in IN_PERCENT else (1, 3, "")
+    factor, digits, sign = (1, 3, "") if unit == "number" else (100, 1, "%")
     spread = "" if half is None else f" ± {factor * half:.{digits}f}"
-    return f"{factor * mean:.{digits}f}{spread}{unit}".replace("-", MINUS)
+    return f"{factor * mean:.{digits}f}{spread}{sign}".replace("-", MINUS)
 
 
-def difference_text(metric: str, mean: float, half: float | None) -> str:
+def difference_text(unit: Unit, mean: float, half: float | None) -> str:
     """The spread of a difference: +1.2 ± 0.8 points."""
     sign = "" if mean < 0 else "+"
-    return sign + spread_text(metric, mean, half).replace("%", " points")
+    return sign + spread_text(unit, mean, half).replace("%", " points")
 
 
 # --- settings -----------------------------------------------------------------------------------

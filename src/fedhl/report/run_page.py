@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from fedhl.names import size
-from fedhl.record import IN_PERCENT
 from fedhl.report import plots
 from fedhl.report.clients import clients, rank_steps
 from fedhl.report.colours import step
@@ -54,8 +53,9 @@ def run_page(run: Run, refresh: int | None = None) -> str:
             "title": run.name,
             "refresh": refresh,
             "metric": run.metric,
-            "score": partial(metric_text, run.metric),
-            "change": partial(change_text, run.metric),
+            "unit": run.unit,
+            "score": partial(metric_text, run.unit),
+            "change": partial(change_text, run.unit),
             "rank_steps": rank_steps(run),
             "header": header(run),
             "tiles": tiles(run),
@@ -150,7 +150,7 @@ def quality(run: Run) -> View:
         curves = [curve for curve in curves if curve.points]
         if any(len(curve.points) > 1 for curve in curves):
             title = f"{metric.capitalize()} per round"
-            draw = plots.lines(curves, percent=metric in IN_PERCENT)
+            draw = plots.lines(curves, percent=metric == run.metric and run.unit != "number")
             shown.append(
                 {
                     "title": title,

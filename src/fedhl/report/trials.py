@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedhl.errors import UserError
-from fedhl.record import FAILED, FINISHED
+from fedhl.record import FAILED, FINISHED, Unit
 from fedhl.report.files import Json, Run, dig, final_evaluation, items, num, read_run, total
 from fedhl.report.statistics import mean_interval
 
@@ -175,6 +175,12 @@ class Comparison:
     def greater(self) -> bool:
         """Whether more of the metric is better."""
         return any(run.greater for v in self.variants for run in v.finished)
+
+    @property
+    def unit(self) -> Unit:
+        """What the metric is."""
+        known: list[Unit] = [run.unit for v in self.variants for run in v.finished]
+        return known[0] if known else "number"
 
     @property
     def kinds(self) -> list[str]:

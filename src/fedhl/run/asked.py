@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from fedhl.config import Config
@@ -35,8 +37,8 @@ class Asked:
         of `source`, and for a file that cannot be written."""
         if self.rank is not None and not self.anything:
             raise UserError(
-                f"--rank {self.rank} chooses the model of --predictions, --classes and --samples; add one of "
-                "these options (the table has all ranks of clients anyway)"
+                f"--rank {self.rank} chooses the model of --predictions, --classes, --samples and --lm-eval; "
+                "add one of these options (the table has all ranks of clients anyway)"
             )
         if self.new_tokens is not None and not self.samples:
             raise UserError(
@@ -52,11 +54,44 @@ class Asked:
                 "with --data"
             )
         if self.predictions is not None:
-            check_new(self.predictions)
+            check_new("--predictions", self.predictions, SUFFIXES)
 
 
 METRICS = Asked()
 """Nothing beside the metrics."""
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What lm-eval is asked for in place of the metrics. `tasks`: the names of its tasks, of which `*` stands
+    for several; `include_path`: a folder with more tasks; `json`: a file for all that it finds; `rank`: as in
+    `Asked`."""
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    json: Path | None = None
+    rank: int | None = None
+
+    def check(self, config: Config) -> None:
+        """Raises UserError unless lm-eval is installed, the model of this run is one for it, and the files
+        are right."""
+        if config.task.auto != "AutoModelForCausalLM":
+            raise UserError(
+                f"--lm-eval: lm-eval is for causal language models, and this run has a {config.task.kind} "
+                "task; leave --lm-eval out"
+            )
+        if find_spec("lm_eval") is None:
+            raise UserError(
+                "--lm-eval: lm-eval is not installed; install it with `pip install 'fedhl[lm-eval]'`"
+            )
+        if not all(self.tasks):
+            raise UserError(
+                "--lm-eval: expected names of tasks with commas between them, e.g. hellaswag,arc_easy"
+            )
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(f"--include-path {self.include_path}: there is no such folder")
+        if self.json is not None:
+            check_new("--json", self.json, (".json",))
 
 
 def has_classes(task: Kind) -> bool:
@@ -69,13 +104,11 @@ def writes_texts(task: Kind) -> bool:
     return isinstance(task, TextKind) and task.pipeline == "text-generation"
 
 
-def check_new(file: Path) -> None:
-    """Raises UserError unless a file of predictions can be written at this place."""
-    if file.suffix not in SUFFIXES:
-        raise UserError(
-            f"--predictions {file}: expected the name of a {' or '.join(SUFFIXES)} file"
-        )
+def check_new(option: str, file: Path, suffixes: Sequence[str]) -> None:
+    """Raises UserError unless a new file with one of these endings can be written at this place."""
+    if file.suffix not in suffixes:
+        raise UserError(f"{option} {file}: expected the name of a {' or '.join(suffixes)} file")
     if file.exists():
-        raise UserError(f"--predictions {file}: the file is there already; choose another name")
+        raise UserError(f"{option} {file}: the file is there already; choose another name")
     if not file.parent.is_dir():
-        raise UserError(f"--predictions {file}: there is no folder {file.parent}")
+        raise UserError(f"{option} {file}: there is no folder {file.parent}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation
 from fedhl.federation.predictions import Predicted, completions, predictions
-from fedhl.federation.scores import changed, full_update, truncation
+from fedhl.federation.scores import changed, model_of_rank
 from fedhl.files import finite, json_text, write_text
 from fedhl.names import plural
 from fedhl.run.asked import NEW_TOKENS, Asked, has_classes
@@ -47,16 +47,7 @@ def closer_look(
     `labels`: the names of the classes. Raises UserError without a global model, if its training has
     diverged, and if the file cannot be written.
     """
-    if asked.rank is None:
-        model, change = "full-rank update", full_update(federation, state)
-    else:
-        model = f"update truncated to rank {asked.rank}"
-        cut = truncation(federation, state, asked.rank)
-        change = {name: lora.delta() for name, lora in cut.items()}
-    if not change:
-        raise UserError(
-            f"method {federation.config.method.name!r} has no global model whose predictions could be shown"
-        )
+    model, change = model_of_rank(federation, state, asked.rank)
     examples = held_out.encoded.examples
     rows = [held_out.rows[k] for k in held_out.encoded.rows]
     chosen = spread(len(rows), asked.samples or 0)

@@ -32,7 +32,7 @@ from fedhl.lora import LoRA, dense
 from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
 from fedhl.names import unknown
-from fedhl.record import FAILED, measured, read_summary
+from fedhl.record import FAILED, measured, read_summary, unit_of
 from fedhl.run.asked import METRICS, Asked
 from fedhl.run.closer_look import HeldOut, closer_look
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
@@ -40,7 +40,7 @@ from fedhl.run.personal import read_model, there
 from fedhl.run.summary import check_same, clients_own_data, hash_once
 from fedhl.run.tables import Said
 from fedhl.server import ServerState
-from fedhl.task.intervals import SHARES, wilson
+from fedhl.task.intervals import wilson
 from fedhl.task.rows import located
 from fedhl.watch import SILENT, Watcher
 
@@ -141,7 +141,7 @@ def refuse_diverged(
     if not all_finite(deltas, state.head) or None in measured(evaluation or {}):
         raise UserError(
             f"{run}: training had diverged by round {state.round}, whose numbers or losses are not finite; "
-            "export an earlier round, e.g. with --round best"
+            "take an earlier round, e.g. with --round best"
         )
 
 
@@ -276,9 +276,10 @@ def table(evaluation: dict[str, Any], federation: Federation, state: ServerState
     names = [n for n in dict.fromkeys((evaluation["metric"], "loss", "examples")) if n in first]
     result = Table(title=f"after round {state.round}", title_justify="left")
     result.add_column("model")
+    shares = {evaluation["metric"]} if unit_of(evaluation) == "share of rows" else set()
     for name in names:
         result.add_column(name, justify="right")
-        if name in SHARES:
+        if name in shares:
             result.add_column("95%", justify="right")
             result.caption = Text(caption(bool(evaluation["clients"])))
             result.caption_justify = "left"
@@ -287,7 +288,7 @@ def table(evaluation: dict[str, Any], federation: Federation, state: ServerState
         for name in names:
             value = metrics.get(name)
             cells.append(f"{value:.4f}" if isinstance(value, float) else str(value or ""))
-            if name in SHARES:
+            if name in shares:
                 cells.append(interval(value, metrics.get("examples")))
         result.add_row(Text(what), *cells)
     return result

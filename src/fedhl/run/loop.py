@@ -174,6 +174,7 @@ def run_rounds(
                 state, best = keep(prepared, done, lines, folder, watcher)
                 track()
             keep_personal(prepared.federation, state, folder, watcher)
+            track()
         except KeyboardInterrupt:
             with writing(folder):
                 mark(folder, "interrupted")

@@ -23,7 +23,7 @@ from fedhl.model import peft
 from fedhl.model.targets import is_linear
 from fedhl.names import listed, size
 from fedhl.report.format import span
-from fedhl.run.summary import parameters
+from fedhl.run.summary import parameters, peak_memory
 from fedhl.seeds import generator
 from fedhl.server import accounting
 from fedhl.subspace import leading
@@ -254,7 +254,8 @@ def numbers_trained(federation: Federation, rank: int) -> int:
 
 
 def memory_table(prepared: Prepared) -> Table:
-    """Where the memory of this process will go, estimated from one forward pass."""
+    """Where the memory of a run will go, from one forward pass; and, on a CPU, the peak of the whole process:
+    that of this one, which has loaded the same and has tried some steps, with what the server's step adds."""
     federation, config = prepared.federation, prepared.config
     slots = federation.slots
     adapters = sum(
@@ -287,7 +288,9 @@ def memory_table(prepared: Prepared) -> Table:
     for what, bytes in parts.items():
         table.add_row(what, size(bytes))
     table.add_section()
-    table.add_row("together, beside Python and PyTorch", size(sum(parts.values())))
+    table.add_row("together, beside Python, PyTorch and the rows", size(sum(parts.values())))
+    if federation.device.type == "cpu":
+        table.add_row("the whole process at its peak", size(peak_memory() + server + replies))
     return table
 
 

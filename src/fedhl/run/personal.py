@@ -3,7 +3,6 @@ all of them score. The folder is there whole or not at all."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,13 +15,12 @@ from fedhl.federation.federation import Federation
 from fedhl.federation.personal import Personal, over_models, personal_models, said
 from fedhl.files import file_name, json_text, sha256, sha256_of, whole_folder
 from fedhl.lora import LoRA
-from fedhl.record import failure, read_metrics, round_name
+from fedhl.record import PERSONAL, SCORES, failure, read_metrics, read_scores, round_name
 from fedhl.run.folder import writing
 from fedhl.server import Client, ServerState
 from fedhl.watch import SILENT, Watcher
 
 Json = dict[str, Any]
-FOLDER, SCORES = "personal", "scores.json"
 MOST_LETTERS = 200
 """Of a client in the name of a file, which has at most 255: a letter beyond ASCII counts as up to twelve."""
 SEPARATOR = "::"  # between the parts of a tensor's name; layer names have dots
@@ -43,7 +41,7 @@ def keep_personal(
     with (
         writing(folder),
         whole_folder(
-            folder / FOLDER, folder / f".partial-{FOLDER}", replace=True, private=True
+            folder / PERSONAL, folder / f".partial-{PERSONAL}", replace=True, private=True
         ) as staging,
     ):
         for client, personal, record in personal_models(federation, state, watcher):
@@ -58,12 +56,6 @@ def keep_personal(
 def origin_of(folder: Path, state: ServerState) -> str:
     """The sha256 of the checkpoint from which the personal models start."""
     return sha256(folder / "state" / round_name(state.round) / "state.safetensors")
-
-
-def read_scores(folder: Path) -> Json | None:
-    """How the personal models of a run score; None if there are none yet."""
-    file = folder / FOLDER / SCORES
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def there(folder: Path) -> Json:
@@ -108,7 +100,7 @@ def read_model(folder: Path, client: Client, state: ServerState) -> Personal:
             f"{folder}: the personal models belong to another state than that of round {state.round}; "
             f"fedhl resume {folder} makes them again"
         )
-    file = model_file(folder / FOLDER, client.id)
+    file = model_file(folder / PERSONAL, client.id)
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -23,6 +23,7 @@ from fedhl.federation.personal import over_models, personal_models, said
 from fedhl.federation.prepare import federate, pick_device
 from fedhl.files import finite
 from fedhl.names import unknown
+from fedhl.record import Unit, unit_by_name
 from fedhl.run.progress import steps, told
 from fedhl.run.result import Result
 from fedhl.run.rounds import finish, untrained
@@ -63,6 +64,7 @@ class Own:
     collate: Callable[[list[Any]], Any]
     metric: str
     greater: bool
+    unit: Unit
 
     def batch(self, rows: Sequence[Any]) -> Batch:
         return Batch(len(rows), self.collate(list(rows)))
@@ -114,6 +116,7 @@ def simulate(
     head: Sequence[str] = (),
     metric: str = "loss",
     greater_is_better: bool | None = None,
+    unit: Unit | None = None,
     watcher: Watcher | None = None,
     **settings: Any,
 ) -> Result:
@@ -130,8 +133,9 @@ def simulate(
     `held_out`: the server's rows, on which the global model is evaluated; `client_held_out`: rows of each
     client, on which the client is evaluated, and its personal model, if there is `personal={"steps": 20}`.
     `metric`: the one by which rounds are judged; `greater_is_better`: whether more of it is better; None:
-    yes, unless its name ends with "loss". `watcher`: who is told of progress; None: a line is printed for
-    each round.
+    yes, unless its name ends with "loss". `unit`: "share of rows", "share" or "number", as
+    `fedhl.record.Unit` explains; None: "share of rows" for an `accuracy`, "share" for an `f1`, else "number".
+    `watcher`: who is told of progress; None: a line is printed for each round.
 
     `settings` are those of a config, e.g. `method="fedhl_ef"`, `rounds=10`, `seed=0`,
     `training={"steps": 5, "learning_rate": 1e-2}`, `lora={"targets": ["query"], "alpha": 16}`; docs/config.md
@@ -152,7 +156,7 @@ def simulate(
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     greater = not metric.endswith("loss") if greater_is_better is None else greater_is_better
-    objective = Own(loss, metrics, collate, metric, greater)
+    objective = Own(loss, metrics, collate, metric, greater, unit or unit_by_name(metric))
     copied = deepcopy(model).to(device).eval()
     federation = federate(
         config,

@@ -23,9 +23,8 @@ from fedhl.errors import UserError
 from fedhl.federation.prepare import Prepared
 from fedhl.files import json_text, sha256, write_text
 from fedhl.model.processors import processor_hash
-from fedhl.record import FAILED, FINISHED, failure, read_summary
+from fedhl.record import FAILED, FINISHED, failure, read_scores, read_summary
 from fedhl.run.commit import commit
-from fedhl.run.personal import read_scores
 from fedhl.task.examples import classes_of
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedhl.config import Config
 from fedhl.errors import in_one_line
-from fedhl.record import Json, read_summary, training_loss
+from fedhl.record import Json, read_scores, read_summary, training_loss
 from fedhl.run.trackers import OPEN, Run, Tracker
 from fedhl.watch import SILENT, Watcher
 
@@ -61,11 +61,28 @@ def numbers(line: Json, *, clients: bool = False, private: bool = False) -> dict
     told["round"] = line["round"]  # last: a tracker that has it has them all
     return {
         name: value
-        for name, value in leaves(told, "/")
-        if type(value) in (int, float) and math.isfinite(value)
+        for name, value in finite_leaves(told)
         if not name.startswith("eval/") or name.rpartition("/")[2] not in ("examples", "rank")
         if not private or name.startswith(RELEASED)
     }
+
+
+def personal_numbers(scores: Json, *, clients: bool = False) -> dict[str, float]:
+    """The finite numbers of how personal models score, by names such as `personal/mean/personal/accuracy`.
+    `clients`: with those of each client."""
+    told: Json = {"personal": {k: scores[k] for k in ("mean", "gained", "lost", "stayed")}}
+    if clients:
+        own = scores["clients"]
+        told["clients"] = {id.replace("/", "%2F"): {"personal": own[id]} for id in own}
+    told["round"] = scores["round"]
+    return dict(finite_leaves(told))
+
+
+def finite_leaves(value: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The finite numbers at the ends of a nested mapping."""
+    for name, leaf in leaves(value, "/"):
+        if type(leaf) in (int, float) and math.isfinite(leaf):
+            yield name, leaf
 
 
 def leaves(value: Mapping[str, Any], joint: str, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,6 +116,7 @@ class Trackers:
         self.config, self.folder, self.watcher = config, folder, watcher
         self.working: dict[str, Tracker] = {}
         self.read, self.total = 0, Counter[str]()
+        self.last, self.personal = -1, False
         for given in config.report_to:
             with self.spared(given.name):
                 run = Run(folder, config.name, settings(config))
@@ -118,9 +136,15 @@ class Trackers:
             )
 
     def send(self) -> None:
-        """Send each tracker the rounds that it lacks of those that metrics.jsonl has gained."""
+        """Send each tracker the rounds that it lacks of those that metrics.jsonl has gained; and how the
+        personal models made after the last of them score, once there are any, as one more step."""
         lines = [*with_totals(self.gained(), self.total)] if self.working else []
         private = self.config.privacy is not None
+        self.last = lines[-1]["round"] if lines else self.last
+        scores = None if self.personal else read_scores(self.folder)
+        if scores is not None and scores["round"] != self.last:
+            scores = None  # of rounds that are done again
+        self.personal = self.personal or scores is not None
         for given in self.config.report_to:
             if (tracker := self.working.get(given.name)) is None:
                 continue
@@ -129,6 +153,8 @@ class Trackers:
                     if line["round"] >= tracker.lacks:
                         known = numbers(line, clients=given.clients, private=private)
                         tracker.log(line["round"], known)
+                if scores is not None and self.last + 1 >= tracker.lacks:
+                    tracker.log(self.last + 1, personal_numbers(scores, clients=given.clients))
 
     def gained(self) -> list[Json]:
         """The lines of metrics.jsonl since this function was last called: to read the whole file after every

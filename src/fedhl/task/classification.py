@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fedhl.record import Unit
 from fedhl.task.labelled import LabelledText
 from fedhl.task.labels import class_settings, label_names, named_labels, print_class
 from fedhl.task.rows import Rows, column, located
@@ -20,6 +21,7 @@ class ClassificationTask(LabelledText):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     metric: ClassVar[str] = "accuracy"
     greater: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, Unit]] = {"accuracy": "share of rows"}
     class_setting: ClassVar[str | None] = "label"
 
     kind: Literal["sequence-classification"]  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from fedhl.errors import in_one_line
 from fedhl.locate import locate
 from fedhl.names import plural
+from fedhl.record import Unit
 from fedhl.task.classification import score_classes
 from fedhl.task.examples import Encoded
 from fedhl.task.kind import Kind, OfKind
@@ -56,6 +57,7 @@ class ImageTask(Kind):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     metric: ClassVar[str] = "accuracy"
     greater: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, Unit]] = {"accuracy": "share of rows"}
     class_setting: ClassVar[str | None] = "label"
 
     kind: Literal["image-classification"]  # pyright: ignore[reportIncompatibleVariableOverride]

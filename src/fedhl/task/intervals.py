@@ -6,8 +6,6 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 
-SHARES = frozenset({"accuracy"})
-"""The metrics that are shares of rows: of each row it is known whether it counts."""
 Z = NormalDist().inv_cdf(0.975)
 """The quantile of the normal distribution for an interval of 95%: 1.96."""
 

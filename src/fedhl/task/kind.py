@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fedhl.record import Unit
 from fedhl.strict import Strict
 from fedhl.task.examples import Encoded
 from fedhl.task.labels import label_names
@@ -37,6 +38,8 @@ class Kind(Strict, ABC):
     """The metric by which a round is judged."""
     greater: ClassVar[bool] = False
     """Whether more of this metric is better."""
+    units: ClassVar[Mapping[str, Unit]] = {}
+    """What those of the metrics are that are more than a number: a share, or a share of rows."""
     class_setting: ClassVar[str | None] = None
     """The setting that names the field of a row's class; None where a row has no class, or several."""
 
@@ -135,6 +138,10 @@ class OfKind:
     @property
     def greater(self) -> bool:
         return self.kind.greater
+
+    @property
+    def unit(self) -> Unit:
+        return self.kind.units.get(self.kind.metric, "number")
 
     def score(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.kind.score(outputs.float(), batch["labels"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedhl.record import Unit
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,6 +26,11 @@ class Objective(Protocol):
     @property
     def greater(self) -> bool:
         """Whether more of this metric is better."""
+        ...
+
+    @property
+    def unit(self) -> Unit:
+        """What this metric is."""
         ...
 
     def batch(self, rows: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 
+from fedhl.record import Unit
 from fedhl.task.causal import CausalTask, encode_chat, encode_completion, problem_of
 from fedhl.task.examples import IGNORED, Encoded, Example, collate
 from fedhl.task.kind import OfKind
@@ -40,6 +41,7 @@ class PreferenceTask(TextKind):
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     metric: ClassVar[str] = "loss"
+    units: ClassVar[Mapping[str, Unit]] = {"accuracy": "share of rows"}
 
     kind: Literal["preference"]  # pyright: ignore[reportIncompatibleVariableOverride]
     prompt: str | None = "prompt"

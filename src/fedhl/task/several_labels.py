@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedhl.names import listed, meant
+from fedhl.record import Unit
 from fedhl.task.labelled import LabelledText
 from fedhl.task.labels import class_settings, label_name, problem_of_label, sorted_labels
 from fedhl.task.rows import Rows, column, located, refuse, shown, text_column
@@ -22,6 +23,7 @@ class SeveralLabelsTask(LabelledText):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "f1")
     metric: ClassVar[str] = "f1"
     greater: ClassVar[bool] = True
+    units: ClassVar[Mapping[str, Unit]] = {"f1": "share"}
 
     kind: Literal["multi-label-classification"]  # pyright: ignore[reportIncompatibleVariableOverride]
     label: str = "labels"
