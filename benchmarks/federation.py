@@ -38,6 +38,7 @@ from fedhl.federation.local import Local
 from fedhl.federation.prepare import Prepared, prepare
 from fedhl.lora import LoRA
 from fedhl.model.training import batches, learning_rate
+from fedhl.record import read_metrics
 from fedhl.run.commit import commit
 from fedhl.run.loop import keep
 from fedhl.run.rounds import finish
@@ -270,6 +271,7 @@ def one_round(prepared: Prepared, state: ServerState, folder: Path) -> Done:
         keep(
             prepared,
             finish(prepared.federation, following, state, outcome, (), None),
+            read_metrics(folder),
             folder,
             SILENT,
         )
