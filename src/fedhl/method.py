@@ -271,6 +271,12 @@ class Growing(Protocol):
         ...
 
 
+def if_fewer(components: LoRA) -> LoRA | None:
+    """Components, if there are any and they are fewer numbers than their product: `0 < r (m + n) < m n`."""
+    m, n = components.shape
+    return components if 0 < components.rank * (m + n) < m * n else None
+
+
 def remembers(method: Method[Any]) -> bool:
     """Whether the clients of a method hold something in their base from one round to the next."""
     return isinstance(method, Remembering | Growing)

@@ -20,6 +20,7 @@ from fedhl.method import (
     changes,
     check_alike,
     checked,
+    if_fewer,
 )
 from fedhl.methods.one_adapter import whole
 
@@ -80,8 +81,7 @@ class FedExLoRA(Method[Corrected]):
 
     def grown(self, state: Corrected) -> LoRA | None:
         """The last residual: see `fedhl.method.Growing`."""
-        m, n = state.base.shape
-        return state.last if 0 < state.last.rank * (m + n) < m * n else None
+        return if_fewer(state.last)
 
     def aggregate(self, state: Corrected, updates: Iterable[Update]) -> Corrected:
         old = state.lora

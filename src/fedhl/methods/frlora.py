@@ -19,6 +19,7 @@ from fedhl.method import (
     Update,
     check_alike,
     checked,
+    if_fewer,
 )
 from fedhl.methods.one_adapter import whole
 
@@ -85,8 +86,7 @@ class FRLoRA(Method[Anchored]):
 
     def grown(self, state: Anchored) -> LoRA | None:
         """What the last round has added to the base: see `fedhl.method.Growing`."""
-        m, n = state.base.shape
-        return state.last if 0 < state.last.rank * (m + n) < m * n else None
+        return if_fewer(state.last)
 
     def aggregate(self, state: Anchored, updates: Iterable[Update]) -> Anchored:
         A0, B0, s = state.lora.A, state.lora.B, state.lora.scale

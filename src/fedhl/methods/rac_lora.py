@@ -18,6 +18,7 @@ from fedhl.method import (
     Update,
     check_broadcast,
     checked,
+    if_fewer,
 )
 from fedhl.seeds import derive
 
@@ -90,8 +91,7 @@ class RACLoRA(Method[Chain]):
 
     def grown(self, state: Chain) -> LoRA | None:
         """The pair that was merged last: see `fedhl.method.Growing`."""
-        m, n = state.W.shape
-        return state.last if 0 < state.last.rank * (m + n) < m * n else None
+        return if_fewer(state.last)
 
     def fresh_seed(self, state: Chain) -> int:
         """The seed of this round's frozen factor, which JSON can hold."""
