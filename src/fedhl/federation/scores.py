@@ -165,10 +165,16 @@ def evaluate_round(
 ) -> dict[str, Any]:
     """The evaluation of a round, as in the metrics: of the full update, of its truncation to the top rank, on
     the clients' own rows; with `every_rank`, at every deployed rank; with tasks, of each task so far."""
-    top = federation.top_rank
-    cut = truncation(federation, state, top) if federation.held_out else {}
-    full = evaluate_global(federation, state)
-    truncated = evaluate_rank(federation, state, top, cut)
+    top, W = federation.top_rank, full_update(federation, state)
+    full = evaluate_change(federation, state, W)
+    learnt = any(bool(change.any()) for change in W.values())
+    cut = truncation(federation, state, top) if learnt and federation.held_out else {}
+
+    def at(rank: int) -> Metrics | None:
+        # every truncation of W = 0 is the same model
+        return evaluate_rank(federation, state, rank, cut) if learnt else full
+
+    truncated = at(top)
     ranks = sorted({client.rank for client in federation.clients})
     return (
         {
@@ -177,10 +183,7 @@ def evaluate_round(
             "unit": federation.objective.unit,
             "full": full,
             "truncated": truncated and {"rank": top, **truncated},
-            "ranks": {
-                str(rank): truncated if rank == top else evaluate_rank(federation, state, rank, cut)
-                for rank in ranks
-            }
+            "ranks": {str(rank): truncated if rank == top else at(rank) for rank in ranks}
             if every_rank and truncated
             else {},
             "clients": evaluate_clients(federation, state, engine),
