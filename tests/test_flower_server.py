@@ -197,11 +197,11 @@ GOOD = {"loss": 0.5, "examples": 3, "accuracy": 1.0}
 def test_metrics_are_those_of_the_task(project: Path, settings: Config):
     causal = load_config(project / "lm.yaml")
     without = {"loss": 0.5, "examples": 3}
-    assert metrics_of({"metrics": GOOD}, settings) == GOOD
-    assert metrics_of({"metrics": without}, causal) == without
+    assert metrics_of(GOOD, settings) == GOOD
+    assert metrics_of(without, causal) == without
     for metrics, config in ((GOOD, causal), (without, settings)):
         with pytest.raises(Malformed, match="its metrics are"):
-            metrics_of({"metrics": metrics}, config)
+            metrics_of(metrics, config)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_metrics_are_those_of_the_task(project: Path, settings: Config):
 )
 def test_wrong_metrics_are_malformed(settings: Config, metrics: Any):
     with pytest.raises(Malformed, match=r"its (metrics|loss|accuracy|examples)"):
-        metrics_of({"metrics": metrics}, settings)
+        metrics_of(metrics, settings)
 
 
 # --- whole runs ---------------------------------------------------------------------------------

@@ -30,10 +30,9 @@ from fedhl.errors import UserError
 from fedhl.federation.engine import run_round
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.federation.local import evaluate_client, evaluate_rows
-from fedhl.federation.personal import over_models, personal_change, personal_steps, personalise
+from fedhl.federation.personal import personal_change, personal_steps, personalise
 from fedhl.federation.prepare import prepare
-from fedhl.federation.scores import changed
-from fedhl.flower.roster import clients_needed
+from fedhl.federation.scores import changed, over_models
 from fedhl.lora import dense
 from fedhl.method import TaskSequence
 from fedhl.methods import METHODS
@@ -378,11 +377,6 @@ def test_what_a_config_refuses(project: Path, change: str, said: str):
     with pytest.raises(UserError, match=said):
         changes = ["personal.steps=5", "weighting=uniform", "rounds=4", change]
         load_config(project / "tiny.yaml", changes)
-
-
-def test_clients_in_other_processes_have_none_yet(project: Path):
-    with pytest.raises(UserError, match="leave personal out for clients in other processes"):
-        clients_needed(load_config(project / "tiny.yaml", ["personal.steps=5"]))
 
 
 def test_a_comparison_shows_local_global_and_personal(

@@ -232,6 +232,26 @@ def test_evaluating_between_rounds_changes_nothing() -> None:
         assert same(a, b) and first.clients == second.clients
 
 
+def test_a_model_that_has_learnt_nothing_is_evaluated_once() -> None:
+    """W = 0 and its truncations are one model."""
+    federation, passes = federate("bert", own=0), []
+    hook = federation.slots.model.register_forward_hook(lambda *_: passes.append(1))
+    state = initial_state(federation)
+    scores.evaluate_global(federation, state)
+    once = len(passes)
+    at_zero = scores.evaluate_round(federation, state, every_rank=True)
+    assert len(passes) == 2 * once
+    before, rank = at_zero["full"], federation.top_rank
+    assert at_zero["truncated"] == {"rank": rank, **before}
+    assert all(metrics == before for metrics in at_zero["ranks"].values())
+    assert at_zero["ranks"].keys() == {str(client.rank) for client in federation.clients}
+    state, _ = run_round(federation, state)
+    passes.clear()
+    scores.evaluate_round(federation, state, every_rank=True)
+    assert len(passes) == once * (1 + len(at_zero["ranks"]))
+    hook.remove()
+
+
 def test_a_round_depends_on_the_seed_and_on_the_round() -> None:
     def play(seed: int) -> ServerState:
         federation = federate("bert", seed=seed)

@@ -52,6 +52,12 @@ def locate(source: str) -> Path | None:
     raise UserError(f"{missing_part(path)}; {FORMS}")
 
 
+def absolute(source: str) -> str:
+    """The source as it means the same in any working folder. Raises UserError as `locate` does."""
+    path = None if source.startswith(PACKAGE) else locate(source)
+    return source if path is None else str(path.absolute())
+
+
 def is_hub_id(source: str) -> bool:
     name = source.rpartition("/")[2]
     return bool(HUB_ID.fullmatch(source)) and Path(name).suffix.lower() not in FILE_SUFFIXES

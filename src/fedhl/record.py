@@ -95,6 +95,13 @@ def read_summary(folder: Path) -> Json:
 
 PERSONAL, SCORES = "personal", "scores.json"
 """The folder of the personal models in a run folder, and in it the file of how they score."""
+OWN_MODEL = "model.safetensors"
+"""The file of a personal model on its client's own machine (see `fedhl.export.own`)."""
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder is that of a personal model on its client's own machine, and not of a run."""
+    return (folder / OWN_MODEL).is_file()
 
 
 def read_scores(folder: Path) -> Json | None:

@@ -215,7 +215,7 @@ def export(
         from fedhl.export import push as hub
         from fedhl.run.folder import refuse_other
 
-        refuse_other(run)
+        refuse_other(run, own=True)
         if push is not None:
             hub.check_push(push)
         from fedhl.run.delivery import export_run

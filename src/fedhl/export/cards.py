@@ -58,7 +58,7 @@ def model_card(
         "",
         f"# {plain(str(summary['name']))}",
         "",
-        f"{what} {of}, fine-tuned by {len(summary['clients'])} clients that did not share "
+        f"{what} {of}, fine-tuned by {among(summary)} clients that did not share "
         f"their data{then} with fedhl.",
         f"Licence: {licence or 'that of the base model and of the data.'}{advice}",
         "",
@@ -74,6 +74,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def among(summary: Mapping[str, Any]) -> int:
+    """The number of clients of the federation, of which a client on its own machine knows no other."""
+    return summary.get("among") or len(summary["clients"])
 
 
 def plain(text: str) -> str:
@@ -186,8 +191,9 @@ def run_facts(
     facts = {
         "method": settings_text(summary["method"]),
         "weighting": settings_text(summary["weighting"]),
-        "clients": f"{len(clients)} ({counts})",
-        "training examples": f"{sum(client['examples'] for client in clients)}",
+        "clients": f"{among(summary)} ({counts}{', and others' * (among(summary) > len(clients))})",
+        "training examples": f"{sum(client['examples'] for client in clients)}"
+        + ", and those of the others" * (among(summary) > len(clients)),
         "rounds": f"{summary['rounds_done']} of {summary['rounds']}",
     }
     names = kind_named(summary["task"]).metrics[::-1]

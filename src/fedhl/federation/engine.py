@@ -6,7 +6,7 @@ and a rank: the adapter that it is sent is copied into the slot of its rank, tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
@@ -17,12 +17,14 @@ from fedhl import server
 from fedhl.data.label_groups import begins
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.local import evaluate_client, train_client
+from fedhl.federation.personal import Personal, personal_models
 from fedhl.federation.traffic import bytes_moved
 from fedhl.method import remembers
 from fedhl.model.evaluation import Metrics
 from fedhl.model.training import training_mode
 from fedhl.server import Client, Outcome, Reply, ServerState
 from fedhl.server.layers import Layers
+from fedhl.watch import Watcher
 
 
 class Returned(NamedTuple):
@@ -61,6 +63,13 @@ class Engine(Protocol):
     def evaluate(self, federation: Federation, state: ServerState) -> dict[str, Metrics]:
         """The metrics of each client on its own held-out rows, by client id; {} if no client has such
         rows."""
+        ...
+
+    def personal(
+        self, federation: Federation, state: ServerState, watcher: Watcher
+    ) -> Iterator[tuple[Client, Personal | None, dict[str, Any]]]:
+        """One client after the other with its personal model, None if that is elsewhere, and the record of
+        it (see `fedhl.federation.personal`); without the clients that do not answer."""
         ...
 
 
@@ -122,6 +131,11 @@ class InProcess:
             for id, client in clients.items()
             if federation.own
         }
+
+    def personal(
+        self, federation: Federation, state: ServerState, watcher: Watcher
+    ) -> Iterator[tuple[Client, Personal | None, dict[str, Any]]]:
+        return personal_models(federation, state, watcher)
 
 
 IN_PROCESS = InProcess()

@@ -6,7 +6,6 @@ keeps the result; the server's state is read, and never changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,19 +15,15 @@ from fedhl import server
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.local import deployed, evaluate_rows, fit, prefix_of, start_of
-from fedhl.federation.scores import over_clients
 from fedhl.lora import LoRA, add_products
-from fedhl.method import with_past
+from fedhl.method import Broadcast, with_past
 from fedhl.model import peft
 from fedhl.names import unknown
 from fedhl.seeds import derive
 from fedhl.server import Client, ServerState
-from fedhl.task.objective import Objective
 from fedhl.watch import SILENT, Watcher
 
 Json = dict[str, Any]
-STAGES = ("global", "personal")
-"""The models that are evaluated on a client's own rows: the one from which it starts, and its own."""
 
 
 class Personal(NamedTuple):
@@ -72,13 +67,25 @@ def personalise(
 ) -> tuple[Personal, Json]:
     """The personal model of this client, and its record: `steps`, `loss` (the mean training loss), and the
     metrics on the client's own held-out rows, `global` of its start and `personal` of its end."""
+    client = at_current_rank(client, state)
+    sent = server.broadcast(federation.method, state, client, federation.config.seed)
+    return go_on(federation, client, sent, state.head, state.clients.get(client.id, {}), on_step)
+
+
+def go_on(
+    federation: Federation,
+    client: Client,
+    sent: Mapping[str, Broadcast],
+    head: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[Personal, Json]:
+    """`personalise` from what the client was `sent`, and what it has `kept` from earlier rounds."""
     config, slots, slot = federation.config, federation.slots, federation.slot_of(client)
     assert config.personal is not None
     training = config.personal.training(config.training)
-    client = at_current_rank(client, state)
-    sent = server.broadcast(federation.method, state, client, config.seed)
-    kept, held_out = state.clients.get(client.id, {}), federation.own[client.id]
-    with deployed(federation, slot, sent, state.head, kept) as alphas:
+    held_out = federation.own[client.id]
+    with deployed(federation, slot, sent, head, kept) as alphas:
         before = evaluate_rows(federation, held_out)
         trained = fit(
             federation,
@@ -96,21 +103,24 @@ def personalise(
         after = evaluate_rows(federation, held_out)
     adapter = {name: prefix_of(lora, sent[name]) for name, lora in peft.read(slots, slot).items()}
     magnitudes = {name: alpha.detach().cpu() for name, alpha in alphas.items()}
-    record = {"steps": trained.steps, "loss": trained.loss}
-    return (
-        Personal(adapter, magnitudes, peft.read_head(slots)),
-        record | dict(zip(STAGES, (before, after), strict=True)),
-    )
+    record: Json = {"steps": trained.steps, "loss": trained.loss}
+    record |= {"global": before, "personal": after}
+    return Personal(adapter, magnitudes, peft.read_head(slots)), record
 
 
 def personal_change(
     federation: Federation, state: ServerState, client: Client, personal: Personal
 ) -> dict[str, LoRA | Tensor]:
-    """What this client's personal model adds to the base model in each layer,
-    `base_i + s Σ_k α_k D_k + s B_i A_i`, shape (m, n), an adapter where there is no base. `state`: the one
-    that the model started from."""
+    """`change_of` a personal model that started from this state."""
     client = at_current_rank(client, state)
-    sent = server.broadcast(federation.method, state, client, federation.config.seed)
+    return change_of(
+        personal, server.broadcast(federation.method, state, client, federation.config.seed)
+    )
+
+
+def change_of(personal: Personal, sent: Mapping[str, Broadcast]) -> dict[str, LoRA | Tensor]:
+    """What a personal model adds to the base model in each layer, `base_i + s Σ_k α_k D_k + s B_i A_i`, shape
+    (m, n), an adapter where there is no base. `sent`: what its client started from."""
     change: dict[str, LoRA | Tensor] = {}
     for name, lora in personal.adapter.items():
         base = sent[name].base
@@ -125,43 +135,3 @@ def client_named(federation: Federation, id: str) -> Client:
         if client.id == id:
             return client
     raise UserError(unknown("client", id, [client.id for client in federation.clients]))
-
-
-def over_models(records: Mapping[str, Json], objective: Objective) -> Json:
-    """The record of all personal models, from that of each client: the `mean` of the metrics over the
-    clients, before and after, and how many clients `gained`, `lost` or `stayed` by the metric of the task. A
-    client whose metric is not finite has lost."""
-    metric, sign = objective.metric, 1 if objective.greater else -1
-    gains = [
-        sign * (record["personal"][metric] - record["global"][metric])
-        for record in records.values()
-    ]
-    gained, stayed = sum(gain > 0 for gain in gains), gains.count(0)
-    means = {
-        stage: over_clients(
-            {id: record[stage] for id, record in records.items()},
-            metric,
-            objective.greater,
-            objective.unit,
-        )["mean"]
-        for stage in STAGES
-    }
-    return {
-        "metric": metric,
-        "mean": means,
-        "gained": gained,
-        "lost": len(gains) - gained - stayed,
-        "stayed": stayed,
-        "clients": dict(records),
-    }
-
-
-def said(personal: Json) -> str:
-    """The record of all personal models as one line of text."""
-    name = personal["metric"]
-    before, after = (personal["mean"][stage][name] for stage in STAGES)
-    texts = ["–" if x is None or not math.isfinite(x) else f"{x:.4f}" for x in (before, after)]
-    return (
-        f"personal models: mean {name} {texts[0]} before, {texts[1]} after, on the clients' own rows; "
-        f"{personal['gained']} gained, {personal['lost']} lost, {personal['stayed']} stayed"
-    )

@@ -22,6 +22,7 @@ from fedhl.model.evaluation import Metrics
 from fedhl.record import Unit
 from fedhl.server import ServerState, side_by_side
 from fedhl.task.intervals import wilson
+from fedhl.task.objective import Objective
 
 
 def evaluate_global(federation: Federation, state: ServerState) -> Metrics | None:
@@ -208,3 +209,47 @@ def evaluate_validation(
         every = replace(federation, own={client.id: rows for client in federation.clients})
         metrics = (evaluate_clients(every, state) or {})["mean"]
     return {"validation": metrics}
+
+
+STAGES = ("global", "personal")
+"""The models that are evaluated on a client's own rows: the one from which it goes on, and its own."""
+
+
+def over_models(records: Mapping[str, dict[str, Any]], objective: Objective) -> dict[str, Any]:
+    """The record of all personal models, from that of each client: the `mean` of the metrics over the
+    clients, before and after, and how many clients `gained`, `lost` or `stayed` by the metric of the task. A
+    client whose metric is not finite has lost."""
+    metric, sign = objective.metric, 1 if objective.greater else -1
+    gains = [
+        sign * (record["personal"][metric] - record["global"][metric])
+        for record in records.values()
+    ]
+    gained, stayed = sum(gain > 0 for gain in gains), gains.count(0)
+    means = {
+        stage: over_clients(
+            {id: record[stage] for id, record in records.items()},
+            metric,
+            objective.greater,
+            objective.unit,
+        )["mean"]
+        for stage in STAGES
+    }
+    return {
+        "metric": metric,
+        "mean": means,
+        "gained": gained,
+        "lost": len(gains) - gained - stayed,
+        "stayed": stayed,
+        "clients": dict(records),
+    }
+
+
+def said(personal: Mapping[str, Any]) -> str:
+    """The record of all personal models as one line of text."""
+    name = personal["metric"]
+    before, after = (personal["mean"][stage][name] for stage in STAGES)
+    texts = ["–" if x is None or not math.isfinite(x) else f"{x:.4f}" for x in (before, after)]
+    return (
+        f"personal models: mean {name} {texts[0]} before, {texts[1]} after, on the clients' own rows; "
+        f"{personal['gained']} gained, {personal['lost']} lost, {personal['stayed']} stayed"
+    )

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fedhl.config import Config
 from fedhl.config.text import explain
 from fedhl.errors import UserError
-from fedhl.flower.records import pack, unpack
+from fedhl.flower.records import PERSONAL, pack, unpack
 from fedhl.network import node, wire
 from fedhl.network.message import Malformed
 from fedhl.network.node import Node
@@ -52,6 +52,19 @@ def evaluate(message: Message, context: Context) -> Message:
 
         metrics = participant.evaluate(config, here, header, payload or b"", simulated(context))
         return pack({"metrics": metrics})
+
+    return reply(message, context, answer)
+
+
+@app.train(PERSONAL.partition(".")[2])
+def personalise(message: Message, context: Context) -> Message:
+    """The record of the client's personal model, which stays where it is."""
+
+    def answer(config: Config, here: Node, header: dict[str, Any], payload: bytes | None) -> Any:
+        from fedhl.network import participant
+
+        record = participant.personalise(config, here, header, payload or b"", simulated(context))
+        return pack({"record": record})
 
     return reply(message, context, answer)
 

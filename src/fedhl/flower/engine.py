@@ -7,13 +7,14 @@ Flower's own strategies neither checkpoint nor resume. So the loop of the rounds
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Message
@@ -26,16 +27,18 @@ from fedhl.errors import UserError
 from fedhl.federation.engine import Returned
 from fedhl.federation.federation import Federation, at_current_rank
 from fedhl.federation.first_look import check_config, clients_keep
+from fedhl.federation.personal import Personal
 from fedhl.federation.prepare import (
     Prepared,
     prepare,
     prepare_server,
     prepare_server_again,
 )
+from fedhl.federation.scores import STAGES
 from fedhl.files import write_text
 from fedhl.flower.incoming import Incoming, clients_interrupted, remove_incoming, rounds_done
 from fedhl.flower.mailbox import Mailbox, pause
-from fedhl.flower.records import EVALUATE, TRAIN, pack
+from fedhl.flower.records import EVALUATE, PERSONAL, TRAIN, pack
 from fedhl.flower.roster import Roster
 from fedhl.method import Broadcast, SelfPruning
 from fedhl.model.evaluation import Metrics
@@ -48,6 +51,8 @@ from fedhl.run.loop import resume_prepared, start_prepared
 from fedhl.server import Client, Reply, ServerState
 from fedhl.task.labels import sorted_labels
 from fedhl.watch import Watcher
+
+T = TypeVar("T")
 
 GRACE = 60.0
 """Seconds that Flower keeps a message beyond the deadline, so that our deadline is the first to pass."""
@@ -241,20 +246,40 @@ class OverNetwork:
         rows."""
         if not self.config.evaluation.client_fraction:
             return {}
-        here = self.roster.look()
-        cohort = [at_current_rank(c, state) for c in federation.clients if c.id in here]
         turn = Turn(EVALUATE, federation, state)
-        metrics: dict[str, Metrics] = {}
-
-        def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
-            if "forgotten" in header:
-                raise Malformed("it has lost what it was sent before")
-            metrics[client.id] = metrics_of(header, self.config)
-
-        self.exchange(turn, ((client, self.encode(turn, client)) for client in cohort), accept)
+        found = self.ask(turn, lambda header: metrics_of(header.get("metrics"), self.config))
         for id, reason in sorted(turn.missing.items()):
             self.watcher.say(f"warning: client {id!r} did not evaluate: {reason}")
-        return {id: metrics[id] for id in sorted(metrics)}
+        return found
+
+    def personal(
+        self, federation: Federation, state: ServerState, watcher: Watcher
+    ) -> Iterator[tuple[Client, Personal | None, dict[str, Any]]]:
+        """The record of each connected client's personal model, which stays with the client."""
+        turn = Turn(PERSONAL, federation, state)
+        watcher.say("personal models: each client goes on alone, on its own machine")
+        found = self.ask(turn, lambda header: record_of(header.get("record"), self.config))
+        for id, reason in sorted(turn.missing.items()):
+            watcher.say(f"warning: client {id!r} has no personal model: {reason}")
+        clients = {client.id: client for client in federation.clients}
+        yield from ((clients[id], None, record) for id, record in found.items())
+
+    def ask(self, turn: Turn, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
+        """Send each connected client the broadcast of the next round, and `read` the headers of the replies;
+        by client id, sorted."""
+        here = self.roster.look()
+        cohort = [
+            at_current_rank(client, turn.state)
+            for client in turn.federation.clients
+            if client.id in here
+        ]
+        found: dict[str, T] = {}
+
+        def accept(client: Client, header: Mapping[str, Any], payload: bytes | None) -> None:
+            found[client.id] = read(header)
+
+        self.exchange(turn, ((client, self.encode(turn, client)) for client in cohort), accept)
+        return {id: found[id] for id in sorted(found)}
 
     def exchange(
         self,
@@ -330,6 +355,8 @@ class OverNetwork:
             "client": client.id,
             "rank": client.rank,
         }
+        if turn.kind == PERSONAL:
+            header["clients"] = len(turn.federation.clients)
         content = pack(header, payload)
         ttl, round = self.config.federation.deadline + GRACE, turn.state.round + 1
         return Message(content, node, turn.kind, ttl=ttl, group_id=str(round))
@@ -351,19 +378,37 @@ def rank_left(incoming: Incoming, client: Client) -> dict[str, Tensor]:
     return {"rank": torch.tensor(rank)} if rank < client.rank else {}
 
 
-def metrics_of(header: Mapping[str, Any], config: Config) -> Metrics:
-    """A client's metrics. Raises Malformed unless they are the metrics of the task, and finite numbers."""
-    metrics = header.get("metrics")
+def record_of(record: Any, config: Config) -> dict[str, Any]:
+    """The record of a personal model. Raises Malformed unless it is what `fedhl.federation.personal` says, of
+    numbers; those of a training that has diverged may be no finite ones."""
+    names = ["steps", "loss", *STAGES]
+    if not isinstance(record, dict) or set(record) != set(names):
+        raise Malformed(f"its record is {shown(record)}, expected {', '.join(names)}")
+    steps, loss = record["steps"], record["loss"]
+    if type(steps) is not int or not 1 <= steps < WHOLE:
+        raise Malformed(f"its steps are {shown(steps)}, expected 1 to 2^53")
+    if type(loss) not in (int, float):
+        raise Malformed(f"its training loss is {shown(loss)}, expected a number")
+    metrics_of(record["global"], config)
+    metrics_of(record["personal"], config, finite=False)
+    return record
+
+
+def metrics_of(metrics: Any, config: Config, *, finite: bool = True) -> Metrics:
+    """A client's metrics. Raises Malformed unless they are the metrics of the task, and numbers, which are
+    `finite` or not."""
     loss, *others = config.task.metrics
     names = [loss, "examples", *others]
     if not isinstance(metrics, dict) or set(metrics) != set(names):
         raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
     for name, value in metrics.items():
         # so large a number is of no use, and may not even fit a float
+        if type(value) is float and not finite and not math.isfinite(value):
+            continue
         if type(value) not in (int, float) or not abs(value) < WHOLE:
             raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
     for name in config.task.units:
-        if not 0 <= metrics[name] <= 1:
+        if math.isfinite(metrics[name]) and not 0 <= metrics[name] <= 1:
             raise Malformed(f"its {name} is {shown(metrics[name])}, expected 0 to 1")
     if not metrics["examples"] >= 1:
         raise Malformed(f"its examples are {shown(metrics['examples'])}, expected at least 1")

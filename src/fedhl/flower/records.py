@@ -13,6 +13,7 @@ from fedhl.network.message import Malformed
 HELLO = "query"
 TRAIN = "train"
 EVALUATE = "evaluate"
+PERSONAL = "train.personal"
 
 
 def pack(header: Mapping[str, Any], payload: bytes | None = None) -> RecordDict:

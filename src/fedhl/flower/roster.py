@@ -244,11 +244,6 @@ def clients_needed(config: Config, nodes: int | None = None) -> int:
             "tasks: labels that arrive over time need all clients in one process (fedhl run); leave tasks "
             "out for clients on other machines"
         )
-    if config.personal is not None:
-        raise UserError(
-            "personal: personal models are trained where all clients are in one process (fedhl run without "
-            "--ray); leave personal out for clients in other processes"
-        )
     for name, given in (
         ("participation.only", config.participation.only),
         ("participation.pooled", config.participation.pooled),

@@ -1,4 +1,4 @@
-"""A client at work on its own machine: its training, its evaluation, and what it keeps of both.
+"""A client at work on its own machine: its training, its evaluation, its personal model.
 
 Knows nothing of networks: a header and a payload come in, a header and a payload go out.
 """
@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedhl import __version__
 from fedhl.config import Config
 from fedhl.data import shards
 from fedhl.errors import UserError
+from fedhl.export.own import keep_own
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
+from fedhl.federation.personal import change_of, go_on
 from fedhl.federation.prepare import load_federation, readable
+from fedhl.locate import absolute
 from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded
@@ -27,6 +31,7 @@ from fedhl.model.processors import processor_hash
 from fedhl.network import wire
 from fedhl.network.memory import Holdings, Kept
 from fedhl.network.node import Node, own_config, partition, rows_of, unquoted
+from fedhl.record import FINISHED, PERSONAL
 from fedhl.server import Client
 from fedhl.server.ledger import after, base_of, next_version
 
@@ -81,15 +86,72 @@ def evaluate(
     rows = here.federation.own.get(node.client)
     if not rows:
         return None
-    client = here.client(header["rank"])
+    client, sent, head, own = next_start(here, node, header, payload)
+    slot = here.federation.slot_of(client)
+    with deployed(here.federation, slot, sent, head, own):
+        return evaluate_rows(here.federation, rows)
+
+
+def personalise(
+    config: Config, node: Node, header: Mapping[str, Any], payload: bytes, together: bool = False
+) -> dict[str, Any]:
+    """The record of the client's personal model, which goes on from its next start and stays here, in the
+    folder `personal` of the client's own files (see `fedhl.export.own`)."""
+    here = participant(config.model_dump_json(), node, tuple(header["labels"] or ()), together)
+    if not here.federation.own.get(node.client):
+        raise UserError("it has no held-out rows of its own to judge a personal model on")
+    client, sent, head, own = next_start(here, node, header, payload)
+    personal, record = go_on(here.federation, client, sent, head, own)
+    folder = (node.place(header["run"]) / PERSONAL).absolute()
+    summary = card_of(config, here, client, header, record)
+    source = absolute(node.model or config.model.source)
+    model = config.model.model_copy(update={"source": source})
+    here_now = config.model_copy(update={"model": model})
+    keep_own(folder, here_now, summary, change_of(personal, sent), personal.head)
+    logger.info("personal model: %s", folder)
+    logger.info("  as an adapter: fedhl export %s --rank %d --out DIR", folder, client.rank)
+    return record
+
+
+def card_of(
+    config: Config,
+    here: Participant,
+    client: Client,
+    header: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the card of a personal model says, as in the summary of a run, by a client that knows no other."""
+    weighting, labels = config.weighting_used, header["labels"]
+    return {
+        "name": config.name,
+        "status": FINISHED,
+        "fedhl": __version__,
+        "task": config.task.kind,
+        "labels": labels,
+        "method": {"name": config.method.name, **config.method.hyperparameters},
+        "weighting": {"name": weighting.name, **weighting.hyperparameters},
+        "rounds": config.rounds,
+        "rounds_done": header["round"],
+        "final": None,
+        "among": header["clients"],
+        "clients": [{"id": client.id, "rank": client.rank, "examples": client.examples}],
+        "personal": {"clients": {client.id: record}},
+        "seeds": {"root": config.seed},
+        "hashes": {"model": here.loaded.hash, "tokenizer": here.tokenizer},
+    }
+
+
+def next_start(
+    here: Participant, node: Node, header: Mapping[str, Any], payload: bytes
+) -> tuple[Client, dict[str, Broadcast], Mapping[str, Tensor], dict[str, Tensor]]:
+    """The client with what it would start the next round from: what it is sent, with all of its base; the
+    head; the factors that it has kept. Raises UserError if it has lost what it held."""
     said, sent, head = wire.decode_broadcast(payload)
     own = Kept(node.place(header["run"])).before(header["round"] + 1)
     held = Holdings(node.place(header["run"])).memory(said["held"])
     if held is None:
         raise UserError("it no longer has what it was sent in earlier rounds")
-    slot = here.federation.slot_of(client)
-    with deployed(here.federation, slot, starts(held, sent), head, own):
-        return evaluate_rows(here.federation, rows)
+    return here.client(header["rank"]), starts(held, sent), head, own
 
 
 def starts(held: Mapping[str, Tensor], sent: Mapping[str, Broadcast]) -> dict[str, Broadcast]:

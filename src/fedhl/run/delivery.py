@@ -18,6 +18,7 @@ from fedhl.data.loading import load_rows
 from fedhl.errors import UserError
 from fedhl.export import export_adapter, export_merged, model_card
 from fedhl.export.cards import base_licence
+from fedhl.export.own import read_own
 from fedhl.federation.federation import Federation, initial_state
 from fedhl.federation.first_look import clients_keep
 from fedhl.federation.personal import client_named, personal_change
@@ -32,7 +33,7 @@ from fedhl.lora import LoRA, dense
 from fedhl.model.adapters import is_finite
 from fedhl.model.loading import Loaded, load_model
 from fedhl.names import unknown
-from fedhl.record import FAILED, measured, read_summary, unit_of
+from fedhl.record import FAILED, is_own, measured, read_summary, unit_of
 from fedhl.run.asked import METRICS, Asked
 from fedhl.run.closer_look import HeldOut, closer_look
 from fedhl.run.folder import PLACES, load_checkpoint, load_run_config, networked
@@ -57,40 +58,51 @@ def export_run(
     client: str | None = None,
 ) -> list[str]:
     """Write a PEFT adapter of `rank`, or (None) the merged model, into `out`; the data is not needed.
-    `places`: where the model is now, as in `load_run_config`; `client`: the client whose personal model is
-    written, in place of the global one.
+    `run`: a run folder, or that of a personal model on its client's own machine; `places`: where the model is
+    now, as in `load_run_config`; `client`: the client whose personal model is written, in place of the global
+    one.
 
     Layers narrower than `rank` get their full rank. Returns lines that say what was written and how
     to load it. Raises UserError, e.g. if `out` is not empty or the round was not kept.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
-    config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
+    config = load_run_config(run, places, ["model.source"], own=True)
+    summary = read_summary(run)
+    if is_own(run):
+        client = client or summary["clients"][0]["id"]
     # names and shapes of the base are all that is needed of it: any machine will do
     model = config.model.model_copy(update={"four_bit": False})
     config = config.model_copy(update={"compute": ComputeConfig(device="cpu"), "model": model})
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
-    if client is not None:
-        if client not in ranks:
-            raise UserError(f"--client: {unknown('client', client, list(ranks))}")
+    if client is not None and client not in ranks:
+        raise UserError(f"--client: {unknown('client', client, list(ranks))}")
+    if client is not None and not is_own(run):
         summary["personal"] = there(run)  # known before the summary knows
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
-    state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
-    head, whose = state.head, ""
-    if client is None:
-        known = server.deltas(federation.method, state)
-        refuse_diverged(run, state, known, manifest["metrics"]["evaluation"])
+    if is_own(run):
+        known, head = read_own(run)
     else:
-        known, head = personal_of(run, federation, state, client)
-        whose = f"client {client!r}, "
+        state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
+        summary["rounds_done"] = state.round
+        summary["final"] = manifest["metrics"]["evaluation"]
+        known, head = server.deltas(federation.method, state), state.head
+        if client is None:
+            refuse_diverged(run, state, known, summary["final"])
+        else:
+            known, head = personal_of(run, federation, state, client)
+    if client is not None and not all_finite(known, head):
+        raise UserError(
+            f"{run}: the personal training of client {client!r} has diverged: its numbers are not finite; a "
+            "smaller personal.learning_rate may help"
+        )
     if summary["status"] == FAILED:
         watcher.say(f"warning: {run} failed: {summary['reason']}")
     if not known:
         raise UserError(f"{run}: method {config.method.name!r} has no global model to export")
-    summary["rounds_done"] = state.round
-    summary["final"] = manifest["metrics"]["evaluation"]
-    base = loaded.source_for_adapter
+    base, round = loaded.source_for_adapter, summary["rounds_done"]
+    whose = "" if client is None else f"client {client!r}, "
     about: dict[str, Any] = {
         "base": base,
         "max_length": config.task.longest,
@@ -103,14 +115,14 @@ def export_run(
         card = model_card(summary, "merged", None, **about)
         export_merged(out, fresh, {name: dense(delta) for name, delta in known.items()}, head, card)
         what = "full-rank update" if client is None else "personal model's change"
-        return [f"{whose}round {state.round}, {what} merged into {base}: {out}"]
+        return [f"{whose}round {round}, {what} merged into {base}: {out}"]
     adapter = truncations(known, rank)
     got = max(lora.rank for lora in adapter.values())
     card = model_card(summary, "adapter", got, **about)
     export_adapter(out, loaded, adapter, head, card)
     short = "" if got == rank else f" (the rank of the update; asked for was {rank})"
     return [
-        f"{whose}round {state.round}, PEFT adapter of rank {got}{short}: {out}",
+        f"{whose}round {round}, PEFT adapter of rank {got}{short}: {out}",
         f"truncation left out {100 * left_out(known, adapter):.3g}% of the update's squared norm",
     ]
 
@@ -119,16 +131,10 @@ def personal_of(
     run: Path, federation: Federation, state: ServerState, id: str
 ) -> tuple[dict[str, Tensor | LoRA], dict[str, Tensor]]:
     """The change of every layer, and the head, of the personal model of this client. Raises UserError if
-    there is none, or if its numbers are not finite."""
+    there is none."""
     client = client_named(federation, id)
     personal = read_model(run, client, state)
-    change, head = personal_change(federation, state, client, personal), dict(personal.head)
-    if not all_finite(change, head):
-        raise UserError(
-            f"{run}: the personal training of client {id!r} has diverged: its numbers are not finite; a "
-            "smaller personal.learning_rate may help"
-        )
-    return change, head
+    return personal_change(federation, state, client, personal), dict(personal.head)
 
 
 def refuse_diverged(

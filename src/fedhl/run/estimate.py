@@ -93,4 +93,5 @@ def rows_evaluated(federation: Federation) -> int:
         1 + config.rounds // config.evaluation.every + (config.rounds % config.evaluation.every > 0)
     )
     others = {client.rank for client in federation.clients} - {top}
-    return times * (2 * held_out + validation + own) + held_out * len(others) + personal
+    once = 0 if config.lora.start else held_out  # before training W is 0, and so is its truncation
+    return times * (2 * held_out + validation + own) - once + held_out * len(others) + personal

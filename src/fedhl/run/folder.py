@@ -17,17 +17,22 @@ from safetensors import SafetensorError
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.files import json_text, write_text
-from fedhl.locate import PACKAGE, locate
+from fedhl.locate import absolute, locate
 from fedhl.names import listed
-from fedhl.record import read_metrics, read_summary, rounds_in
+from fedhl.record import is_own, read_metrics, read_summary, rounds_in
 from fedhl.watch import SILENT, Watcher
 
 if TYPE_CHECKING:
     from fedhl.server import ServerState
 
 
-def refuse_other(folder: Path) -> None:
-    """Raises UserError unless `folder` is the folder of one run."""
+def refuse_other(folder: Path, *, own: bool = False) -> None:
+    """Raises UserError unless `folder` is the folder of one run, or, with `own`, of a personal model on its
+    client's own machine."""
+    if is_own(folder) and not own:
+        raise UserError(
+            f"{folder} is a personal model on its client's own machine, and no run; `fedhl export` reads it"
+        )
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     if (folder / "clients").is_dir():
@@ -66,11 +71,12 @@ def load_run_config(
     needed: Collection[str] = (),
     *,
     draft: bool = False,
+    own: bool = False,
 ) -> Config:
     """The config of a run folder. `places`: where model and data are now, as `KEY=PATH`, and `report_to=...`;
-    `needed`: the keys of what must be there; `draft`: as in `load_config`. Raises UserError if `folder` is
-    not a run folder, and for what is not there."""
-    refuse_other(folder)
+    `needed`: the keys of what must be there; `draft`: as in `load_config`; `own`: as in `refuse_other`.
+    Raises UserError if `folder` is not a run folder, and for what is not there."""
+    refuse_other(folder, own=own)
     for change in places:
         key = change.partition("=")[0].strip()
         if key not in MAY_CHANGE:
@@ -121,11 +127,6 @@ def placed(config: Config, place: Callable[[str], str]) -> Config:
 
 def anchored(config: Config) -> Config:
     """The config with absolute paths, so that it means the same in any working folder."""
-
-    def absolute(source: str) -> str:
-        path = None if source.startswith(PACKAGE) else locate(source)
-        return source if path is None else str(path.absolute())
-
     return placed(config, absolute)
 
 

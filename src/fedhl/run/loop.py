@@ -173,7 +173,7 @@ def run_rounds(
                 )
                 state, best = keep(prepared, done, lines, folder, watcher)
                 track()
-            keep_personal(prepared.federation, state, folder, watcher)
+            keep_personal(prepared.federation, state, folder, watcher, engine)
             track()
         except KeyboardInterrupt:
             with writing(folder):

@@ -1,5 +1,5 @@
-"""The personal models of a run, in the folder `personal` of its run folder: a file for each client, and how
-all of them score. The folder is there whole or not at all."""
+"""The personal models of a run, in the folder `personal` of its run folder: how all of them score, and a file
+for each client that is not on a machine of its own. The folder is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedhl.errors import UserError
+from fedhl.federation.engine import IN_PROCESS, Engine
 from fedhl.federation.federation import Federation
-from fedhl.federation.personal import Personal, over_models, personal_models, said
+from fedhl.federation.personal import Personal
+from fedhl.federation.scores import over_models, said
 from fedhl.files import file_name, json_text, sha256, sha256_of, whole_folder
 from fedhl.lora import LoRA
 from fedhl.record import PERSONAL, SCORES, failure, read_metrics, read_scores, round_name
-from fedhl.run.folder import writing
+from fedhl.run.folder import networked, writing
 from fedhl.server import Client, ServerState
 from fedhl.watch import SILENT, Watcher
 
@@ -27,10 +29,14 @@ SEPARATOR = "::"  # between the parts of a tensor's name; layer names have dots
 
 
 def keep_personal(
-    federation: Federation, state: ServerState, folder: Path, watcher: Watcher = SILENT
+    federation: Federation,
+    state: ServerState,
+    folder: Path,
+    watcher: Watcher = SILENT,
+    engine: Engine = IN_PROCESS,
 ) -> None:
-    """Train and evaluate the personal models of a run whose rounds are done, and write them, unless they are
-    there already. A run that has failed has none."""
+    """Have the personal models of a run whose rounds are done trained and evaluated, unless that is done, and
+    write how they score, and those that are in this process. A run that has failed has none."""
     if federation.config.personal is None or failure(read_metrics(folder)):
         return
     origin = origin_of(folder, state)
@@ -44,9 +50,14 @@ def keep_personal(
             folder / PERSONAL, folder / f".partial-{PERSONAL}", replace=True, private=True
         ) as staging,
     ):
-        for client, personal, record in personal_models(federation, state, watcher):
-            write_model(model_file(staging, client.id), client, personal)
+        for client, personal, record in engine.personal(federation, state, watcher):
+            if personal is not None:
+                write_model(model_file(staging, client.id), client, personal)
             records[client.id] = record
+        if not records:
+            raise UserError(
+                "no client has made its personal model; the rounds are kept: give the same command again"
+            )
         scores = over_models(records, federation.objective)
         scores |= {"seconds": perf_counter() - began, "round": state.round, "origin": origin}
         (staging / SCORES).write_text(json_text(scores, indent=1) + "\n", encoding="utf-8")
@@ -101,6 +112,11 @@ def read_model(folder: Path, client: Client, state: ServerState) -> Personal:
             f"fedhl resume {folder} makes them again"
         )
     file = model_file(folder / PERSONAL, client.id)
+    if not file.exists() and networked(folder):
+        raise UserError(
+            f"the personal model of client {client.id!r} is on the client's own machine, whose log names the "
+            "folder; it is exported there"
+        )
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -19,8 +19,9 @@ from fedhl.federation.engine import run_round
 from fedhl.federation.examine import check_count, refuse_unknown_clients
 from fedhl.federation.federation import initial_state
 from fedhl.federation.first_look import smallest
-from fedhl.federation.personal import over_models, personal_models, said
+from fedhl.federation.personal import personal_models
 from fedhl.federation.prepare import federate, pick_device
+from fedhl.federation.scores import over_models, said
 from fedhl.files import finite
 from fedhl.names import unknown
 from fedhl.record import Unit, unit_by_name
