@@ -2,9 +2,9 @@
 
     python experiments/gsm8k_rows.py FOLDER [OUT]
 
-FOLDER holds `train.jsonl` and `test.jsonl` of the published data set (MIT; it is not part of this repository).
-The marks <<48/2=24>>, which are for a calculator, are left out. Writes OUT/train.jsonl and OUT/test.jsonl, OUT
-being `build/gsm8k` unless given.
+FOLDER holds `train.jsonl` and `test.jsonl` of the published data set (MIT; it is not part of this
+repository). The marks <<48/2=24>>, which are for a calculator, are left out. Writes OUT/train.jsonl and
+OUT/test.jsonl, OUT being `build/gsm8k` unless given.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +62,27 @@ def written(file: Path) -> tuple[dict[str, Any], Likelihoods]:
     return found, [[float(answer[0]) for answer in row["filtered_resps"]] for row in rows]
 
 
+def chatted(tokenizer: Any, question: str) -> str:
+    """The question as the user's turn, and what the template begins an answer with."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+
+
 @torch.no_grad()
-def by_hand(model: Any, tokenizer: Any, tasks: Path) -> tuple[Likelihoods, float]:
+def by_hand(
+    model: Any, tokenizer: Any, tasks: Path, asked: Callable[[Any, str], str] = lambda _, text: text
+) -> tuple[Likelihoods, float]:
     """`Σ log p` over the tokens of each choice, one row at a time, and the share of the rows whose likelier
-    choice is the answer."""
+    choice is the answer. `asked`: the prompt of a question."""
     found, right = [], []
     for line in (tasks / "rows.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         sums = []
         for choice in row["choices"]:
-            prompt = tokenizer(row["question"].rstrip())["input_ids"]
-            ids = torch.tensor(tokenizer(row["question"] + choice)["input_ids"])
+            question = asked(tokenizer, row["question"])
+            prompt = tokenizer(question.rstrip())["input_ids"]
+            ids = torch.tensor(tokenizer(question + choice)["input_ids"])
             logits = model(ids[None]).logits[0].double().log_softmax(-1)
             of_next = logits[:-1].gather(1, ids[1:, None])[:, 0]
             sums.append(float(of_next[len(prompt) - 1 :].sum()))
@@ -111,17 +124,37 @@ def test_a_rank_is_that_of_the_exported_adapter(runs: Path, tasks: Path, tmp_pat
 
     file = tmp_path / "found.json"
     asked = Harness(["our_kind*"], tasks, file, rank=1)
-    evaluate_by_harness(runs / "lm", 2, asked, places=[f"model.source={runs.parent / 'llama'}"])
-    export_run(
-        *(runs / "lm", tmp_path / "adapter", 1, 2),
-        places=[f"model.source={runs.parent / 'llama'}"],
-    )
+    evaluate_by_harness(runs / "lm", 2, asked, places=here(runs, "llama"))
+    export_run(runs / "lm", tmp_path / "adapter", 1, 2, places=here(runs, "llama"))
     base = AutoModelForCausalLM.from_pretrained(runs.parent / "llama")
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     found, likelihoods = written(file)
     assert found["fedhl"] == {"run": "lm", "round": 2, "model": "update truncated to rank 1"}
     same(likelihoods, by_hand(model, tokenizer, tasks)[0])
+
+
+def test_a_chat_model_is_asked_in_its_template(runs: Path, tasks: Path, tmp_path: Path):
+    run, file = shutil.copytree(runs / "chat", tmp_path / "chat"), tmp_path / "found.json"
+    text = (run / "config.yaml").read_text()
+    assert "precision: bfloat16" in text  # too coarse to compare
+    (run / "config.yaml").write_text(text.replace("precision: bfloat16", "precision: float32"))
+    asked = Harness(["our_kinds"], tasks, file, limit=5, chat=True)
+    evaluate_by_harness(run, "last", asked, places=here(runs, "chat"))
+    export_run(run, tmp_path / "model", None, "last", places=here(runs, "chat"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    found, likelihoods = written(file)
+    assert found["results"]["our_kinds"]["sample_len"] == len(likelihoods) == 5
+    same(likelihoods, by_hand(model, tokenizer, tasks, chatted)[0][:5])
+    with pytest.raises(UserError, match="tokenizer has no chat template; leave it out"):
+        evaluate_by_harness(
+            runs / "lm", "last", replace(asked, json=None), places=here(runs, "llama")
+        )
+
+
+def here(runs: Path, model: str) -> list[str]:
+    return [f"model.source={runs.parent / model}"]
 
 
 def test_what_lm_eval_cannot_do_is_one_sentence(tasks: Path):

@@ -128,7 +128,7 @@ MISTAKES = {
     "eval runs/tiny --rank 2": "--rank 2 chooses the model of --predictions",
     "eval runs/tiny --lm-eval arc_easy": "lm-eval is for causal language models, and this run has a",
     "eval runs/tiny --lm-eval arc_easy --classes": "--classes is for held-out rows",
-    "eval runs/tiny --json new": "--json new is for --lm-eval; add --lm-eval TASKS",
+    "eval runs/tiny --json new": "--json is for --lm-eval; add --lm-eval TASKS",
     "export nowhere --rank 2 --out new": "nowhere is not a run folder",
     "export runs/tiny --rank 0 --out new": "--rank must be at least 1, got 0",
     "export runs/tiny --out new": "give either --rank R",

@@ -112,6 +112,20 @@ def evaluate(
             "--json", metavar="FILE", help="Write all that --lm-eval finds into a new .json file."
         ),
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="Only the first N rows of each task of --lm-eval."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Give lm-eval's prompts to the model as a chat, in the model's template: what a run with "
+            "a chat model has trained on.",
+        ),
+    ] = False,
     set: Places = None,
 ) -> None:
     """Evaluate a run again: the full-rank update, and its truncation to every rank of a client. Look closer,
@@ -136,15 +150,20 @@ def evaluate(
                     raise UserError(
                         f"{option} is for held-out rows, and --lm-eval has its own; give one"
                     )
-            harness = Harness(lm_eval.split(","), include_path, json, rank)
+            harness = Harness(lm_eval.split(","), include_path, json, rank, limit, chat)
             harness.check(load_run_config(run, set or (), draft=True))
             from fedhl.run.harness import evaluate_by_harness
 
             show(evaluate_by_harness(run, which, harness, watcher, set or ()))
             return
-        for option, given in (("--include-path", include_path), ("--json", json)):
+        for option, given in (
+            ("--include-path", include_path),
+            ("--json", json),
+            ("--limit", limit),
+            ("--chat-template", chat),
+        ):
             if given:
-                raise UserError(f"{option} {given} is for --lm-eval; add --lm-eval TASKS")
+                raise UserError(f"{option} is for --lm-eval; add --lm-eval TASKS")
         if data is not None:
             locate(data)
         asked = Asked(predictions, classes, samples, new_tokens, rank)

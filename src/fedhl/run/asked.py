@@ -65,12 +65,14 @@ METRICS = Asked()
 class Harness:
     """What lm-eval is asked for in place of the metrics. `tasks`: the names of its tasks, of which `*` stands
     for several; `include_path`: a folder with more tasks; `json`: a file for all that it finds; `rank`: as in
-    `Asked`."""
+    `Asked`; `limit`: only so many rows of each task; `chat`: prompts in the model's chat template."""
 
     tasks: Sequence[str]
     include_path: Path | None = None
     json: Path | None = None
     rank: int | None = None
+    limit: int | None = None
+    chat: bool = False
 
     def check(self, config: Config) -> None:
         """Raises UserError unless lm-eval is installed, the model of this run is one for it, and the files

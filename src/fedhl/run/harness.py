@@ -50,11 +50,13 @@ def evaluate_by_harness(
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
     check_same(run, config, {"model": loaded.hash, "tokenizer": hash_once(loaded.processor)})
+    if asked.chat and not loaded.processor.chat_template:
+        raise UserError("--chat-template: the model's tokenizer has no chat template; leave it out")
     state, manifest = load_checkpoint(run, initial_state(federation), which, watcher)
     model, change = model_of_rank(federation, state, asked.rank)
     refuse_diverged(run, state, change, manifest["metrics"]["evaluation"])
     with changed(federation, state, change), calm():
-        found = results(federation, config, loaded.processor, manager, tasks, bool(asked.json))
+        found = results(federation, config, loaded.processor, manager, tasks, asked)
     said: list[Said] = [table(found, f"lm-eval, {model}, after round {state.round}")]
     if asked.json:
         write_results(asked.json, found, {"run": run.name, "round": state.round, "model": model})
@@ -111,10 +113,10 @@ def results(
     tokenizer: Any,
     manager: Any,
     tasks: Sequence[Any],
-    samples: bool,
+    asked: Harness,
 ) -> Json:
-    """What lm-eval says of the current model, as its own library returns it; with `samples` also every row
-    with its log-likelihoods."""
+    """What lm-eval says of the current model, as its own library returns it; for a file also every row with
+    its answers or log-likelihoods."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -132,7 +134,9 @@ def results(
         tasks=list(tasks),
         task_manager=manager,
         batch_size=config.evaluation.batch_size,
-        log_samples=samples,
+        log_samples=bool(asked.json),
+        limit=asked.limit,
+        apply_chat_template=asked.chat,
     )
     return found
 
