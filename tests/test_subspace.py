@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -31,6 +33,7 @@ SPECTRA = {
 }
 
 
+@cache  # most matrices here have the same singular vectors
 def orthogonal(rows: int, columns: int, seed: int) -> Tensor:
     draw = torch.randn(rows, columns, generator=generator(seed), dtype=torch.float64)
     return torch.linalg.qr(draw).Q
