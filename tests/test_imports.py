@@ -11,6 +11,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -64,6 +65,7 @@ MODULES = modules()
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
+@cache  # many tests ask about the same module
 def imports(module: str) -> set[str]:
     """The dotted names a module imports, anywhere in it: at the top, in functions, for types only."""
     return imported(MODULES[module].read_text(encoding="utf-8"), module, MODULES)

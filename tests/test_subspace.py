@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -31,6 +33,7 @@ SPECTRA = {
 }
 
 
+@cache  # most matrices here have the same singular vectors
 def orthogonal(rows: int, columns: int, seed: int) -> Tensor:
     draw = torch.randn(rows, columns, generator=generator(seed), dtype=torch.float64)
     return torch.linalg.qr(draw).Q
@@ -75,12 +78,14 @@ def check(found: Leading, W: Tensor, rank: int) -> None:
 def test_every_prefix_is_optimal(spectrum: str, shape: tuple[int, int], start: str) -> None:
     W = matrix(spectrum, *shape)
     starts = {
-        "cold": None,
-        "warm": iterate(W + 0.01 * matrix("slow", *shape), RANK, None),
-        "wrong": Leading(torch.empty(0), orthogonal(shape[1], RANK, 9).T.float(), 0.0),
-        "of another rank": Leading(torch.empty(0), orthogonal(shape[1], 5, 9).T.float(), 0.0),
+        "cold": lambda: None,
+        "warm": lambda: iterate(W + 0.01 * matrix("slow", *shape), RANK, None),
+        "wrong": lambda: Leading(torch.empty(0), orthogonal(shape[1], RANK, 9).T.float(), 0.0),
+        "of another rank": lambda: Leading(
+            torch.empty(0), orthogonal(shape[1], 5, 9).T.float(), 0.0
+        ),
     }
-    given_rows = starts[start]
+    given_rows = starts[start]()
     found = iterate(W, RANK, None if given_rows is None else given_rows.A)
     assert found is not None, "it did not settle"
     check(found, W, RANK)

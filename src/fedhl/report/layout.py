@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -39,6 +40,7 @@ def arrange(stack: Sequence[Axes], width: float, height: float) -> None:
         top = bottom - under
 
 
+@cache  # the plots of a page have most of their texts in common, and each is drawn at two widths
 def text_width(text: str) -> float:
     font = FontProperties(size=FONT)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]

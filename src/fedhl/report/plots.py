@@ -38,6 +38,7 @@ RC: Any = {
     "font.family": "DejaVu Sans",  # ships with Matplotlib: the layout is the same everywhere
     "font.size": FONT,
     "axes.unicode_minus": True,
+    "axes.titley": 1.0,  # where Matplotlib puts titles in the end, which costs it a look at every text
     "path.simplify": False,
 }
 
