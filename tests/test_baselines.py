@@ -13,6 +13,7 @@ import pytest
 from support.fake_run import Page
 from support.tiny import fedhl, start
 
+from fedhl.compare.variants import SETTINGS, parse_variant
 from fedhl.config import Config, load_config
 from fedhl.errors import UserError
 from fedhl.federation.examine import examine
@@ -69,6 +70,15 @@ def test_a_client_alone_has_what_it_has_among_all(
     assert some.held_out == everyone.held_out and some.labels == everyone.labels
     with pytest.raises(UserError, match=r"participation.only: .*'client-9'.*did you mean"):
         examine(tiny(project, monkeypatch, "participation.only=[client-9]"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_travels_to_a_baseline_so_nothing_is_rounded(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    narrow = tiny(project, monkeypatch, "wire={payload: int8, download: float16}")
+    wire = parse_variant(name).config(narrow, 0).wire
+    assert (wire.payload, wire.download) == ("float32", None)
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,9 @@ def test_the_shell_completes_commands_methods_and_run_folders(tmp_path: Path) ->
     assert completed(tmp_path, "fedhl compare c.yaml --methods fedit,fedhl") == [
         *("fedit,fedhl", "fedit,fedhl_ef")
     ]
+    assert completed(tmp_path, "fedhl compare c.yaml --methods fedhl,po") == [
+        *("fedhl,pooled", "fedhl,pooled_full")
+    ]
     assert completed(tmp_path, "fedhl compare c.yaml --weighting un") == ["uniform"]
 
 

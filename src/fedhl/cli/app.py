@@ -59,11 +59,17 @@ def run_folders(incomplete: str) -> list[str]:
 
 
 def method_names(incomplete: str) -> list[str]:
-    """A list of methods with one more method at its end."""
     from fedhl.methods import METHODS
 
+    return list(METHODS)
+
+
+def variant_names(incomplete: str) -> list[str]:
+    """A list of methods and baselines with one more at its end."""
+    from fedhl.compare.variants import SETTINGS
+
     before, comma, _ = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in METHODS]
+    return [f"{before}{comma}{name}" for name in (*method_names(""), *SETTINGS)]
 
 
 def weighting_names(incomplete: str) -> list[str]:

@@ -19,10 +19,10 @@ from fedhl.cli.app import (
     Ray,
     RunFolder,
     friendly,
-    method_names,
     parse_numbers,
     say,
     stdout,
+    variant_names,
     watching,
     weighting_names,
 )
@@ -304,7 +304,7 @@ def compare(
             metavar="A,B,...",
             help="The methods, each as NAME or NAME@KEY=VALUE, e.g. "
             "fedhl,fedit@lora.ranks=8,hetlora@method.gamma=1.",
-            autocompletion=method_names,
+            autocompletion=variant_names,
         ),
     ],
     seeds: Annotated[

@@ -32,14 +32,13 @@ EITHER = {
 
 ONE_CLIENT = (
     *("weighting=uniform", "robust=null", "privacy=null", "channel=null"),
-    "participation.stragglers=0",
+    *("participation.stragglers=0", "wire.payload=float32", "wire.download=null"),
 )
-"""Settings that mean nothing where there is one client."""
+"""Settings that mean nothing where there is one client: nothing is weighted, travels, or is rounded."""
 POOLED = ("participation.pooled=true", "personal=null", *ONE_CLIENT)
 SETTINGS = {
     "pooled": POOLED,
-    # nothing travels, so nothing is rounded
-    "pooled_full": (*POOLED, "training.full=true", "wire.payload=float32", "wire.download=null"),
+    "pooled_full": (*POOLED, "training.full=true"),
     "alone": ("personal=null", *ONE_CLIENT),  # such a model is personal already
 }
 """The settings of the baselines, by name."""
