@@ -123,7 +123,7 @@ def test_a_rank_is_that_of_the_exported_adapter(runs: Path, tasks: Path, tmp_pat
     from peft import PeftModel
 
     file = tmp_path / "found.json"
-    asked = Harness(["our_kind*"], tasks, file, rank=1)
+    asked = Harness(["our_kinds"], tasks, file, rank=1)
     evaluate_by_harness(runs / "lm", 2, asked, places=here(runs, "llama"))
     export_run(runs / "lm", tmp_path / "adapter", 1, 2, places=here(runs, "llama"))
     base = AutoModelForCausalLM.from_pretrained(runs.parent / "llama")
@@ -161,6 +161,8 @@ def test_what_lm_eval_cannot_do_is_one_sentence(tasks: Path):
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=tasks)
+    (found,) = find_tasks(manager, ["our_kind*"])
+    assert found.task_name == "our_kinds"
     with pytest.raises(UserError, match="unknown task 'our_kindz'; did you mean 'our_kinds'"):
         find_tasks(manager, ["our_kinds", "our_kindz"])
     with pytest.raises(

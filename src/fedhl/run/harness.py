@@ -42,10 +42,8 @@ def evaluate_by_harness(
     """
     config, summary = load_run_config(run, places, ["model.source"]), read_summary(run)
     asked.check(config)
-    from lm_eval.tasks import TaskManager
-
     with calm():
-        manager = TaskManager(include_path=asked.include_path)
+        manager = manager_for(asked)
         tasks = find_tasks(manager, asked.tasks)
     ranks = {client["id"]: client["rank"] for client in summary["clients"]}
     loaded, federation = load_federation(config, summary["labels"], ranks)
@@ -62,6 +60,18 @@ def evaluate_by_harness(
         write_results(asked.json, found, {"run": run.name, "round": state.round, "model": model})
         said.append(f"all that lm-eval found: {asked.json}")
     return said
+
+
+def manager_for(asked: Harness) -> Any:
+    """lm-eval's manager of tasks, with its own thousands of tasks only where one of them may be asked for: to
+    read their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    if asked.include_path is not None:
+        alone = TaskManager(include_path=asked.include_path, include_defaults=False)
+        if set(asked.tasks) <= set(alone.all_subtasks):
+            return alone
+    return TaskManager(include_path=asked.include_path)
 
 
 @contextmanager
