@@ -19,7 +19,7 @@ from fedhl.data import shards
 from fedhl.errors import UserError
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
-from fedhl.federation.prepare import load_federation, readable
+from fedhl.federation.prepare import load_federation, readable, with_cache
 from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
 from fedhl.model.loading import Loaded
@@ -146,4 +146,5 @@ def participant(
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings
     )
+    federation = with_cache(settings, federation)
     return Participant(federation, loaded, processor_hash(loaded.processor), node.client)
