@@ -148,7 +148,6 @@ def test_a_run_that_is_resumed_has_the_same_bits() -> None:
     evaluate_rows(again, again.held_out[:2])
     assert same(run_round(again, between)[0], state)
     assert len(cache_of(again).activations) < len(cache_of(whole).group)
-    assert cached(last_layer("bert")).objective is not again.objective
 
 
 def test_rows_that_were_never_announced_are_read_by_the_whole_model() -> None:

@@ -214,8 +214,8 @@ class CachedObjective:
         *others, last = self.frozen.below
         with ExitStack() as undo:
             for layer in others:
-                undo.enter_context(forward(layer, given))
-            undo.enter_context(forward(last, partial(known, activations)))
+                undo.enter_context(forward(layer, passed_on))
+            undo.enter_context(forward(last, partial(remembered, activations)))
             yield
 
 
@@ -232,13 +232,14 @@ def forward(layer: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]
             layer.forward = before
 
 
-def given(*args: Any, **kwargs: Any) -> Tensor:
+def passed_on(*args: Any, **kwargs: Any) -> Tensor:
     """The activations that a layer is given, as it is."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def known(activations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    expected = given(*args, **kwargs).shape
+def remembered(activations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`activations`, of the shape that the layer is given."""
+    expected = passed_on(*args, **kwargs).shape
     if activations.shape != expected:
         raise ValueError(f"activations of {tuple(activations.shape)}, expected {tuple(expected)}")
     return activations
