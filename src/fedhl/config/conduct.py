@@ -277,6 +277,10 @@ class ComputeConfig(Strict):
     threads: PositiveInt | None = None
     """The number of CPU threads; null: what PyTorch chooses. Two runs are bit for bit the same only with the
     same number of threads."""
+    cache_activations: bool = False
+    """Compute the layers below the first adapted one once for each row, and keep in memory what leaves them,
+    instead of computing them in every step and every evaluation. This needs `lora.targets` in the last layers
+    only, and no dropout below these. [When it helps](performance.md#activations-computed-once)."""
 
 
 class TasksConfig(Strict):

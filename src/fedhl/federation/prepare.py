@@ -22,6 +22,7 @@ from fedhl.federation.federation import Federation, initial_state
 from fedhl.federation.first_look import check_config
 from fedhl.lora import LoRA
 from fedhl.model import adapters, peft
+from fedhl.model.activation_cache import CachedObjective
 from fedhl.model.loading import Loaded, load_model
 from fedhl.model.reading import check_first, check_rows
 from fedhl.names import listed
@@ -232,6 +233,7 @@ def assemble(
         tasks=data.tasks,
         pooled=data.pooled,
     )
+    federation = with_cache(config, federation)
     start, head = read_start(config, federation) if config.lora.start else ({}, {})
     if head and data.labels is not None:
         check_start_labels(config, data.labels, watcher)
@@ -271,6 +273,23 @@ def readable(
         return replace(encoded, examples=[*examples])
 
     return complete
+
+
+def with_cache(config: Config, federation: Federation) -> Federation:
+    """The same with the activations of all of its rows computed once, if the config says so. Raises UserError
+    for a model whose layers do not allow it."""
+    if not config.compute.cache_activations:
+        return federation
+    of_clients = [*federation.rows.values(), *federation.own.values()]
+    objective = CachedObjective(
+        federation.objective,
+        federation.slots,
+        [*of_clients, federation.held_out, federation.validation],
+        config.task.length,
+        federation.autocast,
+        federation.device,
+    )
+    return replace(federation, objective=objective)
 
 
 def trained_layers(config: Settings, layers: Sequence[str]) -> dict[str, frozenset[str]]:

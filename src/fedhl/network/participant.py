@@ -22,7 +22,7 @@ from fedhl.export.own import keep_own
 from fedhl.federation.federation import Federation
 from fedhl.federation.local import deployed, evaluate_rows, train_client
 from fedhl.federation.personal import change_of, go_on
-from fedhl.federation.prepare import load_federation, readable
+from fedhl.federation.prepare import load_federation, readable, with_cache
 from fedhl.locate import absolute
 from fedhl.method import Broadcast, remembers
 from fedhl.model.evaluation import Metrics
@@ -208,4 +208,5 @@ def participant(
     federation = replace(
         federation, clients=clients, rows=own.train, own=own.client_held_out, config=settings
     )
+    federation = with_cache(settings, federation)
     return Participant(federation, loaded, processor_hash(loaded.processor), node.client)

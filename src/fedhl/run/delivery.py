@@ -27,6 +27,7 @@ from fedhl.federation.prepare import (
     prepare,
     prepare_server_again,
     readable,
+    with_cache,
 )
 from fedhl.federation.scores import evaluate_round, truncations
 from fedhl.lora import LoRA, dense
@@ -245,7 +246,7 @@ def evaluate_on(
     encoded = config.task.encode(rows, source, loaded.processor, summary["labels"])
     with located(rows, source):
         encoded = readable(config, federation, loaded, watcher)(encoded)
-    federation = replace(federation, held_out=encoded.examples)
+    federation = with_cache(config, replace(federation, held_out=encoded.examples))
     state, _ = load_checkpoint(run, initial_state(federation), which, watcher)
     said: list[Said] = [
         table(evaluate_round(federation, state, every_rank=True), federation, state)

@@ -14,7 +14,8 @@ from fedhl.federation.local import evaluate_rows
 from fedhl.federation.personal import personal_steps
 from fedhl.federation.prepare import Prepared
 from fedhl.model import peft
-from fedhl.model.training import train
+from fedhl.model.activation_cache import CachedObjective
+from fedhl.model.training import batches, train
 from fedhl.report.format import seconds
 
 STEPS = 4
@@ -25,22 +26,38 @@ def duration(prepared: Prepared) -> Iterator[str]:
     """The time of a run and its parts, without the server's work, in a line of text. The steps that are
     tried have a rate of 0, and move nothing."""
     config, federation = prepared.config, prepared.federation
+    read = seconds_to_read(federation)
     step, row = seconds_per_step(federation), seconds_per_row(federation)
     steps = [federation.steps_for(client.examples) for client in federation.clients]
     cohort = config.participation.size(len(steps))
     training = step * cohort * sum(steps) / len(steps)
     evaluation = row * rows_evaluated(federation)
-    total = config.rounds * training + evaluation
-    later = ""
+    total = config.rounds * training + evaluation + read
+    later = f", at most {seconds(read)} for the cached activations" if read else ""
     if config.personal is not None:
         alone = step * sum(personal_steps(federation, client) for client in federation.clients)
         total += alone
-        later = f", {seconds(alone)} of training of personal models"
+        later += f", {seconds(alone)} of training of personal models"
     yield (
         f"about {seconds(total)} on this machine: {config.rounds} rounds with {seconds(training)} of "
         f"training in each{later}, and {seconds(evaluation)} of evaluation in all (from {STEPS - 1} steps "
         "and one batch; the server's work comes on top)"
     )
+
+
+def seconds_to_read(federation: Federation) -> float:
+    """Of computing the activations that are cached, for every row, from those that the steps which are tried
+    will draw; 0 without a cache."""
+    cache = federation.objective
+    if not isinstance(cache, CachedObjective):
+        return 0.0
+    rows = federation.rows[max(federation.clients, key=lambda client: client.examples).id]
+    order = batches(len(rows), federation.config.training.batch_size, 0)
+    known, began = len(cache.activations), perf_counter()
+    for _ in range(STEPS):
+        cache.batch([rows[k] for k in next(order)])
+    read = len(cache.activations) - known
+    return (perf_counter() - began) / max(read, 1) * len(cache.group)
 
 
 def seconds_per_step(federation: Federation) -> float:
@@ -73,6 +90,7 @@ def seconds_per_row(federation: Federation) -> float:
     if not rows:
         return 0.0
     some = rows[:: -(-len(rows) // federation.config.evaluation.batch_size)]
+    federation.objective.batch(some)  # activations that are cached do not count
     began = perf_counter()
     evaluate_rows(federation, some)
     return (perf_counter() - began) / len(some)

@@ -20,6 +20,7 @@ from fedhl.federation.prepare import Prepared
 from fedhl.federation.traffic import bytes_expected
 from fedhl.method import Remembering, flatten
 from fedhl.model import peft
+from fedhl.model.activation_cache import CachedObjective
 from fedhl.model.targets import is_linear
 from fedhl.names import listed, size
 from fedhl.report.format import span
@@ -282,6 +283,10 @@ def memory_table(prepared: Prepared) -> Table:
         "server: the state before and after a round": 2 * server,
         "server: the updates of a cohort": replies,
     }
+    cache = federation.objective
+    kept = cache.bytes if isinstance(cache, CachedObjective) else 0
+    if kept:
+        parts["cached activations of all rows, in main memory"] = kept
     table = Table(title="Memory (estimated)", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
@@ -290,7 +295,9 @@ def memory_table(prepared: Prepared) -> Table:
     table.add_section()
     table.add_row("together, beside Python, PyTorch and the rows", size(sum(parts.values())))
     if federation.device.type == "cpu":
-        table.add_row("the whole process at its peak", size(peak_memory() + server + replies))
+        table.add_row(
+            "the whole process at its peak", size(peak_memory() + server + replies + kept)
+        )
     return table
 
 

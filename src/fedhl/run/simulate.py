@@ -256,6 +256,7 @@ def refuse_idle(
         ("checkpoints", "checkpoints" in config.model_fields_set, "nothing is written"),
         ("lora.start", config.lora.start, "merge the adapter into the model before"),
         ("evaluation.client_fraction", config.evaluation.client_fraction, "give client_held_out"),
+        ("compute.cache_activations", config.compute.cache_activations, "rows may be anything"),
         ("participation.only", config.participation.only, "give the rows of these clients alone"),
         ("participation.pooled", config.participation.pooled, "give one client all rows"),
     ):
