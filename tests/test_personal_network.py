@@ -165,13 +165,20 @@ RECORD = {"steps": 3, "loss": 0.2, "global": GOOD, "personal": GOOD}
     [
         *(None, 3, [], {}, RECORD | {"more": 1}),
         *(RECORD | {"steps": x} for x in (0, -1, 1.0, True, "3", 2**60)),
-        *(RECORD | {"loss": x} for x in (None, "0", True)),
+        *(RECORD | {"loss": x} for x in (None, "0", True, 10**400, -1e300)),
         *(RECORD | {"global": GOOD | {"loss": x}} for x in (math.nan, None)),
-        *(RECORD | {"personal": GOOD | x} for x in ({"loss": "0"}, {"accuracy": 2.0})),
+        *(
+            RECORD | {"personal": GOOD | x}
+            for x in ({"loss": "0"}, {"accuracy": 2.0}, {"examples": math.inf})
+        ),
         RECORD | {"personal": {"loss": 0.1}},
     ],
 )
 def test_a_wrong_record_is_malformed(place: Path, record: Any):
-    assert record_of(RECORD, settings_of(place)) == RECORD
-    with pytest.raises(Malformed, match=r"its (record|steps|training loss|metrics|loss|accuracy)"):
+    diverged = {"loss": math.inf, "personal": GOOD | {"loss": math.nan}}
+    for good in (RECORD, RECORD | diverged):
+        assert record_of(good, settings_of(place)) == good
+    with pytest.raises(
+        Malformed, match=r"its (record|steps|training loss|metrics|loss|accuracy|examples)"
+    ):
         record_of(record, settings_of(place))

@@ -387,8 +387,8 @@ def record_of(record: Any, config: Config) -> dict[str, Any]:
     steps, loss = record["steps"], record["loss"]
     if type(steps) is not int or not 1 <= steps < WHOLE:
         raise Malformed(f"its steps are {shown(steps)}, expected 1 to 2^53")
-    if type(loss) not in (int, float):
-        raise Malformed(f"its training loss is {shown(loss)}, expected a number")
+    if type(loss) not in (int, float) or (abs(loss) >= WHOLE and loss != math.inf):
+        raise Malformed(f"its training loss is {shown(loss)}, expected a number below 2^53")
     metrics_of(record["global"], config)
     metrics_of(record["personal"], config, finite=False)
     return record
@@ -403,7 +403,8 @@ def metrics_of(metrics: Any, config: Config, *, finite: bool = True) -> Metrics:
         raise Malformed(f"its metrics are {shown(metrics)}, expected {', '.join(names)}")
     for name, value in metrics.items():
         # so large a number is of no use, and may not even fit a float
-        if type(value) is float and not finite and not math.isfinite(value):
+        diverged = not finite and name != "examples"
+        if diverged and type(value) is float and not math.isfinite(value):
             continue
         if type(value) not in (int, float) or not abs(value) < WHOLE:
             raise Malformed(f"its {name} is {shown(value)}, expected a number below 2^53")
