@@ -28,7 +28,7 @@ def main(data: Path, out: Path) -> None:
         letter = row["output"].removeprefix("The answer is:").strip()[0]
         question = row["input"].removeprefix("Qusetion:").strip().replace(" Options: ", "\n")
         rows.append({"question": question, "answer": "ABCD".index(letter), "subject": row["class"]})
-    random.Random(0).shuffle(rows)  # so that the first so many are of every subject
+    random.Random(0).shuffle(rows)  # so that the first rows are of every subject
     write(out / "mmlu.jsonl", rows)
 
 

@@ -43,17 +43,18 @@ def shut() -> None:
     if child := os.fork():  # the first process in a namespace is the first that is inside
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
     libc.prctl(AT_PARENTS_END, signal.SIGKILL)
-    with tempfile.TemporaryDirectory() as empty:
-        os.chroot(empty)
-        os.chdir("/")
-        for what, limit in (
-            (resource.RLIMIT_CPU, SECONDS),
-            (resource.RLIMIT_AS, MEMORY),
-            (resource.RLIMIT_FSIZE, 0),
-            (resource.RLIMIT_NPROC, 0),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            resource.setrlimit(what, (limit, limit))
+    empty = tempfile.mkdtemp()
+    os.chdir(empty)
+    os.rmdir(empty)  # it stays for this process, and for nobody else: later it could not be removed
+    os.chroot(".")
+    for what, limit in (
+        (resource.RLIMIT_CPU, SECONDS),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (limit, limit))
 
 
 def main() -> None:
