@@ -2,9 +2,9 @@
 
     python experiments/codealpaca_rows.py FOLDER [OUT]
 
-FOLDER holds `new_codealpaca.json` and `code_alpaca_2k.json` of the published data set (CC-BY-NC-4.0; it is not
-part of this repository). A row's language is the first of LANGUAGES that its instruction or input names; rows that
-name none are `other`. Writes OUT, which is `build/codealpaca.jsonl` unless given.
+FOLDER holds `new_codealpaca.json` and `code_alpaca_2k.json` of the published data set (CC-BY-NC-4.0; it is
+not part of this repository). A row's language is the first of LANGUAGES that its instruction or input names;
+rows that name none are `other`. Writes OUT, which is `build/codealpaca.jsonl` unless given.
 """
 
 from __future__ import annotations
