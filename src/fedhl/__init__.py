@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedhl.weighting import Cohort, get_weighting
     from fedhl.weightings import WEIGHTINGS
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LAWS",
